@@ -1,0 +1,1 @@
+"""How values are stored: element formats and their exact byte counts."""

@@ -1,0 +1,143 @@
+"""The command `flexrun`: reads flags and files, starts the engine, reports in words.
+
+Exit codes: 0 all done, 1 some requests failed or the run broke, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack, closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexrun import __version__
+from flexrun.arguments import build_parser, engine_config, flag_of, sampling_params
+from flexrun.batch_job import BatchJob, ProgressBar
+from flexrun.errors import FlexrunError, UsageError
+from flexrun.job_file import JobFile
+from flexrun.model_files import resolve_model
+from flexrun.result_file import ResultFile
+from flexrun.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+    from flexrun.batch_job import JobEngine
+    from flexrun.config import EngineConfig
+
+DONE, BROKEN, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    try:
+        arguments = build_parser(__version__).parse_args(argv)
+        return check(arguments) if arguments.command == "check" else generate(arguments)
+    except FlexrunError as error:
+        return _report(error, BAD_USAGE)
+    except KeyboardInterrupt:
+        print("flexrun: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Say whether a model can be run exactly."""
+    from flexrun.architecture_check import main_check
+
+    return main_check(arguments.model)
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Run a job. All that is cheap to check is checked before the model is loaded."""
+    defaults = sampling_params(arguments)
+    config = engine_config(vars(arguments), flag_of)
+    with ExitStack() as stack:
+        job = JobFile(arguments.input, defaults)
+        stack.callback(job.close)
+        results = ResultFile(arguments.output, arguments.input, _fingerprint(job, config))
+        stack.callback(results.close)
+        if results.finished:
+            print(f"continuing: {len(results.finished)} requests are finished", file=sys.stderr)
+        if all(line.error or line.index in results.finished for line in job):
+            return _finish_without_model(job, results)
+        tokenizer = _tokenizer_for(job, config)
+        engine = make_engine(config, tokenizer)
+        stack.callback(engine.close)
+        print(engine.describe(), file=sys.stderr)
+        return _run(job, results, engine, tokenizer)
+
+
+def make_engine(config: EngineConfig, tokenizer: Tokenizer | None) -> JobEngine:
+    """Load the model."""
+    from flexrun.engine import Engine  # imports torch
+
+    return Engine(config, tokenizer)
+
+
+def _tokenizer_for(job: JobFile, config: EngineConfig) -> Tokenizer | None:
+    directory = resolve_model(config.model)
+    try:
+        return Tokenizer.load(directory)
+    except UsageError:
+        if job.needs_tokenizer:
+            raise
+        print("flexrun: the model has no tokenizer: texts will be empty", file=sys.stderr)
+        return None
+
+
+def _run(job: JobFile, results: ResultFile, engine: JobEngine, tokenizer: Tokenizer | None) -> int:
+    progress = ProgressBar(job.num_requests, len(results.finished))
+    skipped, batch = len(results.finished), BatchJob(job, results, tokenizer)
+    try:
+        with closing(progress):
+            batch.run(engine, progress)
+        results.close()
+    except FlexrunError as error:
+        return _report(error, BROKEN)
+    except KeyboardInterrupt:
+        print(
+            f"flexrun: interrupted with {len(results.finished)} of {job.num_requests} requests "
+            "finished; running the same command again continues",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    return _finish(batch, results, skipped, engine.summary())
+
+
+def _finish_without_model(job: JobFile, results: ResultFile) -> int:
+    skipped, batch = len(results.finished), BatchJob(job, results, None)
+    batch.fail_all()
+    results.close()
+    summary = {"prompt_tokens": 0, "generated_tokens": 0, "sweeps": 0}
+    return _finish(batch, results, skipped, summary)
+
+
+def _finish(batch: BatchJob, results: ResultFile, skipped: int, summary: dict[str, Any]) -> int:
+    counts = {"requests": batch.requests, "failed": batch.failed, "skipped": skipped}
+    failed = batch.failed + results.failed_before
+    if failed:
+        print(f"flexrun: {failed} requests failed; see error in {results.path}", file=sys.stderr)
+    print(json.dumps(counts | summary), flush=True)
+    return BROKEN if failed else DONE
+
+
+def _fingerprint(job: JobFile, config: EngineConfig) -> dict[str, Any]:
+    """All that decides about the results, under the names that the user knows."""
+    path = Path(config.model)
+    sampling = {flag_of(name): value for name, value in asdict(job.defaults).items()}
+    fingerprint = {
+        "--input": job.sha256,
+        "--model": str(path.resolve()) if path.exists() else config.model,
+        "--dtype": config.dtype,
+        **sampling,
+        "--seed": config.seed,
+    }
+    return json.loads(json.dumps(fingerprint))  # as the sidecar gives it back: tuples are lists
+
+
+def _report(error: FlexrunError, code: int) -> int:
+    print(f"flexrun: error: {error}", file=sys.stderr)
+    return code

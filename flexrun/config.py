@@ -1,0 +1,47 @@
+"""What an engine is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from offload.tiers import Split
+    from policy_search.policy import Policy
+
+DEVICES = ("auto", "cuda", "cpu", "emulated")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """Model, device, budgets and policy of an engine."""
+
+    model: str
+    """Directory, hub id or `.gguf` file."""
+    device: str = "auto"
+    """One of `DEVICES`; auto takes CUDA where there is a GPU."""
+    dtype: str = "auto"
+    """One of `DTYPES`; auto is the checkpoint's own, unless the device computes it too slowly."""
+    policy: Policy | None = None
+    """None: placed automatically under the budgets."""
+    weights: Split | None = None
+    """Overrides the policy's field; so do the next five."""
+    kv_cache: Split | None = None
+    micro_batch_rows: int | None = None
+    num_micro_batches: int | None = None
+    max_rows: int | None = None
+    max_sequences: int | None = None
+    overlap: bool = True
+    device_memory: int | None = None
+    """Budget in bytes; None: what the device has free. The next two likewise."""
+    host_memory: int | None = None
+    disk_space: int | None = None
+    offload_dir: Path | None = None
+    """Directory of the DISK tier; None: the system's directory for temporary files."""
+    emulate: str | None = None
+    """The emulated machine, for example `capacity=256MiB,host-to-device=2GB/s`."""
+    seed: int = 0
+    """Random state that requests without a seed of their own derive theirs from."""

@@ -1,0 +1,199 @@
+"""The engine: schedule, run, commit, until every request is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexrun.errors import RequestError
+from flexrun.report import RunCounters
+from flexrun.request import RequestOutput
+from flexrun.runtime import Runtime
+from flexrun.sampler import sample
+from flexrun.sequence import Sequence, make_sequences
+from flexrun.tokenizer import end_token_ids
+
+if TYPE_CHECKING:
+    from flexrun.config import EngineConfig
+    from flexrun.plan import SweepPlan
+    from flexrun.request import CompletionOutput, Request
+    from flexrun.tokenizer import Tokenizer
+
+
+class Engine:
+    """Loads a model under its budgets and completes requests, sweep by sweep."""
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._counters = RunCounters()
+        start = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            self._runtime = Runtime(config, stack)
+            self._closing = stack.pop_all()
+        self._counters.load_seconds = time.perf_counter() - start
+        self._end_ids = end_token_ids(self._runtime.directory, tokenizer)
+        self._sequences: dict[int, Sequence] = {}
+        self._done: dict[int, dict[int, CompletionOutput]] = {}
+        self._next_number = 0
+
+    @property
+    def context_length(self) -> int:
+        """Most positions of one sequence, prompt included."""
+        return self._runtime.model.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        return self._runtime.model.vocab_size
+
+    @property
+    def max_sequences(self) -> int:
+        """Most sequences that run at the same time."""
+        return self._runtime.policy.max_sequences
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._sequences)
+
+    def check_request(self, request: Request) -> None:
+        """Raise `RequestError` if `request` can never be served."""
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise RequestError("empty_prompt", "the prompt has no tokens")
+        bad = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
+        if bad is not None:
+            raise RequestError(
+                "bad_token_id", f"token id {bad} is outside the vocabulary of {self.vocab_size}"
+            )
+        if len(prompt) >= self.context_length:
+            raise RequestError(
+                "prompt_too_long",
+                f"the prompt has {len(prompt)} tokens; with one to generate, the model's context "
+                f"of {self.context_length} is exceeded",
+            )
+        if request.sampling_params.stop and self._tokenizer is None:
+            raise RequestError("no_tokenizer", "stop texts need the model's tokenizer")
+        tokens = self._most_tokens(request)
+        if not self._runtime.scheduler.pools.fits_ever(tokens):
+            raise RequestError(
+                "kv_cache_too_small",
+                f"{tokens} tokens of prompt and completion do not fit into the KV cache",
+                hint="lower max_tokens, or raise --device-memory or --host-memory",
+            )
+
+    def _most_tokens(self, request: Request) -> int:
+        wanted = len(request.prompt_token_ids) + request.sampling_params.max_tokens
+        return min(wanted, self.context_length)
+
+    def add_request(self, request: Request) -> None:
+        """Queue `request`. Raises `RequestError` if it can never be served."""
+        self.check_request(request)
+        most = self._most_tokens(request)
+        prompt = len(request.prompt_token_ids)
+        sequences = make_sequences(
+            request,
+            self._next_number,
+            self._tokenizer,
+            self._end_ids,
+            most - prompt,
+            self._config.seed,
+        )
+        self._next_number += len(sequences)
+        self._done[request.index] = {}
+        for sequence in sequences:
+            self._sequences[sequence.number] = sequence
+            self._runtime.scheduler.add(sequence.number, prompt, most)
+        self._counters.prompt_tokens += prompt
+
+    def step(self) -> list[RequestOutput]:
+        """One sweep; the requests that are finished with it."""
+        start = time.perf_counter()
+        plan = self._runtime.scheduler.next_sweep()
+        if plan.empty:
+            assert not self._sequences, "sequences wait, but none can run"
+            return []
+        tokens = {number: sequence.tokens for number, sequence in self._sequences.items()}
+        chosen = self._runtime.run(plan, tokens, self._choose)
+        finished = self._commit(plan, chosen)
+        self._counters.sweep(plan.rows, len(chosen), time.perf_counter() - start)
+        return finished
+
+    def _choose(self, numbers: list[int], logits: torch.Tensor) -> torch.Tensor:
+        sequences = [self._sequences[number] for number in numbers]
+        return sample(
+            logits,
+            [sequence.request.sampling_params for sequence in sequences],
+            [sequence.random() for sequence in sequences],
+            [sequence.checker.banned for sequence in sequences],
+        )
+
+    def _commit(self, plan: SweepPlan, chosen: dict[int, int]) -> list[RequestOutput]:
+        scheduler = self._runtime.scheduler
+        scheduler.commit(plan)
+        finished = []
+        for number, token in chosen.items():
+            sequence = self._sequences.get(number)
+            if sequence is None:
+                continue  # its request failed earlier in this sweep
+            if token < 0:
+                finished.append(self._fail(sequence.request))
+                continue
+            scheduler.grow(number)
+            if sequence.append(token):
+                scheduler.finish(number)
+                del self._sequences[number]
+                finished.extend(self._complete(sequence))
+        return finished
+
+    def _complete(self, sequence: Sequence) -> list[RequestOutput]:
+        request = sequence.request
+        done = self._done[request.index]
+        done[sequence.sample_index] = sequence.output()
+        if len(done) < request.sampling_params.n:
+            return []
+        del self._done[request.index]
+        outputs = [done[index] for index in sorted(done)]
+        return [
+            RequestOutput(
+                request.request_id,
+                request.prompt,
+                request.prompt_token_ids,
+                outputs,
+                index=request.index,
+            )
+        ]
+
+    def _fail(self, request: Request) -> RequestOutput:
+        for number in [n for n, s in self._sequences.items() if s.request is request]:
+            self._runtime.scheduler.finish(number)
+            del self._sequences[number]
+        self._done.pop(request.index, None)
+        message = "the model produced logits that are not numbers"
+        error = {"code": "nan_logits", "message": message}
+        return RequestOutput(
+            request.request_id,
+            request.prompt,
+            request.prompt_token_ids,
+            index=request.index,
+            error=error,
+        )
+
+    def progress(self) -> RunCounters:
+        """Cumulative counters."""
+        return self._counters
+
+    def summary(self) -> dict[str, Any]:
+        """What the run did, for the final JSON object."""
+        return self._counters.summary(self._runtime.transfers, self._runtime.backend.account)
+
+    def describe(self) -> str:
+        """The plan, for people."""
+        return self._runtime.describe()
+
+    def close(self) -> None:
+        """Give all memory, threads and files back."""
+        self._sequences.clear()
+        self._closing.close()

@@ -1,0 +1,92 @@
+"""The device a job runs on, its budgets, and the type it computes in."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from flexrun.errors import UsageError
+from offload.backend_cpu import CpuBackend
+from offload.backend_cuda import CudaBackend
+from offload.backend_emulated import EmulatedBackend, EmulatedMachine
+from offload.tiers import MemoryAccount, Tier
+
+if TYPE_CHECKING:
+    from flexrun.config import EngineConfig
+    from offload.backend import DeviceBackend
+
+logger = logging.getLogger(__name__)
+
+SHARE_OF_FREE = 0.85
+"""Part of the free memory that is taken where no budget is given; other programs keep the rest."""
+
+
+def open_backend(config: EngineConfig) -> DeviceBackend:
+    """The compute device with its budgets. Raises `UsageError`."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "no CUDA device can be used", hint="check `nvidia-smi` and that torch has CUDA support"
+        )
+    if config.emulate is not None and name != "emulated":
+        raise UsageError(f"--emulate describes --device emulated, not {name}")
+    account = MemoryAccount(limits=_limits(config, name))
+    if name == "cuda":
+        return CudaBackend(account, torch.device("cuda", torch.cuda.current_device()))
+    if name == "emulated":
+        return EmulatedBackend(account, _emulated_machine(config))
+    return CpuBackend(account)
+
+
+def _emulated_machine(config: EngineConfig) -> EmulatedMachine:
+    return EmulatedMachine.parse(config.emulate) if config.emulate else EmulatedMachine()
+
+
+def _limits(config: EngineConfig, name: str) -> dict[Tier, int]:
+    ram = int(psutil.virtual_memory().available * SHARE_OF_FREE)
+    device = ram
+    if name == "cuda":
+        device = int(torch.cuda.mem_get_info()[0] * SHARE_OF_FREE)
+    elif name == "emulated":
+        device = _emulated_machine(config).capacity or ram
+    directory = offload_directory(config)
+    existing = next(p for p in (directory, *directory.parents) if p.exists())
+    given = {
+        Tier.DEVICE: config.device_memory,
+        Tier.HOST: config.host_memory,
+        Tier.DISK: config.disk_space,
+    }
+    free = {Tier.DEVICE: device, Tier.HOST: ram, Tier.DISK: shutil.disk_usage(existing).free}
+    if config.device_memory is not None and name == "emulated":
+        return {t: min(free[t], given[t] or free[t]) for t in Tier}
+    return {tier: free[tier] if given[tier] is None else int(given[tier] or 0) for tier in Tier}
+
+
+def offload_directory(config: EngineConfig) -> Path:
+    """Where the DISK tier's file lies."""
+    return (config.offload_dir or Path(tempfile.gettempdir())).absolute()
+
+
+def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to compute in; `stored` is the checkpoint's."""
+    if requested != "auto":
+        dtype = getattr(torch, requested)
+        assert isinstance(dtype, torch.dtype)
+        if dtype is torch.float16 and device.type == "cpu":
+            logger.warning("float16 products on a CPU can be a thousand times slower than bfloat16")
+        return dtype
+    if stored is torch.float16 and device.type == "cpu":
+        logger.warning(
+            "the checkpoint is float16, which CPUs multiply very slowly: computing in float32 "
+            "(--dtype bfloat16 is faster, with fewer digits)"
+        )
+        return torch.float32
+    return stored

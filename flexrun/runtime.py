@@ -1,0 +1,174 @@
+"""Everything a loaded model consists of, put together under its budgets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from flexrun.architecture_check import ensure_exact
+from flexrun.attention.torch_ops import TorchAttention
+from flexrun.executor import Executor
+from flexrun.loading import find_weights, load_weights, model_shape
+from flexrun.machine import compute_dtype, offload_directory, open_backend
+from flexrun.model import build_model, load_config
+from flexrun.model_files import resolve_model
+from flexrun.scheduler import Scheduler
+from offload.checkpoint import Checkpoint
+from offload.kv_cache import KVCache
+from offload.pages import PagePools
+from offload.tiers import Tier, format_size
+from offload.transfer import TransferEngine
+from policy_search.automatic import automatic_policy, kv_pages, workspace
+from policy_search.policy import Policy
+
+if TYPE_CHECKING:
+    import contextlib
+    from collections.abc import Callable, Mapping, Sequence
+
+    from flexrun.config import EngineConfig
+    from flexrun.plan import SweepPlan
+
+_POLICY_FIELDS = (
+    "weights",
+    "kv_cache",
+    "micro_batch_rows",
+    "num_micro_batches",
+    "max_rows",
+    "max_sequences",
+)
+
+
+class Runtime:
+    """A model with its weights, KV cache, scheduler and executor; closed by the given stack."""
+
+    def __init__(self, config: EngineConfig, closing: contextlib.ExitStack) -> None:
+        self.directory = resolve_model(config.model)
+        hf_config = load_config(self.directory)
+        ensure_exact(hf_config)
+        self.backend = open_backend(config)
+        closing.callback(self.backend.close)
+        stored = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
+        self.dtype = compute_dtype(config.dtype, stored, self.backend.device)
+        self.model = build_model(hf_config, self.dtype, self.backend.device)
+        checkpoint = Checkpoint(self.directory, self.model.module, self.dtype)
+        weights = find_weights(self.model)
+        self.shape = model_shape(self.model, weights, self.dtype)
+        self.policy = self._choose_policy(config)
+        activations = workspace(self.shape, self.policy)
+        account = self.backend.account
+        account.charge(Tier.DEVICE, activations, "working memory for activations")
+        closing.callback(account.refund, Tier.DEVICE, activations)
+        self.transfers = TransferEngine(self.backend)
+        closing.callback(self.transfers.close)
+        self.weights = load_weights(
+            self.model,
+            weights,
+            checkpoint,
+            self.policy.weights,
+            self.backend,
+            self.transfers,
+            offload_directory(config),
+            self.policy.prefetch_depth,
+        )
+        closing.callback(self.weights.close)
+        self._add_kv_cache(closing)
+        # The last to be registered is the first to be called: nothing may still be on its way
+        # when the memory it reads or writes is given back.
+        closing.callback(self.transfers.close)
+        self._executor = Executor(
+            self.model,
+            self.weights.store,
+            self.kv_cache,
+            TorchAttention(),
+            embedding=self.weights.embedding,
+            device=self.backend.device,
+            overlap=self.policy.overlap,
+            depth=self.policy.prefetch_depth,
+        )
+
+    def _choose_policy(self, config: EngineConfig) -> Policy:
+        changed = {f: getattr(config, f) for f in _POLICY_FIELDS if getattr(config, f) is not None}
+        policy = config.policy or Policy()
+        shape_fields = {f: v for f, v in changed.items() if f not in ("weights", "kv_cache")}
+        policy = replace(policy, **shape_fields, overlap=policy.overlap and config.overlap)
+        if "micro_batch_rows" in changed and "max_rows" not in changed and config.policy is None:
+            batches = policy.num_micro_batches or 4
+            policy = replace(
+                policy, max_rows=max(policy.max_rows, policy.micro_batch_rows * batches)
+            )
+        if config.policy is None and not {"weights", "kv_cache"} <= changed.keys():
+            limits = self.backend.account.limits
+            known = {tier: int(limits.get(tier) or 0) for tier in Tier}
+            policy = automatic_policy(
+                self.shape,
+                known,
+                policy,
+                self.model.context_length,
+                unified=self.backend.unified,
+            )
+        return replace(policy, **changed)
+
+    def _add_kv_cache(self, closing: contextlib.ExitStack) -> None:
+        backend, policy, shape = self.backend, self.policy, self.shape
+        context = self.model.context_length
+        account = backend.account
+        room = {tier: account.available(tier) or 0 for tier in Tier}
+        staged = bool(policy.kv_cache.host) and not backend.unified
+        layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
+        staging = -(-context // policy.page_tokens) if staged else 0
+        if staged:
+            # Two buffers on the device; they may not take what the model needs.
+            staging = max(1, min(staging, room[Tier.DEVICE] // 4 // layer_page_bytes))
+            room[Tier.DEVICE] -= 2 * staging * layer_page_bytes
+            room[Tier.HOST] -= 4 * staging * layer_page_bytes
+        if backend.unified or backend.name == "emulated":
+            room = {tier: int(nbytes * 0.9) for tier, nbytes in room.items()}
+        pages = kv_pages(shape, policy, room, context)
+        limits = {Tier.HOST: staging} if staged else {}
+        self.pools = PagePools(pages, policy.page_tokens, limits)
+        self.kv_cache = KVCache(
+            self.model.attention, self.dtype, self.pools, backend, self.transfers, staging
+        )
+        closing.callback(self.kv_cache.close)
+        self.scheduler = Scheduler(
+            self.pools,
+            max_rows=policy.max_rows,
+            max_sequences=policy.max_sequences,
+            micro_batch_rows=policy.micro_batch_rows,
+            num_micro_batches=policy.num_micro_batches,
+        )
+
+    def run(
+        self,
+        plan: SweepPlan,
+        tokens: Mapping[int, Sequence[int]],
+        choose: Callable[[list[int], torch.Tensor], torch.Tensor],
+    ) -> dict[int, int]:
+        """One sweep: the next token of every sequence that wants one."""
+        with torch.inference_mode():
+            return self._executor.run(plan, tokens, choose)
+
+    def describe(self) -> str:
+        """What lives where, in a few lines."""
+        placed = ", ".join(
+            f"{tier} {format_size(nbytes)}"
+            for tier, nbytes in self.weights.placed.items()
+            if nbytes
+        )
+        tokens = {
+            tier: pages * self.policy.page_tokens
+            for tier, pages in self.pools.capacity.items()
+            if pages
+        }
+        kv = ", ".join(f"{count} tokens on {tier}" for tier, count in tokens.items())
+        policy = self.policy
+        return (
+            f"model:   {self.directory.name}, {str(self.dtype).removeprefix('torch.')}, on "
+            f"{self.backend.name}\n"
+            f"weights: {placed}\n"
+            f"kv:      room for {kv}\n"
+            f"sweep:   up to {policy.max_rows} rows of {policy.max_sequences} sequences, in "
+            f"micro-batches of {policy.micro_batch_rows}"
+        )

@@ -1,0 +1,157 @@
+"""Which rows ride in the next sweep: plain data in, plain data out (no torch)."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flexrun.plan import MicroBatch, RowSpan, SweepPlan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from offload.pages import PagePools
+    from offload.tiers import Tier
+
+
+@dataclass(slots=True)
+class Progress:
+    """What the scheduler knows of a sequence: token counts, never the tokens."""
+
+    sequence: int
+    tokens: int
+    """Tokens so far: the prompt and what was generated."""
+    most_tokens: int
+    """Tokens the sequence may grow to; its pages are reserved for all of them."""
+    computed: int = 0
+    """Positions whose keys and values are in the KV cache."""
+
+    @property
+    def pending(self) -> int:
+        return self.tokens - self.computed
+
+
+class Scheduler:
+    """Running sequences first, then waiting ones in order, up to the row budget of a sweep.
+
+    A prompt that does not fit into what is left of the budget, or into one micro-batch, is computed
+    in chunks over several sweeps.
+    """
+
+    def __init__(
+        self,
+        pools: PagePools,
+        *,
+        max_rows: int,
+        max_sequences: int,
+        micro_batch_rows: int,
+        num_micro_batches: int | None,
+    ) -> None:
+        self.pools = pools
+        self.max_rows = max_rows
+        self.max_sequences = max_sequences
+        self.micro_batch_rows = micro_batch_rows
+        self.num_micro_batches = num_micro_batches
+        self.running: dict[int, Progress] = {}
+        self.waiting: deque[Progress] = deque()
+
+    def add(self, sequence: int, prompt_tokens: int, most_tokens: int) -> None:
+        """Queue a sequence; `most_tokens` includes its prompt."""
+        self.waiting.append(Progress(sequence, prompt_tokens, most_tokens))
+
+    def next_sweep(self) -> SweepPlan:
+        """Rows of the next sweep; empty when nothing is left to do."""
+        spans: list[RowSpan] = []
+        budget = self.max_rows
+        # Sequences with one pending token first: a decode is never held up by a long prompt.
+        candidates = sorted(self.running.values(), key=lambda p: p.pending > 1)
+        for progress in candidates:
+            if budget == 0:
+                break
+            spans.append(self._span(progress, budget))
+            budget -= spans[-1].length
+        for progress in self._admit(budget):
+            spans.append(self._span(progress, budget))
+            budget -= spans[-1].length
+            if budget == 0:
+                break
+        return SweepPlan(tuple(self._cut(spans)))
+
+    def commit(self, plan: SweepPlan) -> None:
+        """The rows of `plan` were computed."""
+        for batch in plan.micro_batches:
+            for span in batch.spans:
+                self.running[span.sequence].computed = span.end
+
+    def grow(self, sequence: int) -> None:
+        """One token was generated for `sequence`."""
+        self.running[sequence].tokens += 1
+
+    def finish(self, sequence: int) -> None:
+        """`sequence` is over: its pages are free for the next sweep."""
+        if self.running.pop(sequence, None) is not None:
+            self.pools.release(sequence)
+        else:
+            self.waiting = deque(p for p in self.waiting if p.sequence != sequence)
+
+    def _admit(self, budget: int) -> Iterator[Progress]:
+        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+            progress = self.waiting[0]
+            if not self.pools.allocate(progress.sequence, progress.most_tokens):
+                return  # in order: a short one must not overtake for ever a long one
+            self.waiting.popleft()
+            self.running[progress.sequence] = progress
+            yield progress
+
+    def _span(self, progress: Progress, budget: int) -> RowSpan:
+        # All rows of a sequence ride in one micro-batch: the next one's KV pages are fetched before
+        # this one's new keys and values are stored.
+        length = min(progress.pending, budget, self.micro_batch_rows)
+        whole = length == progress.pending
+        return RowSpan(progress.sequence, progress.computed, length, wants_logits=whole)
+
+    def _cut(self, spans: list[RowSpan]) -> Iterator[MicroBatch]:
+        """Cut the rows, in order, into micro-batches of about equal size."""
+        rows = sum(span.length for span in spans)
+        count = max(-(-rows // self.micro_batch_rows), self.num_micro_batches or 1)
+        batch: list[RowSpan] = []
+        filled = done = number = 0
+        pages = _PageCount(self.pools)
+        for span in spans:
+            full = filled + span.length > self.micro_batch_rows or not pages.room_for(span)
+            if batch and full:
+                yield MicroBatch(tuple(batch))
+                batch, filled, number = [], 0, number + 1
+                pages.clear()
+            batch.append(span)
+            pages.add(span)
+            filled += span.length
+            done += span.length
+            if done * count >= rows * (number + 1):
+                yield MicroBatch(tuple(batch))
+                batch, filled, number = [], 0, number + 1
+                pages.clear()
+        if batch:
+            yield MicroBatch(tuple(batch))
+
+
+class _PageCount:
+    """Pages of a micro-batch per tier, held against what the tier's staging takes."""
+
+    def __init__(self, pools: PagePools) -> None:
+        self._pools = pools
+        self._pages: dict[Tier, int] = {}
+
+    def room_for(self, span: RowSpan) -> bool:
+        tier = self._pools.tables[span.sequence].tier
+        limit = self._pools.largest_table.get(tier)
+        wanted = self._pages.get(tier, 0) + self._pools.pages_for(span.end)
+        return limit is None or wanted <= limit
+
+    def add(self, span: RowSpan) -> None:
+        tier = self._pools.tables[span.sequence].tier
+        self._pages[tier] = self._pages.get(tier, 0) + self._pools.pages_for(span.end)
+
+    def clear(self) -> None:
+        self._pages.clear()

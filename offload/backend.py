@@ -1,0 +1,103 @@
+"""What a compute device offers the rest of the engine: memory, copies and their order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offload.links import FileExtent, FileRows, Link, PageSlots, TensorRows
+from offload.tiers import MemoryAccount, Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+Source = torch.Tensor | FileExtent | FileRows | TensorRows
+Target = torch.Tensor | FileExtent | PageSlots
+
+
+class DeviceBackend(ABC):
+    """The compute device and the links around it.
+
+    An *event* marks a point in the device's work; None stands for work that is already done.
+    """
+
+    name: str
+    device: torch.device
+    unified = False
+    """HOST is the memory the device computes in: nothing on HOST has to move."""
+    links: Sequence[Link] = (
+        Link.DISK_TO_HOST,
+        Link.HOST_TO_DEVICE,
+        Link.DEVICE_TO_HOST,
+        Link.HOST_TO_DISK,
+    )
+
+    lazy: Collection[Tier] = ()
+    """Tiers whose memory is taken when it is first written, so a reservation costs nothing."""
+
+    def __init__(self, account: MemoryAccount) -> None:
+        self.account = account
+
+    @property
+    def disk_in(self) -> Link:
+        """The link that reads from disk go over."""
+        return Link.DISK_TO_DEVICE if self.unified else Link.DISK_TO_HOST
+
+    def allocate(self, tier: Tier, nbytes: int, what: str) -> torch.Tensor:
+        """A uint8 tensor [nbytes] on DEVICE or HOST, charged. Raises `CapacityError`."""
+        self.account.charge(tier, nbytes, what)
+        return self._allocate(tier, nbytes)
+
+    def free(self, tier: Tier, tensor: torch.Tensor) -> None:
+        """Give back what `allocate` returned; the caller drops its references."""
+        self.account.refund(tier, tensor.nbytes)
+        self._free(tier, tensor)
+
+    def reserve(self, tier: Tier, nbytes: int) -> torch.Tensor:
+        """Like `allocate` where memory is lazy, but charged by the caller as it is used."""
+        return self._allocate(tier, nbytes)
+
+    @abstractmethod
+    def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor: ...
+
+    def _free(self, tier: Tier, tensor: torch.Tensor) -> None:
+        """Release what the allocator does not free with the tensor's last reference."""
+
+    @abstractmethod
+    def free_memory(self) -> int:
+        """Bytes on DEVICE that are not taken by other programs or by this one."""
+
+    def copy(self, link: Link, source: Source, target: Target, after: Sequence[Any]) -> Any:
+        """Move bytes on the link's thread, once the events `after` happened; returns an event."""
+        move(source, target)
+
+    def record(self) -> Any:
+        """An event at the end of the compute submitted so far."""
+        return None
+
+    def order_after(self, event: Any) -> None:
+        """Compute submitted from now on starts after `event`."""
+
+    def synchronize(self, event: Any) -> None:
+        """Block the calling thread until `event` has happened."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+def move(source: Source, target: Target) -> None:
+    """Copy bytes between RAM and the offload file, synchronously."""
+    if isinstance(target, FileExtent):
+        assert isinstance(source, torch.Tensor)
+        target.file.write(target.offset, source)
+    elif isinstance(target, PageSlots):
+        assert isinstance(source, torch.Tensor)
+        target.scatter(source)
+    elif isinstance(source, TensorRows):
+        source.gather(target)
+    elif isinstance(source, torch.Tensor):
+        target.copy_(source)
+    else:
+        source.read_into(target)

@@ -1,0 +1,27 @@
+"""The CPU as the compute device: DEVICE is a RAM budget, HOST is the same memory, disk is real."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from offload.backend import DeviceBackend
+from offload.links import Link
+from offload.tiers import Tier
+
+
+class CpuBackend(DeviceBackend):
+    """Computes where HOST memory is, so only the disk has links."""
+
+    name = "cpu"
+    device = torch.device("cpu")
+    unified = True
+    lazy = (Tier.DEVICE, Tier.HOST)
+    links = (Link.DISK_TO_DEVICE, Link.HOST_TO_DISK)
+
+    def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def free_memory(self) -> int:
+        """RAM that programs can still take without swapping."""
+        return int(psutil.virtual_memory().available)

@@ -1,0 +1,259 @@
+"""Reads a safetensors checkpoint as the tensors of a transformers model, a few names at a time."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from offload.errors import CheckpointError
+from offload.safetensors_file import StoredTensor, find_files, read_header
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator
+    from pathlib import Path
+
+    from transformers import PreTrainedModel
+
+_COMPARE_BYTES = 16 * 2**20
+
+
+@dataclass(slots=True)
+class _Conversion:
+    """How some tensors of the model are made from tensors of the checkpoint."""
+
+    target: str
+    """The model's name for the result (the first one, where there are several)."""
+    converter: WeightConverter | None
+    """Description by transformers; None where the checkpoint has the tensor as it is."""
+    sources: list[tuple[str, StoredTensor]] = field(default_factory=list)
+    """With the converter's pattern that each one matched."""
+    provides: dict[str, str] = field(default_factory=dict)
+    """Names in the model (tied ones too) and which result each one is."""
+
+    def run(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Read the sources, cast them to `dtype`, convert them; the results by target name."""
+        if self.converter is None:
+            return {self.target: self.sources[0][1].read()}
+        converter: Any = deepcopy(self.converter)  # it collects tensors
+        for pattern, stored in self.sources:
+            converter.add_tensor(self.target, stored.key, pattern, partial(_read_as, stored, dtype))
+        try:
+            made = converter.convert(self.target, model=model, config=model.config)
+        except CheckpointError:
+            raise
+        except Exception as error:  # the operations are transformers' and promise no exception type
+            raise CheckpointError(
+                f"cannot convert {len(self.sources)} tensors like {self.sources[0][1].key} "
+                f"to {self.target}: {error}",
+                hint="check that config.json belongs to this checkpoint",
+            ) from error
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
+
+
+def _read_as(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
+    return stored.read().to(dtype)
+
+
+class Checkpoint:
+    """A checkpoint in `directory` that fits `model`, whose parameters may be on the meta device.
+
+    Tensors come in `dtype`, except those that the model itself declares as float32 or integers.
+    Raises `CheckpointError` unless all of the model's parameters and persistent buffers are there.
+    """
+
+    def __init__(self, directory: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        _refuse_quantized(directory, model)
+        self.directory = directory
+        self.unexpected: tuple[str, ...] = ()
+        """Keys of the checkpoint that the model has no use for."""
+        self._model = model
+        self._declared: dict[str, torch.Tensor] = dict(model.state_dict())
+        self._dtype = dtype
+        stored = [tensor for path in find_files(directory) for tensor in read_header(path)]
+        self._conversions = self._map_keys(stored)
+        for names in _tied_names(model):
+            self._provide_tied(names)
+        self._refuse_missing()
+        self._refuse_other_shapes()
+
+    def load(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors `names` of the model, on the CPU, one conversion's at a time.
+
+        Tied names yield one tensor. The order is that of `names`, except that results of one
+        conversion follow each other. Raises `CheckpointError`.
+        """
+        waiting = dict.fromkeys(names)
+        for name in names:
+            if name in waiting:
+                yield from self._run(self._conversions[name], waiting)
+
+    def _run(
+        self, conversion: _Conversion, waiting: dict[str, None]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        made = conversion.run(self._model, self._dtype_of(conversion.target))
+        for name in [name for name in conversion.provides if name in waiting]:
+            del waiting[name]
+            tensor = made[conversion.provides[name]]
+            self._check_shape(name, tensor.shape, conversion)
+            yield name, tensor.to(self._dtype_of(name)).contiguous()
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        declared = self._declared[name].dtype
+        kept = declared == torch.float32 or not declared.is_floating_point
+        return declared if kept else self._dtype
+
+    def _map_keys(self, stored: Iterable[StoredTensor]) -> dict[str, _Conversion]:
+        rename = _KeyRenaming(self._model, self._declared)
+        conversions: dict[str, _Conversion] = {}
+        unexpected = []
+        # transformers' operations stack, say, the experts of a layer in this order.
+        for tensor in sorted(stored, key=lambda tensor: dot_natural_key(tensor.key)):
+            name, pattern = rename(tensor.key)
+            if name not in self._declared:
+                unexpected.append(tensor.key)
+                continue
+            if name not in conversions:
+                converter = None if pattern is None else rename.converters[pattern]
+                conversions[name] = _Conversion(name, converter)
+            conversions[name].sources.append((pattern or tensor.key, tensor))
+        ignored = _ignored_keys(self._model)
+        self.unexpected = tuple(key for key in unexpected if not ignored.search(key))
+        for conversion in list(conversions.values()):
+            for target in _targets(conversion):
+                if target in self._declared:
+                    conversion.provides[target] = target
+                    conversions[target] = conversion
+        return conversions
+
+    def _provide_tied(self, names: list[str]) -> None:
+        present = [name for name in names if name in self._conversions]
+        if not present:
+            return
+        first = self._conversions[present[0]]
+        for name in present[1:]:
+            if not _same_bytes(first, self._conversions[name]):
+                raise CheckpointError(
+                    f"{self.directory}: config.json ties {present[0]} to {name}, but the "
+                    "checkpoint has different values for the two",
+                    hint='set "tie_word_embeddings": false in config.json',
+                )
+        for name in names:
+            first.provides[name] = first.provides[present[0]]
+            self._conversions[name] = first
+
+    def _refuse_missing(self) -> None:
+        missing = [name for name in self._declared if name not in self._conversions]
+        if missing:
+            raise CheckpointError(
+                f"{self.directory} lacks {len(missing)} of the model's {len(self._declared)} "
+                f"tensors: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}",
+                hint="check that config.json belongs to this checkpoint, or download it again",
+            )
+
+    def _refuse_other_shapes(self) -> None:
+        for name, conversion in self._conversions.items():
+            if conversion.converter is None:
+                self._check_shape(name, conversion.sources[0][1].shape, conversion)
+
+    def _check_shape(self, name: str, shape: tuple[int, ...], conversion: _Conversion) -> None:
+        expected = tuple(self._declared[name].shape)
+        if tuple(shape) != expected:
+            stored = conversion.sources[0][1]
+            raise CheckpointError(
+                f"{name} must have the shape {expected} but has {tuple(shape)} "
+                f"in the checkpoint ({stored.path}, {stored.key})",
+                hint="check that config.json belongs to this checkpoint",
+            )
+
+
+class _KeyRenaming:
+    """From a checkpoint's key to the model's name, the way `from_pretrained` goes."""
+
+    def __init__(self, model: PreTrainedModel, declared: dict[str, torch.Tensor]) -> None:
+        mapping = get_model_conversion_mapping(model)
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self.converters = {pattern: each for each in converters for pattern in each.source_patterns}
+        self._transforms = ([e for e in mapping if isinstance(e, WeightRenaming)], converters)
+        self._declared = declared
+        self._prefix = model.base_model_prefix
+
+    def __call__(self, key: str) -> tuple[str, str | None]:
+        """The model's name and the pattern of the converter that makes it, if one does."""
+        name, pattern = self._rename(key, *self._transforms)
+        if name not in self._declared and key in self._declared:
+            # The key is already as the model has it; a rule meant for older ones matched it.
+            name, pattern = self._rename(key, [], [])
+        return name, pattern
+
+    def _rename(self, key: str, renamings: list[Any], converters: list[Any]) -> tuple[str, Any]:
+        return rename_source_key(
+            key,
+            renamings,
+            converters,
+            base_model_prefix=self._prefix,
+            meta_state_dict=self._declared,
+        )
+
+
+def _targets(conversion: _Conversion) -> list[str]:
+    if conversion.converter is None:
+        return [conversion.target]
+    patterns = conversion.converter.target_patterns
+    return [conversion.target.replace(patterns[0], pattern) for pattern in patterns]
+
+
+def _tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """Groups of names that stand for one parameter: one object, or tied by the configuration."""
+    groups: dict[int, list[str]] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        groups.setdefault(id(parameter), []).append(name)
+    for target, source in model.all_tied_weights_keys.items():
+        from_group, into = groups[id(parameters[target])], groups[id(parameters[source])]
+        if from_group is not into:
+            into += from_group
+            groups.update({id(parameters[name]): into for name in from_group})
+    return [names for key, names in groups.items() if len(names) > 1]
+
+
+def _same_bytes(one: _Conversion, other: _Conversion) -> bool:
+    a, b = one.sources[0][1], other.sources[0][1]
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return all(
+        torch.equal(a.read(start, _COMPARE_BYTES), b.read(start, _COMPARE_BYTES))
+        for start in range(0, a.nbytes, _COMPARE_BYTES)
+    )
+
+
+def _ignored_keys(model: PreTrainedModel) -> re.Pattern[str]:
+    """Keys that transformers, too, drops without a word."""
+    patterns = model._keys_to_ignore_on_load_unexpected or ()
+    return re.compile("|".join([*patterns, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]))
+
+
+def _refuse_quantized(directory: Path, model: PreTrainedModel) -> None:
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method", "unnamed")
+    raise CheckpointError(
+        f"{directory} is quantized (method {getattr(method, 'value', method)}), "
+        "which is not supported",
+        hint="use the unquantized checkpoint of this model, or a GGUF file of it",
+    )

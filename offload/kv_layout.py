@@ -1,0 +1,155 @@
+"""Where the rows of one micro-batch find their keys and values: index tensors, made once per sweep.
+
+Legend: B = decoding sequences, P = pages, n = rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from offload.tiers import Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Several rows of one sequence: positions from `start` on, at `rows` of the micro-batch."""
+
+    rows: slice
+    start: int
+    pages: torch.Tensor
+    """[P] pages of positions 0 to the chunk's end."""
+
+    @property
+    def end(self) -> int:
+        """Positions that are in the pages once the chunk is."""
+        return self.start + self.rows.stop - self.rows.start
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """Single rows of B sequences of similar length, padded to P pages."""
+
+    rows: torch.Tensor
+    """[B] row of each sequence in the micro-batch."""
+    pages: torch.Tensor
+    """[B, P]; unused places repeat a page of the sequence."""
+    lengths: torch.Tensor
+    """[B] positions to attend to, the row's own included."""
+    longest: int
+
+
+@dataclass(slots=True)
+class KVGroup:
+    """The rows of a micro-batch whose pages lie in one pool."""
+
+    tier: Tier
+    """Where the pages are at home."""
+    staged: bool
+    """The pages are copies in the staging pool of the device, made for this micro-batch."""
+    chunks: list[Chunk] = field(default_factory=list)
+    decodes: list[DecodeBatch] = field(default_factory=list)
+    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """[n] all rows of the group."""
+    pages: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """[n] page that each row's new key and value goes to."""
+    offsets: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """[n] slot in that page."""
+    home_pages: torch.Tensor | None = None
+    """Staged only, [n]: the same page in the HOST pool."""
+    home_offsets: torch.Tensor | None = None
+    fetched: torch.Tensor | None = None
+    """Staged only: HOST pages to copy to places 0, 1, … of the staging pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpanPages:
+    """One span of the micro-batch: its first row, positions `start` to `end`, its page table."""
+
+    row: int
+    start: int
+    end: int
+    pages: Sequence[int]
+
+
+def build_group(
+    spans: Sequence[SpanPages],
+    page_tokens: int,
+    device: torch.device,
+    tier: Tier,
+    *,
+    staged: bool,
+) -> KVGroup:
+    """Index tensors of `spans`. Staged pages are renumbered: those with content come first."""
+    group = KVGroup(tier, staged=staged)
+    tables: list[Sequence[int]] = [span.pages[: -(-span.end // page_tokens)] for span in spans]
+    home = tables
+    if staged:
+        renumbered, group.fetched = _renumber(spans, home, page_tokens)
+        tables = list(renumbered)
+    rows, pages, home_pages, offsets = [], [], [], []
+    for span, table, own in zip(spans, tables, home):
+        count = span.end - span.start
+        positions = torch.arange(span.start, span.end)
+        rows.append(torch.arange(span.row, span.row + count))
+        offsets.append(positions % page_tokens)
+        pages.append(torch.tensor(table)[positions // page_tokens])
+        home_pages.append(torch.tensor(own)[positions // page_tokens])
+        if count > 1:
+            place = slice(span.row, span.row + count)
+            group.chunks.append(Chunk(place, span.start, torch.tensor(table, device=device)))
+    group.rows, group.pages = torch.cat(rows).to(device), torch.cat(pages).to(device)
+    all_offsets = torch.cat(offsets)
+    group.offsets = all_offsets.to(device)
+    if staged:
+        group.home_pages, group.home_offsets = torch.cat(home_pages), all_offsets
+    singles = [(s, t) for s, t in zip(spans, tables) if s.end - s.start == 1]
+    group.decodes = [
+        _decode_batch(batch, device) for batch in _similar_lengths(singles, page_tokens)
+    ]
+    return group
+
+
+def _renumber(
+    spans: Sequence[SpanPages], tables: Sequence[Sequence[int]], page_tokens: int
+) -> tuple[list[list[int]], torch.Tensor]:
+    filled = [-(-span.start // page_tokens) for span in spans]
+    fetched = [page for table, count in zip(tables, filled) for page in table[:count]]
+    place, fresh = 0, len(fetched)
+    renumbered = []
+    for table, count in zip(tables, filled):
+        new = len(table) - count
+        renumbered.append([*range(place, place + count), *range(fresh, fresh + new)])
+        place, fresh = place + count, fresh + new
+    return renumbered, torch.tensor(fetched, dtype=torch.long)
+
+
+def _similar_lengths(
+    singles: Sequence[tuple[SpanPages, Sequence[int]]], page_tokens: int
+) -> list[list[tuple[SpanPages, Sequence[int]]]]:
+    """Batches in which the longest sequence has at most a quarter more pages than the shortest."""
+    batches: list[list[tuple[SpanPages, Sequence[int]]]] = []
+    for single in sorted(singles, key=lambda item: item[0].end):
+        pages = len(single[1])
+        if not batches or pages > max(len(batches[-1][0][1]) * 1.25, len(batches[-1][0][1]) + 1):
+            batches.append([])
+        batches[-1].append(single)
+    return batches
+
+
+def _decode_batch(
+    batch: Sequence[tuple[SpanPages, Sequence[int]]], device: torch.device
+) -> DecodeBatch:
+    longest = max(len(table) for _, table in batch)
+    padded = [[*table, *([table[0]] * (longest - len(table)))] for _, table in batch]
+    return DecodeBatch(
+        rows=torch.tensor([span.row for span, _ in batch], device=device),
+        pages=torch.tensor(padded, device=device),
+        lengths=torch.tensor([span.end for span, _ in batch], device=device),
+        longest=max(span.end for span, _ in batch),
+    )

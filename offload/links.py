@@ -1,0 +1,107 @@
+"""Links between tiers and the spans of bytes that cross them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from offload.errors import OffloadStoreError
+
+if TYPE_CHECKING:
+    from offload.offload_file import OffloadFile
+
+
+class Link(str, Enum):
+    """A path of bytes from one tier to another; each has one queue and one set of counters."""
+
+    DISK_TO_HOST = "disk->host"
+    HOST_TO_DEVICE = "host->device"
+    DEVICE_TO_HOST = "device->host"
+    HOST_TO_DISK = "host->disk"
+    DISK_TO_DEVICE = "disk->device"
+    """Only where the device computes in RAM, so that a read lands where it is used."""
+
+    __str__ = str.__str__
+
+
+@dataclass(frozen=True, slots=True)
+class FileExtent:
+    """`nbytes` of the offload file from `offset` on."""
+
+    file: OffloadFile
+    offset: int
+    nbytes: int
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Fill the contiguous uint8 tensor `target` of `nbytes` bytes."""
+        self.file.read(self.offset, target)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """Rows `indices` (int64, sorted or not) of a table stored row by row in the offload file."""
+
+    table: FileExtent
+    row_bytes: int
+    indices: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.row_bytes * len(self.indices)
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Fill `target` [len(indices), row_bytes] uint8."""
+        for row, index in zip(target.view(-1, self.row_bytes), self.indices.tolist()):
+            self.table.file.read(self.table.offset + index * self.row_bytes, row)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRows:
+    """Rows `indices` of a RAM tensor; `staging` (pinned, at least as large) makes them one copy."""
+
+    table: torch.Tensor
+    indices: torch.Tensor
+    staging: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.indices) * self.table[0].nbytes if len(self.indices) else 0
+
+    def gather(self, out: torch.Tensor) -> None:
+        """Write the rows to `out` [len(indices), *row]."""
+        torch.index_select(self.table, 0, self.indices, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class PageSlots:
+    """Token slots in KV pages in RAM, the target of newly computed keys and values.
+
+    `keys` [pages, page_tokens, kv_heads, key_dim] and `values` are views of one page pool; row i of
+    what arrives, keys and values side by side, goes to slot `offsets[i]` of page `pages[i]`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    pages: torch.Tensor
+    offsets: torch.Tensor
+    staging: torch.Tensor | None = None
+
+    def scatter(self, rows: torch.Tensor) -> None:
+        """Store `rows` [n, kv_heads * (key_dim + value_dim)] in their slots."""
+        width = self.keys.shape[2] * self.keys.shape[3]
+        keys, values = rows[:, :width], rows[:, width:]
+        self.keys[self.pages, self.offsets] = keys.reshape(-1, *self.keys.shape[2:])
+        self.values[self.pages, self.offsets] = values.reshape(-1, *self.values.shape[2:])
+
+
+def check_io(error: OSError, what: str) -> OffloadStoreError:
+    """The error of a failed operation on the offload file, with the next step."""
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return OffloadStoreError(
+        f"{what} failed: {reason}",
+        hint="free space in the offload directory or choose another one with --offload-dir",
+    )

@@ -1,0 +1,65 @@
+"""Which tensor lives on which tier, so that the bytes match the split (no torch).
+
+Whole tensors are placed; the error that leaves is carried to the next tensor, as in error
+diffusion, so any split is met closely and every layer gets an even share. Large tensors are placed
+first, because the small ones that follow can still make up for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offload.tiers import Split, Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor to place: its name, the unit of the forward pass it is used in, its bytes."""
+
+    name: str
+    unit: int
+    nbytes: int
+
+
+def place(tensors: Sequence[TensorSpec], split: Split) -> dict[str, Tier]:
+    """Tier of every tensor. The shares of the bytes follow `split` to within the smallest tensors.
+
+    Each tensor goes to the tier that is furthest behind its share of the bytes placed so far. An
+    oversized tensor (an embedding table can be a fifth of a small model) goes where the final share
+    can hold it best.
+    """
+    total = sum(tensor.nbytes for tensor in tensors)
+    placed = dict.fromkeys(Tier, 0)
+    result: dict[str, Tier] = {}
+    seen = 0
+    large_first = sorted(tensors, key=lambda t: (-_size_class(t.nbytes), t.unit, t.name))
+    for tensor in large_first:
+        seen += tensor.nbytes
+        oversized = tensor.nbytes > total / 50
+        reference = total if oversized else seen
+
+        def behind(tier: Tier, reference: float = reference) -> float:
+            return reference * split.fraction(tier) - placed[tier]
+
+        candidates = [tier for tier in Tier if split.fraction(tier) > 0]
+        tier = max(candidates, key=behind)
+        placed[tier] += tensor.nbytes
+        result[tensor.name] = tier
+    return result
+
+
+def _size_class(nbytes: int) -> int:
+    """Tensors within a factor of two are of one class, so that layer order decides among them."""
+    return nbytes.bit_length()
+
+
+def bytes_per_tier(tensors: Sequence[TensorSpec], tiers: Mapping[str, Tier]) -> dict[Tier, int]:
+    """Weight bytes on each tier."""
+    result = dict.fromkeys(Tier, 0)
+    for tensor in tensors:
+        result[tiers[tensor.name]] += tensor.nbytes
+    return result

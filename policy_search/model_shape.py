@@ -1,0 +1,45 @@
+"""Bytes of a model: every formula once, from shapes alone (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """What placement and memory planning need to know of a model."""
+
+    weight_bytes: int
+    """All stored weights; a tied tensor counts once."""
+    largest_layer_bytes: int
+    head_bytes: int
+    """Weights of the output head (the embedding table where they are tied)."""
+    hidden_size: int
+    widest: int
+    """Most values per row that one operation inside a layer produces (usually the feed-forward)."""
+    vocab_size: int
+    kv_bytes_per_token: tuple[int, ...]
+    """Keys and values of one token, per layer."""
+    value_bytes: int
+    """Bytes of one weight or activation value."""
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return sum(self.kv_bytes_per_token)
+
+    def workspace_bytes(self, micro_batch_rows: int, max_rows: int, max_sequences: int) -> int:
+        """Activations at their peak, beside weights and KV cache.
+
+        A running micro-batch holds its residual stream, the inputs and outputs of the widest
+        operation (gate, up and their product) and, in the head, logits in the model's type and in
+        float32; every waiting micro-batch holds its residual stream and position embeddings.
+        """
+        layer = micro_batch_rows * (4 * self.hidden_size + 3 * self.widest) * self.value_bytes
+        head = min(micro_batch_rows, max_sequences) * self.vocab_size * (self.value_bytes + 4)
+        waiting = max_rows * 3 * self.hidden_size * self.value_bytes
+        return max(layer, head) + waiting
+
+    def working_bytes(self, depth: int) -> int:
+        """Working memory when every weight is streamed: a ring of layers and the head's slot."""
+        return depth * self.largest_layer_bytes + self.head_bytes

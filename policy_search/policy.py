@@ -1,0 +1,96 @@
+"""The policy: one frozen plan of what lives where and how large the batch is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from offload.tiers import Split
+from policy_search.errors import PolicyError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """Where weights and KV cache live, the shape of a sweep, and how it is executed."""
+
+    weights: Split = Split(device=100)
+    """Percent of the weight bytes on each tier."""
+    kv_cache: Split = Split(device=100)
+    """Percent of the KV cache pages on each tier (DEVICE and HOST)."""
+    micro_batch_rows: int = 512
+    """Most rows (token positions) computed in one layer call; bounds the activation memory."""
+    num_micro_batches: int | None = None
+    """Cut every sweep into this many micro-batches where it has the rows; None: as few as fit."""
+    max_rows: int = 2048
+    """Most rows of one sweep, over all its micro-batches."""
+    max_sequences: int = 256
+    """Most sequences that are running at the same time."""
+    page_tokens: int = 16
+    """Token positions in one KV page."""
+    prefetch_depth: int = 2
+    """Layers whose streamed weights are in working memory or on their way."""
+    overlap: bool = True
+    """Transfers run beside compute; False runs the same steps one after another."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_rows", "num_micro_batches", "max_rows", "max_sequences"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PolicyError(f"{name} must be at least 1, not {value}")
+        if self.kv_cache.disk:
+            raise PolicyError(
+                "the KV cache cannot live on disk", hint="use --kv-cache device=A,host=B"
+            )
+
+    def to_json(self) -> str:
+        """The policy as one JSON object, with splits written like on the command line."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain = {k: str(v) if isinstance(v, Split) else v for k, v in values.items()}
+        return json.dumps(plain, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Policy:
+        """Read `to_json`'s format. Raises `PolicyError` on unknown fields or wrong types."""
+        try:
+            data: Any = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PolicyError(f"the policy is not JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise PolicyError("a policy is one JSON object")
+        data = data.get("policy", data)
+        known = asdict(cls())
+        for name, value in data.items():
+            if name not in known:
+                raise PolicyError(
+                    f"unknown policy field {name!r}", hint=f"known: {', '.join(sorted(known))}"
+                )
+            data[name] = _checked(name, value)
+        return cls(**data)
+
+    @classmethod
+    def load(cls, path: Path) -> Policy:
+        """Read a policy file. Raises `PolicyError`."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PolicyError(f"cannot read the policy {path}: {error}") from None
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name in ("weights", "kv_cache"):
+        if not isinstance(value, str):
+            raise PolicyError(f'policy field {name} must be a split such as "device=20,host=80"')
+        return Split.parse(value)
+    if name == "overlap":
+        if not isinstance(value, bool):
+            raise PolicyError("policy field overlap must be true or false")
+        return value
+    if value is None and name == "num_micro_batches":
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PolicyError(
+            f"policy field {name} must be a whole number of at least 1, not {value!r}"
+        )
+    return value

@@ -1,0 +1,81 @@
+"""What all tests share: the markers' rules, the tiny checkpoints and the real demo model."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the hub
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runslow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_tests and not _has_cuda():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    if not config.getoption("--runslow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run with --runslow"))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _free_gpu_memory(request: pytest.FixtureRequest):
+    """Leaves the GPU empty after a test that used it."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random four-layer Llama in float32 with a byte tokenizer."""
+    from tests.tiny_models import write_tiny_llama
+
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny_llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_tied_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as `tiny_llama_dir`, with one matrix for the embedding and the output head."""
+    from tests.tiny_models import write_tiny_llama
+
+    directory = tmp_path_factory.mktemp("tiny_tied_llama")
+    return write_tiny_llama(directory, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The demo's model, SmolLM2-135M-Instruct, converted once into the user's cache."""
+    script = ROOT / "scripts" / "get_demo_model.py"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        pytest.fail(f"the demo's model is not at hand:\n{done.stderr}", pytrace=False)
+    return Path(done.stdout.splitlines()[-1])

@@ -1,0 +1,213 @@
+"""Facts about which rows ride in a sweep."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+
+import pytest
+
+from flexrun.plan import MicroBatch, RowSpan, SweepPlan
+from flexrun.scheduler import Scheduler
+from offload.pages import PagePools
+from offload.tiers import Tier
+
+MANY = 10_000
+
+
+def make_scheduler(
+    *,
+    pages: dict[Tier, int] | None = None,
+    staging: int | None = None,
+    page_tokens: int = 4,
+    max_rows: int = 64,
+    max_sequences: int = 8,
+    micro_batch_rows: int = 64,
+    num_micro_batches: int | None = None,
+) -> Scheduler:
+    limits = {} if staging is None else {Tier.HOST: staging}
+    return Scheduler(
+        PagePools(pages or {Tier.DEVICE: MANY}, page_tokens, limits),
+        max_rows=max_rows,
+        max_sequences=max_sequences,
+        micro_batch_rows=micro_batch_rows,
+        num_micro_batches=num_micro_batches,
+    )
+
+
+def spans_of(plan: SweepPlan) -> list[RowSpan]:
+    return [span for batch in plan.micro_batches for span in batch.spans]
+
+
+def commit(scheduler: Scheduler, plan: SweepPlan, ending: tuple[int, ...] = ()) -> None:
+    """What the engine does after a sweep; the sequences in `ending` got their last token."""
+    scheduler.commit(plan)
+    for span in spans_of(plan):
+        if span.wants_logits:
+            scheduler.grow(span.sequence)
+            if span.sequence in ending:
+                scheduler.finish(span.sequence)
+
+
+def test_nothing_to_do_is_an_empty_plan():
+    """Without sequences the plan has no micro-batches."""
+    assert make_scheduler().next_sweep() == SweepPlan(())
+
+
+def test_a_prompt_is_computed_then_one_row_per_token():
+    """A prompt's rows ride together and want logits at their end; then single rows follow."""
+    scheduler = make_scheduler()
+    scheduler.add(7, 5, 20)
+    plan = scheduler.next_sweep()
+    assert plan == SweepPlan((MicroBatch((RowSpan(7, 0, 5, True),)),))
+    assert (plan.rows, plan.empty) == (5, False)
+    commit(scheduler, plan)
+    assert spans_of(scheduler.next_sweep()) == [RowSpan(7, 5, 1, True)]
+
+
+def test_a_long_prompt_is_cut_into_chunks():
+    """A prompt longer than a micro-batch is computed over several sweeps; the last wants logits."""
+    scheduler = make_scheduler(micro_batch_rows=4, max_rows=64)
+    scheduler.add(0, 10, 12)
+    seen = []
+    for _ in range(3):
+        plan = scheduler.next_sweep()
+        seen += spans_of(plan)
+        commit(scheduler, plan)
+    assert seen == [RowSpan(0, 0, 4, False), RowSpan(0, 4, 4, False), RowSpan(0, 8, 2, True)]
+
+
+def test_a_prompt_takes_what_is_left_of_the_budget():
+    """The first rows of a prompt fill a sweep up to `max_rows`."""
+    scheduler = make_scheduler(max_rows=10)
+    for number, prompt in enumerate((6, 7)):
+        scheduler.add(number, prompt, 20)
+    assert spans_of(scheduler.next_sweep()) == [RowSpan(0, 0, 6, True), RowSpan(1, 0, 4, False)]
+
+
+def test_decodes_go_before_prompts():
+    """A sequence that generates is not held up by another one's long prompt."""
+    scheduler = make_scheduler(max_rows=4, micro_batch_rows=4)
+    scheduler.add(0, 100, 110)
+    scheduler.add(1, 2, 10)
+    scheduler.running[0] = scheduler.waiting.popleft()
+    scheduler.pools.allocate(0, 110)
+    scheduler.running[1] = scheduler.waiting.popleft()
+    scheduler.pools.allocate(1, 10)
+    scheduler.running[1].computed = 1
+    assert spans_of(scheduler.next_sweep()) == [RowSpan(1, 1, 1, True), RowSpan(0, 0, 3, False)]
+
+
+def test_waiting_sequences_join_when_others_leave():
+    """At most `max_sequences` run; a place that becomes free is taken in the next sweep."""
+    scheduler = make_scheduler(max_sequences=2)
+    for number in range(4):
+        scheduler.add(number, 3, 9)
+    plan = scheduler.next_sweep()
+    assert [span.sequence for span in spans_of(plan)] == [0, 1]
+    commit(scheduler, plan, ending=(0,))
+    plan = scheduler.next_sweep()
+    assert spans_of(plan) == [RowSpan(1, 3, 1, True), RowSpan(2, 0, 3, True)]
+
+
+def test_short_sequences_do_not_overtake():
+    """A sequence that has to wait for pages holds up those behind it, so its turn comes."""
+    scheduler = make_scheduler(pages={Tier.DEVICE: 4})
+    for number, most in enumerate((8, 12, 4)):
+        scheduler.add(number, 2, most)
+    plan = scheduler.next_sweep()
+    assert [span.sequence for span in spans_of(plan)] == [0]
+    commit(scheduler, plan, ending=(0,))
+    assert [span.sequence for span in spans_of(scheduler.next_sweep())] == [1, 2]
+
+
+def test_a_waiting_sequence_can_be_finished():
+    """A sequence that is ended before it ran never runs and holds no pages."""
+    scheduler = make_scheduler()
+    scheduler.add(0, 3, 9)
+    scheduler.add(1, 3, 9)
+    scheduler.finish(0)
+    assert [span.sequence for span in spans_of(scheduler.next_sweep())] == [1]
+    assert 0 not in scheduler.pools.tables
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3, 5])
+def test_sweeps_are_cut_into_micro_batches_of_about_equal_size(wanted):
+    """Thirty decodes are cut into as many micro-batches as asked for, none much larger."""
+    scheduler = make_scheduler(max_sequences=30, num_micro_batches=wanted)
+    for number in range(30):
+        scheduler.add(number, 1, 9)
+    rows = [batch.rows for batch in scheduler.next_sweep().micro_batches]
+    assert rows == [30 // wanted] * wanted
+
+
+def test_micro_batches_hold_no_more_pages_than_staging():
+    """HOST pages of one micro-batch fit into the staging that they travel through."""
+    scheduler = make_scheduler(pages={Tier.HOST: MANY}, staging=5, max_sequences=6)
+    for number in range(6):
+        scheduler.add(number, 7, 12)  # two pages now, three later
+    plan = scheduler.next_sweep()
+    assert [len(batch.spans) for batch in plan.micro_batches] == [2, 2, 2]
+
+
+def random_run(draw: random.Random) -> tuple[Scheduler, dict[int, tuple[int, int]]]:
+    """A scheduler with sequences waiting, and each one's prompt and most tokens."""
+    scheduler = make_scheduler(
+        pages={Tier.DEVICE: draw.randint(12, 30), Tier.HOST: draw.randint(12, 30)},
+        staging=draw.choice([None, 12]),
+        page_tokens=draw.choice([1, 3, 4]) if draw.random() < 0.5 else 16,
+        max_rows=draw.randint(1, 40),
+        max_sequences=draw.randint(1, 9),
+        micro_batch_rows=draw.randint(1, 20),
+        num_micro_batches=draw.choice([None, 1, 2, 3]),
+    )
+    jobs = {}
+    for number in range(20):
+        prompt = draw.randint(1, 9)
+        jobs[number] = (prompt, prompt + draw.randint(1, 3))
+        scheduler.add(number, *jobs[number])
+    return scheduler, jobs
+
+
+def check_plan(scheduler: Scheduler, plan: SweepPlan) -> None:
+    """No limit is exceeded, and a sequence rides once."""
+    assert 0 < plan.rows <= scheduler.max_rows
+    assert len(scheduler.running) <= scheduler.max_sequences
+    spans = spans_of(plan)
+    assert len({span.sequence for span in spans}) == len(spans)
+    for batch in plan.micro_batches:
+        assert 0 < batch.rows <= scheduler.micro_batch_rows
+        pages: dict[Tier, int] = defaultdict(int)
+        for span in batch.spans:
+            table = scheduler.pools.tables[span.sequence]
+            pages[table.tier] += scheduler.pools.pages_for(span.end)
+            assert scheduler.pools.pages_for(span.end) <= len(table.pages)
+        for tier, limit in scheduler.pools.largest_table.items():
+            assert pages[tier] <= limit
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_job_computes_every_position_once(seed):
+    """Under random limits each position is computed once, in order, and all pages come back."""
+    draw = random.Random(seed)
+    scheduler, jobs = random_run(draw)
+    free = {tier: scheduler.pools.free_pages(tier) for tier in Tier}
+    computed: dict[int, int] = dict.fromkeys(jobs, 0)
+    tokens = {number: prompt for number, (prompt, _) in jobs.items()}
+    joined: list[int] = []
+    while not (plan := scheduler.next_sweep()).empty:
+        check_plan(scheduler, plan)
+        scheduler.commit(plan)
+        for span in spans_of(plan):
+            joined += [span.sequence] if span.start == 0 else []
+            assert span.start == computed[span.sequence]
+            computed[span.sequence] = span.end
+            assert span.wants_logits == (span.end == tokens[span.sequence])
+            if span.wants_logits:
+                scheduler.grow(span.sequence)
+                tokens[span.sequence] += 1
+                if tokens[span.sequence] == jobs[span.sequence][1]:
+                    scheduler.finish(span.sequence)
+    assert computed == {number: most - 1 for number, (_, most) in jobs.items()}
+    assert len(joined) == len(jobs)
+    assert {tier: scheduler.pools.free_pages(tier) for tier in Tier} == free

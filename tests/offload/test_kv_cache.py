@@ -1,0 +1,240 @@
+"""Facts about the KV cache: what attention reads is what was appended, wherever the pages live."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from flexrun.plan import RowSpan
+from flexrun.zigzag import Action, zigzag
+from offload.backend_cpu import CpuBackend
+from offload.backend_emulated import EmulatedBackend, EmulatedMachine
+from offload.errors import OffloadStoreError
+from offload.kv_cache import KVCache, PagedKV
+from offload.kv_layout import KVGroup, SpanPages, build_group
+from offload.links import Link
+from offload.pages import PagePools
+from offload.tiers import MemoryAccount, Tier
+from offload.transfer import TransferEngine
+
+
+@dataclass
+class Shape:
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+SHAPES = [Shape(2, 4, 4), Shape(1, 6, 2), Shape(3, 2, 5)]
+TOKEN_BYTES = sum(4 * s.kv_heads * (s.key_dim + s.value_dim) for s in SHAPES)
+STAGING = 9
+
+
+class Rig:
+    """A KV cache, and a dictionary of all that was ever appended to it."""
+
+    def __init__(self, name: str, pages: dict[Tier, int], page_tokens: int, seed: int = 0) -> None:
+        account = MemoryAccount()
+        self.backend = (
+            CpuBackend(account) if name == "cpu" else EmulatedBackend(account, EmulatedMachine())
+        )
+        staged = name == "emulated" and pages.get(Tier.HOST, 0) > 0
+        self.pools = PagePools(pages, page_tokens, {Tier.HOST: STAGING} if staged else {})
+        self.transfers = TransferEngine(self.backend)
+        self.cache = KVCache(
+            SHAPES, torch.float32, self.pools, self.backend, self.transfers, STAGING
+        )
+        self.lengths: Counter[int] = Counter()
+        self.truth: dict[tuple[int, int], torch.Tensor] = {}
+        self.draw = random.Random(seed)
+        self.random = torch.Generator().manual_seed(seed)
+        self.expected: dict[Link, int] = defaultdict(int)
+
+    def sweep(self, micro_batches: list[list[RowSpan]]) -> None:
+        """Append random rows in zig-zag order, and check all that attention would read."""
+        self.cache.begin(micro_batches)
+        for step in zigzag(len(SHAPES), len(micro_batches)):
+            if step.unit >= len(SHAPES):
+                continue
+            if step.action is Action.FETCH_KV:
+                self.cache.fetch(step.unit, step.micro_batch)
+            elif step.action is Action.COMPUTE:
+                self.append_and_check(step.unit, step.micro_batch, micro_batches[step.micro_batch])
+            elif step.action is Action.STORE_KV:
+                self.cache.store(step.unit, step.micro_batch)
+        for span in (span for spans in micro_batches for span in spans):
+            self.lengths[span.sequence] = span.end
+            if self.pools.tables[span.sequence].tier is Tier.HOST:
+                pages = self.pools.pages_for(span.start)
+                tokens = pages * self.pools.page_tokens
+                self.expected[Link.HOST_TO_DEVICE] += tokens * TOKEN_BYTES
+                self.expected[Link.DEVICE_TO_HOST] += span.length * TOKEN_BYTES
+
+    def append_and_check(self, layer: int, number: int, spans: list[RowSpan]) -> None:
+        shape, rows = SHAPES[layer], sum(span.length for span in spans)
+        key = torch.randn(shape.kv_heads, rows, shape.key_dim, generator=self.random)
+        value = torch.randn(shape.kv_heads, rows, shape.value_dim, generator=self.random)
+        self.cache.append(layer, number, key, value)
+        by_row, row = {}, 0
+        for span in spans:
+            new = torch.cat([key, value], 2)[:, row : row + span.length].transpose(0, 1)
+            old = self.truth.get((layer, span.sequence), new[:0])
+            self.truth[layer, span.sequence] = torch.cat([old[: span.start], new])
+            by_row[row] = span
+            row += span.length
+        seen = []
+        for group, pool in self.cache.view(layer, number):
+            seen += check_group(group, pool, by_row, lambda s: self.truth[layer, s])
+        assert sorted(seen) == sorted(by_row), "every span is read once"
+
+    def close(self) -> None:
+        self.transfers.close()
+        self.cache.close()
+
+
+def check_group(group: KVGroup, pool: PagedKV, by_row: dict[int, RowSpan], truth) -> list[int]:
+    """The pages of each span hold its sequence's keys and values; returns the spans' first rows."""
+    seen = []
+
+    def check(row: int, pages: torch.Tensor, end: int) -> None:
+        span = by_row[row]
+        assert end == span.end
+        stored = torch.cat([pool.keys[pages], pool.values[pages]], 3).flatten(0, 1)[:end]
+        assert torch.equal(stored, truth(span.sequence))
+        seen.append(row)
+
+    for chunk in group.chunks:
+        assert chunk.start == by_row[chunk.rows.start].start
+        check(chunk.rows.start, chunk.pages, chunk.end)
+    for batch in group.decodes:
+        assert batch.longest == int(batch.lengths.max())
+        for row, pages, length in zip(batch.rows.tolist(), batch.pages, batch.lengths.tolist()):
+            check(row, pages, length)
+    return seen
+
+
+CAPACITIES = [
+    ("cpu", {Tier.DEVICE: 40}),
+    ("cpu", {Tier.DEVICE: 20, Tier.HOST: 20}),
+    ("emulated", {Tier.DEVICE: 40}),
+    ("emulated", {Tier.HOST: 40}),
+    ("emulated", {Tier.DEVICE: 20, Tier.HOST: 20}),
+]
+every_capacity = pytest.mark.parametrize(
+    ("name", "pages"), CAPACITIES, ids=["cpu", "cpu-both", "device", "host", "both"]
+)
+
+
+def random_batches(rig: Rig) -> list[list[RowSpan]]:
+    """Some running sequences get a row or a chunk, cut into micro-batches that staging can hold."""
+    batches: list[list[RowSpan]] = [[]]
+    staged = 0
+    for sequence, table in sorted(rig.pools.tables.items()):
+        start, room = rig.lengths[sequence], len(table.pages) * rig.pools.page_tokens
+        length = min(rig.draw.choice([0, 1, 1, 1, 2, 7]), room - start)
+        if not length:
+            continue
+        pages = rig.pools.pages_for(start + length) if table.tier is Tier.HOST else 0
+        if (staged + pages > STAGING or rig.draw.random() < 0.3) and batches[-1]:
+            batches.append([])
+            staged = 0
+        staged += pages
+        batches[-1].append(RowSpan(sequence, start, length, wants_logits=True))
+    return [batch for batch in batches if batch]
+
+
+@every_capacity
+@pytest.mark.parametrize("page_tokens", [1, 4, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_attention_reads_what_was_appended(name, pages, page_tokens, seed):
+    """In thirty random sweeps all reads are exact; only host pages that have content move."""
+    rig = Rig(name, pages, page_tokens, seed)
+    number = sweeps = 0
+    while sweeps < 30:
+        for sequence in list(rig.pools.tables):
+            if rig.draw.random() < 0.1:
+                rig.pools.release(sequence)  # its pages are reused by the next one
+        while rig.pools.allocate(number, rig.draw.randint(1, 8 * page_tokens)):
+            number += 1
+        if batches := random_batches(rig):
+            rig.sweep(batches)
+            sweeps += 1
+    rig.close()
+    moved = {link: counters.total_bytes for link, counters in rig.transfers.counters.items()}
+    if name == "cpu":
+        assert set(moved.values()) == {0}
+    else:
+        assert {link: n for link, n in moved.items() if n} == rig.expected
+        assert bool(rig.expected) == (Tier.HOST in pages)
+    assert set(rig.backend.account.used.values()) == {0}
+
+
+@every_capacity
+def test_pools_are_charged(name, pages):
+    """DEVICE pools of an accelerator are charged whole; pages in RAM when a sequence takes them."""
+    rig = Rig(name, pages, page_tokens=4)
+    page_bytes, account = 4 * TOKEN_BYTES, rig.backend.account
+    widest = 4 * 4 * max(s.kv_heads * (s.key_dim + s.value_dim) for s in SHAPES)
+    staging = STAGING * widest if name == "emulated" and Tier.HOST in pages else 0
+    whole = 0 if name == "cpu" else pages.get(Tier.DEVICE, 0) * page_bytes
+    assert account.used[Tier.DEVICE] == whole + 2 * staging
+    assert account.used[Tier.HOST] == 4 * staging
+    assert rig.pools.allocate(0, 9)
+    tier = rig.pools.tables[0].tier
+    taken = 3 * page_bytes if tier in rig.backend.lazy else 0
+    empty = {Tier.DEVICE: whole + 2 * staging, Tier.HOST: 4 * staging}
+    assert account.used[tier] == empty[tier] + taken
+    rig.close()
+    assert set(account.used.values()) == {0}
+
+
+def test_a_page_holds_keys_then_values():
+    """A page is one piece of memory: all its keys, then all its values."""
+    rig = Rig("cpu", {Tier.DEVICE: 3}, page_tokens=2)
+    rig.pools.allocate(0, 4)
+    rig.cache.begin([[RowSpan(0, 0, 3, True)]])
+    key, value = torch.ones(2, 3, 4), torch.full((2, 3, 4), 2.0)
+    rig.cache.append(0, 0, key, value)
+    ((_, pool),) = rig.cache.view(0, 0)
+    first = rig.pools.tables[0].pages[0]
+    assert pool.raw[first].tolist() == [1.0] * 16 + [2.0] * 16
+    assert pool.keys.data_ptr() == pool.raw.data_ptr()
+    rig.close()
+
+
+class BrokenBackend(EmulatedBackend):
+    """Fails to copy anything back to HOST."""
+
+    def copy(self, link, source, target, after):
+        if link is Link.DEVICE_TO_HOST:
+            raise OffloadStoreError("the link is broken")
+        return super().copy(link, source, target, after)
+
+
+def test_a_lost_row_is_not_silent():
+    """If new keys and values could not be stored, the next read of that layer's pages fails."""
+    rig = Rig("emulated", {Tier.HOST: 9}, page_tokens=4)
+    rig.transfers.close()
+    rig.transfers = TransferEngine(BrokenBackend(MemoryAccount(), EmulatedMachine()))
+    rig.cache._transfers = rig.transfers
+    rig.pools.allocate(0, 9)
+    with pytest.raises(OffloadStoreError, match="the link is broken"):
+        for position in range(3):
+            rig.sweep([[RowSpan(0, position, 1, True)]])
+    rig.close()
+
+
+def test_decodes_of_similar_length_are_batched():
+    """In a batch no sequence has over a quarter more pages than the shortest, or one more."""
+    tables, spans = range(1000), []
+    for row, end in enumerate([1, 3, 4, 5, 9, 20, 80, 81, 96, 100, 101, 128]):
+        spans.append(SpanPages(row, end - 1, end, tables))
+    group = build_group(spans, 4, torch.device("cpu"), Tier.DEVICE, staged=False)
+    lengths = [batch.lengths.tolist() for batch in group.decodes]
+    assert lengths == [[1, 3, 4, 5], [9], [20], [80, 81, 96, 100], [101, 128]]
+    assert [batch.pages.shape[1] for batch in group.decodes] == [2, 3, 5, 25, 32]
+    assert not group.chunks

@@ -1,0 +1,201 @@
+"""Facts about the transfer engine: order, dependencies, errors and counters."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from offload.backend_cpu import CpuBackend
+from offload.backend_emulated import EmulatedBackend, EmulatedMachine
+from offload.errors import OffloadStoreError
+from offload.links import FileExtent, FileRows, Link, PageSlots, TensorRows
+from offload.offload_file import OffloadFile
+from offload.tiers import MemoryAccount, Tier
+from offload.transfer import TransferEngine
+
+IN, OUT, READ = Link.HOST_TO_DEVICE, Link.DEVICE_TO_HOST, Link.DISK_TO_HOST
+
+
+class GatedBackend(EmulatedBackend):
+    """Logs every copy, and holds those of a closed link until its gate opens."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryAccount(), EmulatedMachine())
+        self.gates = {link: threading.Event() for link in self.links}
+        self.log: list[tuple[Link, int]] = []
+        self.events: list[list[Any]] = []
+
+    def copy(self, link: Link, source: Any, target: Any, after: Any) -> Any:
+        self.gates[link].wait()
+        self.log.append((link, int(source[0])))
+        self.events.append(list(after))
+        super().copy(link, source, target, after)
+        return f"copied {int(source[0])}"
+
+
+@pytest.fixture
+def backend():
+    return GatedBackend()
+
+
+@pytest.fixture
+def engine(backend):
+    engine = TransferEngine(backend)
+    yield engine
+    for gate in backend.gates.values():
+        gate.set()
+    engine.close()
+
+
+def numbered(number: int) -> torch.Tensor:
+    return torch.full((4,), number, dtype=torch.uint8)
+
+
+def send(engine: TransferEngine, link: Link, number: int, **options: Any) -> Any:
+    target = torch.zeros(4, dtype=torch.uint8)
+    return engine.submit(link, numbered(number), target, kind="weights", **options)
+
+
+def test_bytes_arrive():
+    """A copy writes exactly the source's bytes, and is over once it was waited for."""
+    engine = TransferEngine(EmulatedBackend(MemoryAccount(), EmulatedMachine()))
+    source = torch.arange(200, dtype=torch.uint8)
+    target = torch.zeros(200, dtype=torch.uint8)
+    transfer = engine.submit(IN, source, target, kind="weights")
+    transfer.synchronize()
+    assert transfer.issued
+    assert torch.equal(target, source)
+    engine.close()
+
+
+def test_a_link_works_in_order_of_priority_and_submission(engine, backend):
+    """Urgent copies overtake waiting ones; equal ones keep the order they were submitted in."""
+    send(engine, IN, 0)  # taken at once, held by the gate
+    while engine._queues[IN].qsize():
+        threading.Event().wait(0.001)
+    transfers = [send(engine, IN, n, priority=p) for n, p in ((1, 1), (2, 0), (3, 1), (4, 0))]
+    backend.gates[IN].set()
+    for transfer in transfers:
+        transfer.synchronize()
+    assert [number for _, number in backend.log] == [0, 2, 4, 1, 3]
+
+
+def test_links_do_not_wait_for_each_other(engine, backend):
+    """A copy on one link is over while another link is still busy."""
+    backend.gates[OUT].set()
+    slow = send(engine, IN, 1)
+    send(engine, OUT, 2).synchronize()
+    assert not slow.issued
+
+
+def test_a_copy_waits_for_what_it_depends_on(engine, backend):
+    """A copy on a free link starts after the transfers it depends on, and gets their events."""
+    backend.gates[IN].set()
+    read = send(engine, READ, 1)
+    moved = send(engine, IN, 2, after=[read, "an event", None])
+    assert backend.log == []
+    assert not moved.issued
+    backend.gates[READ].set()
+    moved.synchronize()
+    assert backend.log == [(READ, 1), (IN, 2)]
+    assert backend.events[1] == ["copied 1", "an event", None]
+    assert moved.event == "copied 2"
+
+
+class BrokenBackend(EmulatedBackend):
+    """Its disk cannot be read."""
+
+    def copy(self, link: Link, source: Any, target: Any, after: Any) -> Any:
+        if link is READ:
+            raise OffloadStoreError("the disk is gone")
+        return super().copy(link, source, target, after)
+
+
+def test_an_error_reaches_the_waiter():
+    """Who waits for a failed copy, or for one after it, gets the error; later copies run."""
+    engine = TransferEngine(BrokenBackend(MemoryAccount(), EmulatedMachine()))
+    read = send(engine, READ, 1)
+    dependent = send(engine, IN, 2, after=[read])
+    later = send(engine, IN, 3)
+    for transfer in (read, dependent):
+        with pytest.raises(OffloadStoreError, match="the disk is gone"):
+            transfer.wait()
+    later.synchronize()
+    assert engine.counters[READ].total_bytes == 0
+    assert engine.counters[IN].bytes == {"weights": 4}
+    engine.close()
+
+
+def test_bytes_are_counted_by_link_and_kind():
+    """Counters hold every copy's bytes under its kind, on the link that it crossed."""
+    engine = TransferEngine(EmulatedBackend(MemoryAccount(), EmulatedMachine()))
+    for nbytes, kind, link in ((10, "kv", IN), (20, "weights", IN), (5, "kv", IN), (7, "kv", OUT)):
+        source = torch.zeros(nbytes, dtype=torch.uint8)
+        engine.submit(link, source, torch.zeros_like(source), kind=kind).synchronize()
+    engine.close()
+    assert engine.counters[IN].bytes == {"kv": 15, "weights": 20}
+    assert engine.counters[OUT].bytes == {"kv": 7}
+    assert {link: c.total_bytes for link, c in engine.counters.items()} == {
+        Link.DISK_TO_HOST: 0,
+        IN: 35,
+        OUT: 7,
+        Link.HOST_TO_DISK: 0,
+    }
+    assert (engine.counters[IN].transfers, engine.counters[OUT].transfers) == (3, 1)
+
+
+def test_close_finishes_what_is_queued():
+    """After close every submitted copy is over and no thread is left."""
+    before = set(threading.enumerate())
+    engine = TransferEngine(EmulatedBackend(MemoryAccount(), EmulatedMachine()))
+    assert len(set(threading.enumerate()) - before) == len(Link) - 1
+    transfers = [send(engine, IN, number) for number in range(50)]
+    engine.close()
+    assert all(transfer.issued for transfer in transfers)
+    assert set(threading.enumerate()) - before == set()
+
+
+def test_everything_that_can_be_moved(tmp_path):
+    """Memory to file and back, rows of a file and of a tensor, and rows into pages."""
+    backend = CpuBackend(MemoryAccount())
+    engine = TransferEngine(backend)
+    file = OffloadFile(tmp_path, 8192)
+    extent = FileExtent(file, 4096, 60)
+    table = torch.arange(60, dtype=torch.uint8)
+    engine.submit(Link.HOST_TO_DISK, table, extent, kind="x").synchronize()
+    back = torch.zeros(60, dtype=torch.uint8)
+    engine.submit(backend.disk_in, extent, back, kind="x").synchronize()
+    assert torch.equal(back, table)
+    indices = torch.tensor([4, 0, 4])
+    for source in (FileRows(extent, 10, indices), TensorRows(table.view(6, 10), indices)):
+        rows = torch.zeros(3, 10, dtype=torch.uint8)
+        engine.submit(backend.disk_in, source, rows, kind="x").synchronize()
+        assert torch.equal(rows, table.view(6, 10)[indices])
+        assert source.nbytes == 30
+    keys, values = torch.zeros(5, 2, 1, 3), torch.zeros(5, 2, 1, 2)
+    slots = PageSlots(keys, values, torch.tensor([4, 0]), torch.tensor([1, 0]))
+    new = torch.arange(1.0, 11.0).view(2, 5)
+    engine.submit(backend.disk_in, new, slots, kind="x").synchronize()
+    assert keys[4, 1].flatten().tolist() + values[4, 1].flatten().tolist() == [1, 2, 3, 4, 5]
+    assert keys[0, 0].flatten().tolist() + values[0, 0].flatten().tolist() == [6, 7, 8, 9, 10]
+    assert int((keys != 0).sum() + (values != 0).sum()) == 10
+    engine.close()
+    file.close()
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_allocations_are_charged(lazy):
+    """Memory is charged when it is allocated and refunded when it is freed; a reserve is not."""
+    account = MemoryAccount({Tier.DEVICE: 1000})
+    backend = CpuBackend(account)
+    if lazy:
+        assert backend.reserve(Tier.DEVICE, 600).nbytes == 600
+        assert account.used[Tier.DEVICE] == 0
+    else:
+        home = backend.allocate(Tier.DEVICE, 600, "weights")
+        assert account.used[Tier.DEVICE] == 600
+        backend.free(Tier.DEVICE, home)
+        assert account.used[Tier.DEVICE] == 0

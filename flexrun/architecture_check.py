@@ -22,8 +22,8 @@ import transformers
 from transformers import AutoConfig
 
 import flexrun
-from flexrun.errors import UnsupportedModelError, UsageError
-from flexrun.model import load_config, refuse_known, trace_attention
+from flexrun.errors import UnsupportedModelError, UsageError, not_exact
+from flexrun.model import load_config, one_line, refuse_known, trace_attention
 from flexrun.model_files import cache_dir, resolve_model
 from flexrun.twin import random_twin
 from flexrun.twin_config import twin_config
@@ -48,6 +48,7 @@ class Verdict:
 
 def check_architecture(config: PretrainedConfig) -> Verdict:
     """Run the twin of `config` both ways and compare."""
+    name = config.model_type
     try:
         refuse_known(config)
         trace_attention(config, torch.float32)
@@ -56,21 +57,18 @@ def check_architecture(config: PretrainedConfig) -> Verdict:
     try:
         twin = random_twin(config, seed=0)
     except Exception as error:  # any failure of model code means that we cannot test it
-        return Verdict(
-            "refused",
-            f"no small twin of this {config.model_type} config could be built "
-            f"({type(error).__name__}: {error})",
-        )
+        reason = f"no small model like it could be built to test it ({one_line(error)})"
+        return Verdict("refused", not_exact(name, reason).message)
     try:
         difference = compare_with_twin(twin)
     except UnsupportedModelError as error:
         return Verdict("refused", error.message)
     except Exception as error:  # model code again: refusing is right whatever went wrong in it
         logger.debug("the twin failed", exc_info=True)
-        return Verdict("refused", f"its twin does not run ({type(error).__name__}: {error})")
+        reason = f"a small model like it, built to test it, does not run ({one_line(error)})"
+        return Verdict("refused", not_exact(name, reason).message)
     if difference is not None:
         return Verdict("not exact", difference)
-    name = config.model_type
     return Verdict("exact", f"a random {name} twin gives the logits of transformers' own forward")
 
 
@@ -79,10 +77,10 @@ def ensure_exact(config: PretrainedConfig) -> None:
     refuse_known(config)
     verdict = cached_verdict(config)
     if verdict.status != "exact":
-        raise UnsupportedModelError(
-            f"{config.model_type} models cannot be run exactly: {verdict}",
-            hint="`flexrun check --model M` repeats this check",
-        )
+        hint = "`flexrun check --model M` repeats this check"
+        if verdict.status == "refused":
+            raise UnsupportedModelError(verdict.detail, hint)
+        raise not_exact(config.model_type, verdict.detail, hint)
 
 
 def cached_verdict(config: PretrainedConfig) -> Verdict:
@@ -94,6 +92,8 @@ def cached_verdict(config: PretrainedConfig) -> Verdict:
         pass
     logger.info("checking the %s architecture once", config.model_type)
     verdict = check_architecture(config)
+    if verdict.status == "refused":
+        return verdict  # found out fast, and perhaps for want of memory or disk space
     with contextlib.suppress(OSError):  # a cache that cannot be written is no reason to stop
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
@@ -129,8 +129,8 @@ def _config_of(model: str) -> PretrainedConfig:
         return load_config(path)
     try:
         return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a network's, or an architecture's own check of its settings
         raise UsageError(
-            f"cannot get the config of {model}: {str(error).splitlines()[0]}",
+            f"cannot get the config of {model}: {one_line(error)}",
             hint="give a local directory, a .gguf file, or a hub id that can be reached",
         ) from error

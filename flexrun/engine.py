@@ -168,6 +168,7 @@ class Engine:
 
     def _fail(self, request: Request) -> RequestOutput:
         for number in [n for n, s in self._sequences.items() if s.request is request]:
+            self._runtime.kv_cache.erase(number)
             self._runtime.scheduler.finish(number)
             del self._sequences[number]
         self._done.pop(request.index, None)

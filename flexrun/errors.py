@@ -44,3 +44,8 @@ class RequestError(FlexrunError, ValueError):
 
 class UnsupportedModelError(FlexrunError):
     """The architecture cannot be run exactly; the message says which property is to blame."""
+
+
+def not_exact(model_type: str, reason: str, hint: str | None = None) -> UnsupportedModelError:
+    """The error of a model of this type."""
+    return UnsupportedModelError(f"{model_type} models cannot be run exactly: {reason}", hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flexrun.errors import UnsupportedModelError, UsageError
+from flexrun.errors import UnsupportedModelError, UsageError, not_exact
 from flexrun.paused_forward import (
     IMPLEMENTATION,
     PausedForward,
@@ -29,6 +30,7 @@ ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, flexrun_attention)
 _TRACED_EXPERTS = "flexrun_shapes_only"
 ALL_EXPERTS_FUNCTIONS.register(_TRACED_EXPERTS, lambda module, hidden, *_, **__: hidden.clone())
 
+_FORWARD_INPUTS = ("position_ids", "logits_to_keep")
 KNOWN_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 
 
@@ -80,9 +82,9 @@ def load_config(directory: Path) -> PretrainedConfig:
     """The text model's config of a checkpoint directory. Raises `UsageError`."""
     try:
         config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # every architecture checks its settings in its own way
         raise UsageError(
-            f"cannot read the model config in {directory}: {error}",
+            f"cannot read the model config in {directory}: {one_line(error)}",
             hint="check config.json; a newer architecture needs a newer transformers",
         ) from error
     return config
@@ -102,17 +104,15 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
     layers = [module.get_submodule(name) for name in layer_names]
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     if embedding is None or head is None:
-        raise UnsupportedModelError("the model has no token embedding or no output head")
+        raise not_exact(config.model_type, "it has no token embedding or no output head")
     install_pauses([*layers, head])
-    text = config.get_text_config()
-    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return Model(
         module=module,
         layers=layers,
         embedding=embedding,
         head=head,
         attention=attention,
-        context_length=int(context or 2048),
+        context_length=_context_length(config),
         vocab_size=int(embedding.weight.shape[0]),
     )
 
@@ -121,20 +121,16 @@ def refuse_known(config: PretrainedConfig) -> None:
     """Raise `UnsupportedModelError` for properties that the config names and we do not run."""
     reason = _reason_to_refuse(config)
     if reason is not None:
-        raise UnsupportedModelError(
-            f"{config.model_type} models cannot be run exactly: {reason}",
-            hint="flexrun runs decoder-only models that use transformers' attention interface; "
-            "`flexrun check --model M` explains one model",
-        )
+        raise not_exact(config.model_type, reason)
 
 
 def _reason_to_refuse(config: PretrainedConfig) -> str | None:
-    text = config.get_text_config()
     if config.is_encoder_decoder:
         return "it is an encoder-decoder, not decoder-only"
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return "transformers has no causal language model for this architecture"
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    text = config.get_text_config()
     if getattr(text, "alibi", False) or config.model_type in ("bloom", "mpt"):
         return "it uses ALiBi position biases"
     if getattr(model_class, "_is_stateful", False):
@@ -145,7 +141,7 @@ def _reason_to_refuse(config: PretrainedConfig) -> str | None:
     if getattr(text, "num_kv_shared_layers", 0):
         return "some of its layers share another layer's KV cache"
     forward = inspect.signature(model_class.forward).parameters
-    missing = [name for name in ("position_ids", "logits_to_keep") if name not in forward]
+    missing = [name for name in _FORWARD_INPUTS if name not in forward]
     if missing:
         return f"its forward pass does not take {' and '.join(missing)}"
     return None
@@ -172,12 +168,12 @@ def trace_attention(
             inputs = {"input_ids": rows, "position_ids": rows, "use_cache": False}
             inputs["logits_to_keep"] = torch.zeros(1, dtype=torch.long)
             PausedForward(module.eval(), inputs, record).resume()
+    except UnsupportedModelError:
+        raise
     except Exception as error:  # model code: any failure means that we cannot follow it
-        raise UnsupportedModelError(
-            f"{name} models cannot be run exactly: tracing the forward pass failed "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    layers = _decoder_layers(module, config)
+        reason = f"its forward pass cannot be followed without weights ({one_line(error)})"
+        raise not_exact(name, reason) from error
+    layers = _decoder_layers(module, config, {attention_module for attention_module, _ in calls})
     owners = []
     for attention_module, _ in calls:
         owners += [i for i, (_, layer) in enumerate(layers) if attention_module in layer.modules()]
@@ -185,19 +181,22 @@ def trace_attention(
         missing = sorted(set(range(len(layers))) - set(owners))
         what = (
             f"layers {missing[:4]} do not use transformers' attention interface"
-            if missing
+            if missing or not calls
             else "a layer attends more than once"
         )
-        raise UnsupportedModelError(f"{name} models cannot be run exactly: {what}")
+        raise not_exact(name, what)
     return [shape for _, shape in calls], [layer_name for layer_name, _ in layers]
 
 
 def _decoder_layers(
-    module: PreTrainedModel, config: PretrainedConfig
+    module: PreTrainedModel, config: PretrainedConfig, attending: set[torch.nn.Module]
 ) -> list[tuple[str, torch.nn.Module]]:
+    """Names and modules of the layers: an image encoder's, of which none attended, are not meant."""
     count = config.get_text_config().num_hidden_layers
     for name, candidate in module.named_modules():
         if isinstance(candidate, torch.nn.ModuleList) and len(candidate) == count:
+            if attending and attending.isdisjoint(candidate.modules()):
+                continue
             return [(f"{name}.{i}", layer) for i, layer in enumerate(candidate)]
     return []
 
@@ -213,13 +212,42 @@ def _instantiate(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION, **extra
         )
     except (ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModelError(
-            f"{config.model_type} models cannot be run exactly: they do not go through "
-            f"transformers' attention interface ({error})"
-        ) from error
+        reason = f"they cannot be built with an attention of ours ({one_line(error)})"
+        raise not_exact(config.model_type, reason) from error
     model.requires_grad_(False)
     assert isinstance(model, PreTrainedModel)
+    _fix_rotary_frequencies(model)
     return model
+
+
+def _fix_rotary_frequencies(model: PreTrainedModel) -> None:
+    """Keep the rotary frequencies of short sequences for good.
+
+    For some kinds transformers recomputes them from the longest sequence of each forward pass, so
+    that results depend on what else is in the batch. `_context_length` keeps all sequences short.
+    """
+    for module in model.modules():
+        kinds = str(getattr(module, "rope_type", ""))
+        if "dynamic" in kinds or "longrope" in kinds:
+            plain = inspect.unwrap(type(module).forward)
+            module.forward = types.MethodType(plain, module)  # type: ignore[method-assign]
+
+
+def _context_length(config: PretrainedConfig) -> int:
+    """Most positions of a sequence."""
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]
+    ropes: dict[str, Any] = getattr(text, "rope_parameters", None) or {}
+    for rope in (ropes, *(value for value in ropes.values() if isinstance(value, dict))):
+        if rope.get("rope_type") == "longrope":  # longer sequences use other frequencies
+            limits.append(rope.get("original_max_position_embeddings"))
+    return min((int(limit) for limit in limits if limit), default=2048)
+
+
+def one_line(error: Exception) -> str:
+    """Kind and first line of an exception from code that is not ours."""
+    text = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _keep_float32(module: PreTrainedModel, dtype: torch.dtype) -> None:

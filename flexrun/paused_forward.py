@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 import greenlet
 import torch
 
+from flexrun.errors import not_exact
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 IMPLEMENTATION = "flexrun"
 """Name our attention is registered under with transformers' attention interface."""
+_IGNORED_TENSORS = {"position_ids"}
+"""Given to attention by some models, for kernels that pack sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +88,15 @@ def flexrun_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: packed [1, heads, rows, head_dim] of one micro-batch."""
+    """transformers' attention interface: packed [1, heads, rows, head_dim] of one micro-batch.
+
+    Raises `UnsupportedModelError` for what it would have to obey and does not know.
+    """
     current = greenlet.getcurrent()
     assert isinstance(current, PausedForward), "this model runs inside an engine only"
+    _refuse_unknown(module, attention_mask, others)
     options = AttentionOptions(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window=sliding_window,
@@ -98,6 +106,22 @@ def flexrun_attention(
     )
     output = current.attend(module, query[0], key[0], value[0], options)
     return output.unsqueeze(0), None
+
+
+def _refuse_unknown(
+    module: torch.nn.Module, mask: torch.Tensor | None, others: dict[str, Any]
+) -> None:
+    reason = None
+    if mask is not None:
+        reason = "it makes attention masks of its own"
+    if (others.get("is_causal") or getattr(module, "is_causal", True)) is False:
+        reason = "its tokens attend to later ones as well"
+    for name, value in others.items():
+        if isinstance(value, torch.Tensor) and name not in _IGNORED_TENSORS:
+            reason = f"its attention also takes {name}"
+    if reason is not None:
+        config: Any = getattr(module, "config", None)
+        raise not_exact(getattr(config, "model_type", "these"), reason)
 
 
 def _chunk_size(module: torch.nn.Module) -> int | None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _WEIGHT_GAIN = 1.5
 _NUDGE = 0.2
+_MOST_WEIGHTS = 50_000_000
+"""A twin has far fewer, unless it is of a kind whose sizes are not known here."""
 
 
 def random_twin(config: PretrainedConfig, seed: int) -> PreTrainedModel:
@@ -22,10 +24,16 @@ def random_twin(config: PretrainedConfig, seed: int) -> PreTrainedModel:
     The weights are large, so that greedy choices are clear, and nothing is left at zero or one:
     a bias, norm, attention sink or layer that is handled wrongly changes the tokens.
     """
+    small = twin_config(config)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(small).parameters()
+        size = sum(parameter.numel() for parameter in shapes)
+    if size > _MOST_WEIGHTS:
+        raise ValueError(f"it would have {size} weights, more than {_MOST_WEIGHTS}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            twin_config(config), attn_implementation="eager", dtype=torch.float32
+            small, attn_implementation="eager", dtype=torch.float32
         )
         _randomize(model)
     return model.eval()

@@ -13,6 +13,8 @@ from flexrun.twin_layers import Settings, keep_one_layer_of_each_kind
 
 _VOCABULARY = 128
 _POSITIONS = 256
+_SHORT_POSITIONS = 64
+"""Of them, those before longrope changes its frequencies: beyond, no model runs."""
 _WINDOW = 8
 _EXPERTS = 8
 _LARGEST_GROUP = 8
@@ -129,8 +131,9 @@ def _head_counts(heads: int, kv_heads: int) -> tuple[int, int]:
 
 
 def _rotates_pairs(size: float) -> bool:
-    """Whether `size` numbers make two pairs or more."""
-    return size >= 4 and abs(size / 2 - round(size / 2)) < 1e-9
+    """Whether `size` numbers, rounded down, make two pairs or more."""
+    whole = int(size + 1e-9)
+    return whole >= 4 and whole % 2 == 0 and size - whole < 0.05
 
 
 def _ropes(settings: Settings) -> list[Settings]:
@@ -182,9 +185,11 @@ def _shrink_experts(settings: Settings) -> None:
 def _shrink_context(settings: Settings, rotated: int) -> None:
     positions = _first(settings, _CONTEXTS) or _POSITIONS
     factor = min(1.0, _POSITIONS / positions)
+    longrope = any(rope.get("rope_type") == "longrope" for rope in _ropes(settings))
+    shortest = _SHORT_POSITIONS if longrope else 16
 
     def original(length: int) -> int:
-        return max(16, int(length * factor))
+        return max(shortest, int(length * factor))
 
     _replace(settings, _WINDOWS, lambda size: min(size, _WINDOW))
     for part in [settings, *_ropes(settings)]:

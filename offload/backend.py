@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -55,9 +56,9 @@ class DeviceBackend(ABC):
         self.account.refund(tier, tensor.nbytes)
         self._free(tier, tensor)
 
-    def reserve(self, tier: Tier, nbytes: int) -> torch.Tensor:
-        """Like `allocate` where memory is lazy, but charged by the caller as it is used."""
-        return self._allocate(tier, nbytes)
+    def reserve(self, nbytes: int) -> torch.Tensor:
+        """A uint8 tensor [nbytes] of zeros in a lazy tier, charged by the caller as it is used."""
+        return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
 
     @abstractmethod
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor: ...

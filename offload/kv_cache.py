@@ -45,14 +45,29 @@ class Span(Protocol):
 class PagedKV:
     """Keys and values of one layer in one pool.
 
-    `keys` [pages, page_tokens, kv_heads, key_dim] and `values` [pages, page_tokens, kv_heads,
-    value_dim] are views of the same pages: a page's keys come first, then its values.
+    `keys` [pages, kv_heads, page_tokens, key_dim] and `values` [pages, kv_heads, page_tokens,
+    value_dim] are views of the same pages: a page's keys come first, then its values. Within a page
+    one head's tokens are neighbours, so that gathered pages are ready for a batched product.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     raw: torch.Tensor
     """[pages, elements of one page]."""
+
+    def gather(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of B page tables: [B, P] -> two of [B, kv_heads, P * page_tokens, dim]."""
+        heads = torch.arange(self.keys.shape[1], device=pages.device).view(1, -1, 1)
+        wanted = pages.unsqueeze(1)
+        if self.keys.shape != self.values.shape:
+            return self.keys[wanted, heads].flatten(2, 3), self.values[wanted, heads].flatten(2, 3)
+        # One row a head and page: rows are copied whole, much faster than elements by index.
+        _, kv_heads, page_tokens, dim = self.keys.shape
+        table = self.raw.view(-1, page_tokens * dim)
+        rows = wanted * (2 * kv_heads) + heads
+        shape = (len(pages), kv_heads, -1, dim)
+        keys = table.index_select(0, rows.flatten()).view(shape)
+        return keys, table.index_select(0, (rows + kv_heads).flatten()).view(shape)
 
 
 @dataclass(slots=True)
@@ -104,7 +119,18 @@ class KVCache:
     def _allocate(self, tier: Tier, elements: int, what: str) -> torch.Tensor:
         home = self._backend.allocate(tier, elements * self._dtype.itemsize, what)
         self._homes.append((tier, home))
-        return home.view(self._dtype)
+        # Slots that hold no token yet are read and weighted with zero: they must not hold NaN.
+        return home.zero_().view(self._dtype)
+
+    def erase(self, sequence: int) -> None:
+        """Zero the pages of a sequence whose values may not be numbers, before others get them."""
+        table = self._pools.tables.get(sequence)
+        if table is None:
+            return
+        for pool in self._layers[table.tier]:
+            pool.raw[torch.tensor(table.pages, device=pool.raw.device)] = 0
+        for staging in self._staging:
+            staging.device.zero_()
 
     def _charge_pages(self, tier: Tier, pages: int) -> None:
         if tier not in self._backend.lazy:
@@ -118,7 +144,7 @@ class KVCache:
     def _pool(self, tier: Tier, pages: int, shape: LayerShape) -> PagedKV:
         elements = pages * self._page_elements(shape)
         if tier in self._backend.lazy:
-            data = self._backend.reserve(tier, elements * self._dtype.itemsize).view(self._dtype)
+            data = self._backend.reserve(elements * self._dtype.itemsize).view(self._dtype)
         else:
             data = self._allocate(tier, elements, "the KV cache")
         return self._paged(data, shape)
@@ -127,9 +153,9 @@ class KVCache:
         size = self._page_elements(shape)
         raw = data[: data.numel() // size * size].view(-1, size)
         split = self._pools.page_tokens * shape.kv_heads * shape.key_dim
-        heads = (-1, self._pools.page_tokens, shape.kv_heads)
-        keys = raw[:, :split].unflatten(1, (*heads[1:], shape.key_dim))
-        values = raw[:, split:].unflatten(1, (*heads[1:], shape.value_dim))
+        tokens = self._pools.page_tokens
+        keys = raw[:, :split].unflatten(1, (shape.kv_heads, tokens, shape.key_dim))
+        values = raw[:, split:].unflatten(1, (shape.kv_heads, tokens, shape.value_dim))
         return PagedKV(keys, values, raw)
 
     def _make_staging(self, pages: int) -> _Staging:
@@ -191,8 +217,8 @@ class KVCache:
             keys, values = key.transpose(0, 1), value.transpose(0, 1)
             if len(group.rows) != keys.shape[0]:
                 keys, values = keys[group.rows], values[group.rows]
-            pool.keys[group.pages, group.offsets] = keys
-            pool.values[group.pages, group.offsets] = values
+            pool.keys[group.pages, :, group.offsets] = keys
+            pool.values[group.pages, :, group.offsets] = values
             if group.staged:
                 assert staging is not None
                 self._keep(

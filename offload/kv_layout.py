@@ -41,7 +41,6 @@ class DecodeBatch:
     """[B, P]; unused places repeat a page of the sequence."""
     lengths: torch.Tensor
     """[B] positions to attend to, the row's own included."""
-    longest: int
 
 
 @dataclass(slots=True)
@@ -151,5 +150,4 @@ def _decode_batch(
         rows=torch.tensor([span.row for span, _ in batch], device=device),
         pages=torch.tensor(padded, device=device),
         lengths=torch.tensor([span.end for span, _ in batch], device=device),
-        longest=max(span.end for span, _ in batch),
     )

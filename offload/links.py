@@ -80,7 +80,7 @@ class TensorRows:
 class PageSlots:
     """Token slots in KV pages in RAM, the target of newly computed keys and values.
 
-    `keys` [pages, page_tokens, kv_heads, key_dim] and `values` are views of one page pool; row i of
+    `keys` [pages, kv_heads, page_tokens, key_dim] and `values` are views of one page pool; row i of
     what arrives, keys and values side by side, goes to slot `offsets[i]` of page `pages[i]`.
     """
 
@@ -92,10 +92,10 @@ class PageSlots:
 
     def scatter(self, rows: torch.Tensor) -> None:
         """Store `rows` [n, kv_heads * (key_dim + value_dim)] in their slots."""
-        width = self.keys.shape[2] * self.keys.shape[3]
-        keys, values = rows[:, :width], rows[:, width:]
-        self.keys[self.pages, self.offsets] = keys.reshape(-1, *self.keys.shape[2:])
-        self.values[self.pages, self.offsets] = values.reshape(-1, *self.values.shape[2:])
+        _, heads, _, key_dim = self.keys.shape
+        keys, values = rows[:, : heads * key_dim], rows[:, heads * key_dim :]
+        self.keys[self.pages, :, self.offsets] = keys.reshape(-1, heads, key_dim)
+        self.values[self.pages, :, self.offsets] = values.reshape(len(rows), heads, -1)
 
 
 def check_io(error: OSError, what: str) -> OffloadStoreError:

@@ -1,21 +1,27 @@
-"""The automatic policy: fill the fastest tier first, and leave room for the working memory."""
+"""The automatic policy: fill the fastest tier first, and leave room for KV and working memory."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from offload.errors import CapacityError
 from offload.tiers import Split, Tier, format_size
-from policy_search.policy import Policy
+from policy_search.memory import LAZY_FILL, memory_of, workspace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from policy_search.model_shape import ModelShape
+    from policy_search.policy import Policy
 
 KV_SHARE = 0.5
-"""Share of the DEVICE memory left beside working memory that the KV cache may take from weights."""
+"""Most of a tier's memory, beside working memory, that KV cache is given before weights are."""
+ENOUGH_KV = 0.125
+"""KV cache of this share of the DEVICE memory is enough to keep all weights there."""
+_MARGINS = (0.0, 0.01, 0.05, 0.2)
+"""Shares of a tier left empty, tried in turn: whole tensors can miss their share of the bytes."""
 
 
 def automatic_policy(
@@ -28,69 +34,139 @@ def automatic_policy(
 ) -> Policy:
     """`base` with weights and KV cache placed under `limits` (bytes per tier).
 
-    Everything stays on DEVICE if it fits. Otherwise the KV cache goes to HOST where that is a
-    memory of its own, and weights fill DEVICE, then HOST, then DISK. Raises `CapacityError` if even
-    that does not fit.
+    Everything stays on DEVICE if the weights leave enough of it for KV. Otherwise weights fill
+    DEVICE, then HOST, then DISK, beside a KV cache on DEVICE; one that is too small there for a
+    single sequence of `context_length` goes to HOST, if that has more room. `unified` says that
+    HOST is the memory of the device: then only DEVICE and DISK are used. The plan is held against
+    `memory_of`, which knows the engine's allocations. Raises `CapacityError` if nothing fits.
     """
-    device = limits[Tier.DEVICE] - workspace(shape, base)
-    kv_bytes = base.max_sequences * context_length * shape.kv_token_bytes
-    smallest_kv = context_length * shape.kv_token_bytes
-    if shape.weight_bytes + max(smallest_kv, min(kv_bytes, device * KV_SHARE)) <= device:
-        return replace(base, weights=Split(device=100), kv_cache=Split(device=100))
-    room = device - shape.working_bytes(base.prefetch_depth)
-    if room < 0:
-        raise CapacityError(
-            f"working memory does not fit on device: {format_size(-room)} is missing",
-            hint="raise --device-memory, or lower --micro-batch and --max-rows",
+    planner = _Planner(shape, limits, base, context_length, unified)
+    room = planner.room[Tier.DEVICE]
+    everything = replace(base, weights=Split(device=100), kv_cache=Split(device=100))
+    enough = min(planner.wanted, ENOUGH_KV * (limits[Tier.DEVICE] - workspace(shape, base)))
+    if planner.fits(everything, enough) is None:
+        return everything
+    shortage: CapacityError | None = None
+    for policy, kv_bytes, last_resort in planner.candidates() if room >= 0 else ():
+        error = planner.fits(policy, kv_bytes)
+        if error is None:
+            return policy
+        if last_resort and shortage is None:
+            shortage = error
+    if planner.fits(everything, 0) is None:
+        return (
+            everything  # too small for the buffers of streamed weights, but large enough as it is
         )
-    kv_on_device = unified or smallest_kv <= room * KV_SHARE
-    on_device = max(0.0, room - (min(kv_bytes, room * KV_SHARE) if kv_on_device else 0))
-    on_host = 0.0 if unified else limits[Tier.HOST] * (0.8 if kv_on_device else KV_SHARE)
-    first = min(1.0, on_device / shape.weight_bytes)
-    second = min(1.0 - first, on_host / shape.weight_bytes)
-    device_percent, host_percent = int(first * 100), int(second * 100)
-    rest = 100 - device_percent - host_percent
-    if rest and first + second >= 0.999:
-        host_percent, rest = host_percent + rest, 0  # rounding must not send a sliver to disk
-    return replace(
-        base,
-        weights=Split(device=device_percent, host=host_percent, disk=rest),
-        kv_cache=Split(device=100) if kv_on_device else Split(host=100),
+    raise shortage or CapacityError(
+        f"working memory does not fit on device: {format_size(-room)} is missing",
+        hint="raise --device-memory, or lower --micro-batch and --max-rows",
     )
 
 
-def workspace(shape: ModelShape, policy: Policy) -> int:
-    """Bytes on DEVICE that a sweep under `policy` needs for activations."""
-    return shape.workspace_bytes(policy.micro_batch_rows, policy.max_rows, policy.max_sequences)
+@dataclass(slots=True)
+class _Planner:
+    """Policies to try, the best first."""
+
+    shape: ModelShape
+    limits: Mapping[Tier, int]
+    base: Policy
+    context_length: int
+    unified: bool
+
+    @property
+    def room(self) -> dict[Tier, int]:
+        """Bytes for weights and KV cache when weights are streamed; less than 0: what is missing.
+
+        The buffers of weights from disk are not counted on HOST.
+        """
+        ring = self.shape.working_bytes(self.base.prefetch_depth)
+        fixed = workspace(self.shape, self.base) + ring + self.shape.resident_bytes
+        rows = self.base.micro_batch_rows * self.shape.hidden_size * self.shape.value_bytes
+        host = 0 if self.unified else max(0, self.limits[Tier.HOST] - rows)
+        return {Tier.DEVICE: self.limits[Tier.DEVICE] - fixed, Tier.HOST: host}
+
+    @property
+    def one_sequence(self) -> int:
+        """KV bytes of a sequence of the whole context length."""
+        pages = -(-self.context_length // self.base.page_tokens)
+        return pages * self.base.page_tokens * self.shape.kv_token_bytes
+
+    @property
+    def wanted(self) -> int:
+        """KV bytes that suffice for everything."""
+        return self.base.max_sequences * self.one_sequence
+
+    def fits(self, policy: Policy, kv_bytes: float) -> CapacityError | None:
+        """None if `policy` fits with at least about `kv_bytes` of KV cache, or what is short."""
+        arguments = (self.shape, policy, self.limits, self.context_length)
+        try:
+            memory = memory_of(*arguments, unified=self.unified)
+        except CapacityError as error:
+            return error
+        if sum(tier.kv for tier in memory.values()) >= kv_bytes:
+            return None
+        return CapacityError("the KV cache is smaller than planned")
+
+    def candidates(self) -> Iterator[tuple[Policy, float, bool]]:
+        """Each with the KV bytes that make it worth having, and whether nothing takes less memory.
+
+        Less KV is tried where more leaves too little for the weights.
+        """
+        for share in self._kv_shares():
+            for tier in self._kv_tiers():
+                for margin in _MARGINS:
+                    policy, kv_bytes = self._offloaded(tier, share, margin)
+                    yield policy, kv_bytes, share == margin == 0
+
+    def _kv_shares(self) -> list[float]:
+        """The more weights are streamed, the more KV (a larger batch) it takes to pay for it."""
+        room = max(1, self.room[Tier.DEVICE])
+        excess = 2 * (self.shape.weight_bytes - room) / room
+        first = min(KV_SHARE, max(ENOUGH_KV, excess))
+        return [first, *(share for share in (ENOUGH_KV, 0.03, 0.0) if share < first)]
+
+    def _kv_tiers(self) -> list[Tier]:
+        if self.unified or not self.room[Tier.HOST]:
+            return [Tier.DEVICE]
+        small = self.one_sequence > self.room[Tier.DEVICE] * KV_SHARE
+        on_host = small and self.room[Tier.HOST] > self.room[Tier.DEVICE]
+        return [Tier.HOST, Tier.DEVICE] if on_host else [Tier.DEVICE, Tier.HOST]
+
+    def _offloaded(self, kv_tier: Tier, share: float, margin: float) -> tuple[Policy, float]:
+        """Weights beside a KV cache on `kv_tier` that gets `share` of the room."""
+        room = {tier: nbytes * (1 - margin) for tier, nbytes in self.room.items()}
+        kv = min(self.wanted, room[kv_tier] * share)
+        one_page = self.base.page_tokens * self.shape.kv_token_bytes
+        room[kv_tier] -= max(kv, one_page / LAZY_FILL + 1)
+        if kv_tier is Tier.HOST:
+            staged = self._staged(share)
+            room[Tier.DEVICE] -= 2 * staged  # the engine's staging takes half of what it finds
+            room[Tier.HOST] -= 2 * staged
+        policy = replace(
+            self.base,
+            weights=self._weights(room),
+            kv_cache=Split(host=100) if kv_tier is Tier.HOST else Split(device=100),
+        )
+        return policy, kv / 2
+
+    def _staged(self, share: float) -> float:
+        """Bytes on DEVICE of the two staging buffers of KV pages."""
+        largest_layer = max(self.shape.kv_bytes_per_token)
+        whole = 2 * self.one_sequence * largest_layer / self.shape.kv_token_bytes
+        one_page = 2 * self.base.page_tokens * largest_layer
+        return max(one_page, min(whole, self.room[Tier.DEVICE] * share / 2))
+
+    def _weights(self, room: Mapping[Tier, float]) -> Split:
+        placeable = self.shape.weight_bytes - self.shape.resident_bytes
+        device = _percent(room[Tier.DEVICE], placeable)
+        rest = round(100 - device, 2)
+        if placeable * rest / 100 <= room[Tier.HOST]:
+            return Split(device=device, host=rest)
+        buffers = 0 if self.unified else self.shape.working_bytes(self.base.prefetch_depth)
+        host = min(rest, _percent(room[Tier.HOST] - buffers, placeable))
+        return Split(device=device, host=host, disk=round(rest - host, 2))
 
 
-def kv_pages(
-    shape: ModelShape,
-    policy: Policy,
-    room: Mapping[Tier, int],
-    context_length: int,
-    host_overhead_pages: int = 0,
-) -> dict[Tier, int]:
-    """Pages per tier that follow the policy's split and fit into `room` (bytes left per tier).
-
-    `host_overhead_pages` is what staging takes of HOST, in pages. Raises `CapacityError` when not
-    even one sequence of one page fits.
-    """
-    page_bytes = shape.kv_token_bytes * policy.page_tokens
-    per_sequence = -(-context_length // policy.page_tokens)
-    total = float(policy.max_sequences * per_sequence)
-    for tier in (Tier.DEVICE, Tier.HOST):
-        fraction = policy.kv_cache.fraction(tier)
-        if fraction:
-            overhead = host_overhead_pages if tier is Tier.HOST else 0
-            total = min(total, (room[tier] // page_bytes - overhead) / fraction)
-    pages = {t: int(total * policy.kv_cache.fraction(t)) for t in (Tier.DEVICE, Tier.HOST)}
-    for tier, count in pages.items():
-        if policy.kv_cache.fraction(tier) and count < 1:
-            raise CapacityError(
-                f"no room for the KV cache on {tier}: one page of {policy.page_tokens} tokens "
-                f"needs {format_size(page_bytes)}, {format_size(max(0, room[tier]))} is left",
-                hint="raise --device-memory or --host-memory, move the KV cache (--kv-cache) or "
-                "weights (--weights) to another tier, or lower --micro-batch and --max-rows",
-            )
-    return pages
+def _percent(nbytes: float, total: int) -> float:
+    """Rounded down to what people like to read."""
+    return math.floor(min(1.0, max(0.0, nbytes / total)) * 10_000) / 100

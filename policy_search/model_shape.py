@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from offload.placement import TensorSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +26,20 @@ class ModelShape:
     """Keys and values of one token, per layer."""
     value_bytes: int
     """Bytes of one weight or activation value."""
+    tensors: tuple[TensorSpec, ...] = ()
+    """The weights that can be placed: by layer from unit 0 on, then the head's, and -1 for an
+    embedding table of its own. Without them, plans are made as if weights could be cut anywhere."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return len(self.kv_bytes_per_token)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights that stay on DEVICE under any split (the final norm and the like)."""
+        placeable = sum(tensor.nbytes for tensor in self.tensors)
+        return self.weight_bytes - placeable if self.tensors else 0
 
     @property
     def kv_token_bytes(self) -> int:

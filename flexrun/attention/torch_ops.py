@@ -46,13 +46,11 @@ class TorchAttention:
         self, query: torch.Tensor, batch: DecodeBatch, pool: PagedKV, options: AttentionOptions
     ) -> torch.Tensor:
         """One row of each of B sequences: [B, H, V]."""
-        keys = pool.keys[batch.pages].flatten(1, 2)[:, : batch.longest]  # [B, S, K, D]
-        values = pool.values[batch.pages].flatten(1, 2)[:, : batch.longest]
+        keys, values = pool.gather(batch.pages)
         rows = query[:, batch.rows].transpose(0, 1).unsqueeze(2)  # [B, H, 1, D]
-        positions = torch.arange(batch.longest, device=query.device)
+        positions = torch.arange(keys.shape[2], device=query.device)
         seen = visible((batch.lengths - 1).view(-1, 1, 1), positions, options)
-        out = masked_attention(rows, keys.transpose(1, 2), values.transpose(1, 2), seen, options)
-        return out.squeeze(2)
+        return masked_attention(rows, keys, values, seen, options).squeeze(2)
 
 
 def attend_chunk(
@@ -68,8 +66,7 @@ def attend_chunk(
     if chunk.start == 0:
         keys, values = key[:, chunk.rows], value[:, chunk.rows]
     else:
-        keys = pool.keys[chunk.pages].flatten(0, 1)[: chunk.end].transpose(0, 1)
-        values = pool.values[chunk.pages].flatten(0, 1)[: chunk.end].transpose(0, 1)
+        keys, values = (t[0, :, : chunk.end] for t in pool.gather(chunk.pages.unsqueeze(0)))
     window_hides = options.sliding_window is not None and options.sliding_window < chunk.end
     chunk_hides = options.chunk is not None and options.chunk < chunk.end
     if window_hides or chunk_hides or options.softcap is not None or options.sinks is not None:

@@ -89,7 +89,7 @@ class Rig:
         self.values[sequence] = torch.randn(*shape, VALUE_DIM, generator=self.random)
 
     def append(self, spans: list[RowSpan]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the spans' keys and values into their pages; both packed as the model gives them."""
+        """Write the spans' keys and values into their pages; both as the model gives them."""
         key = torch.cat([self.keys[s.sequence][s.start : s.end] for s in spans]).transpose(0, 1)
         value = torch.cat([self.values[s.sequence][s.start : s.end] for s in spans])
         self.cache.begin([spans])

@@ -94,20 +94,25 @@ def model_shape(model: Model, weights: ModelWeights, dtype: torch.dtype) -> Mode
     """The numbers that planning needs."""
     size = dtype.itemsize
     kv = tuple(s.kv_heads * (s.key_dim + s.value_dim) * size for s in model.attention)
+    config = model.config.get_text_config()
+    # Stacked matrices are experts': each row visits some of them.
+    experts_per_row = getattr(config, "num_experts_per_tok", None) or 1
     widest = max(
-        max(weight.shape[-2:] if len(weight.shape) > 1 else (0,))
+        max(weight.shape[-2:]) * (experts_per_row if len(weight.shape) == 3 else 1)
         for layer in weights.layers
         for weight in layer
+        if len(weight.shape) > 1
     )
     return ModelShape(
         weight_bytes=sum(weight.nbytes for weight in weights.all),
         largest_layer_bytes=max(sum(w.nbytes for w in layer) for layer in weights.layers),
         head_bytes=sum(weight.nbytes for weight in weights.head),
-        hidden_size=int(model.config.get_text_config().hidden_size),
+        hidden_size=int(config.hidden_size),
         widest=widest,
         vocab_size=model.vocab_size,
         kv_bytes_per_token=kv,
         value_bytes=size,
+        tensors=tuple(TensorSpec(w.name, unit, w.nbytes) for unit, w in weights.placeable),
     )
 
 

@@ -16,15 +16,13 @@ from offload.backend_cpu import CpuBackend
 from offload.backend_cuda import CudaBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.tiers import MemoryAccount, Tier
+from policy_search.machine import SHARE_OF_FREE
 
 if TYPE_CHECKING:
     from flexrun.config import EngineConfig
     from offload.backend import DeviceBackend
 
 logger = logging.getLogger(__name__)
-
-SHARE_OF_FREE = 0.85
-"""Part of the free memory that is taken where no budget is given; other programs keep the rest."""
 
 
 def open_backend(config: EngineConfig) -> DeviceBackend:

@@ -180,7 +180,7 @@ def trace_attention(
     if owners != list(range(len(layers))) or not layers:
         missing = sorted(set(range(len(layers))) - set(owners))
         what = (
-            f"layers {missing[:4]} do not use transformers' attention interface"
+            f"layers {missing[:4]} do not go through transformers' attention interface"
             if missing or not calls
             else "a layer attends more than once"
         )
@@ -212,7 +212,9 @@ def _instantiate(
             config, dtype=dtype, attn_implementation=IMPLEMENTATION, **extra
         )
     except (ValueError, KeyError, ImportError) as error:
-        reason = f"they cannot be built with an attention of ours ({one_line(error)})"
+        reason = "its attention does not go through transformers' attention interface"
+        if IMPLEMENTATION not in str(error):
+            reason = f"it cannot be built without weights ({one_line(error)})"
         raise not_exact(config.model_type, reason) from error
     model.requires_grad_(False)
     assert isinstance(model, PreTrainedModel)

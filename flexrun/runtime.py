@@ -20,7 +20,8 @@ from offload.kv_cache import KVCache
 from offload.pages import PagePools
 from offload.tiers import Tier, format_size
 from offload.transfer import TransferEngine
-from policy_search.automatic import automatic_policy, kv_pages, workspace
+from policy_search.automatic import automatic_policy
+from policy_search.memory import kv_pages, kv_room, workspace
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -91,13 +92,10 @@ class Runtime:
     def _choose_policy(self, config: EngineConfig) -> Policy:
         changed = {f: getattr(config, f) for f in _POLICY_FIELDS if getattr(config, f) is not None}
         policy = config.policy or Policy()
-        shape_fields = {f: v for f, v in changed.items() if f not in ("weights", "kv_cache")}
-        policy = replace(policy, **shape_fields, overlap=policy.overlap and config.overlap)
-        if "micro_batch_rows" in changed and "max_rows" not in changed and config.policy is None:
-            batches = policy.num_micro_batches or 4
-            policy = replace(
-                policy, max_rows=max(policy.max_rows, policy.micro_batch_rows * batches)
-            )
+        batch = {f: v for f, v in changed.items() if f not in ("weights", "kv_cache")}
+        if config.policy is None:
+            policy = policy.with_batch(**batch)
+        policy = replace(policy, **batch, overlap=policy.overlap and config.overlap)
         if config.policy is None and not {"weights", "kv_cache"} <= changed.keys():
             limits = self.backend.account.limits
             known = {tier: int(limits.get(tier) or 0) for tier in Tier}
@@ -113,20 +111,12 @@ class Runtime:
     def _add_kv_cache(self, closing: contextlib.ExitStack) -> None:
         backend, policy, shape = self.backend, self.policy, self.shape
         context = self.model.context_length
-        account = backend.account
-        room = {tier: account.available(tier) or 0 for tier in Tier}
-        staged = bool(policy.kv_cache.host) and not backend.unified
-        layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
-        staging = -(-context // policy.page_tokens) if staged else 0
-        if staged:
-            # Two buffers on the device; they may not take what the model needs.
-            staging = max(1, min(staging, room[Tier.DEVICE] // 4 // layer_page_bytes))
-            room[Tier.DEVICE] -= 2 * staging * layer_page_bytes
-            room[Tier.HOST] -= 4 * staging * layer_page_bytes
-        if backend.unified or backend.name == "emulated":
-            room = {tier: int(nbytes * 0.9) for tier, nbytes in room.items()}
+        free = {tier: backend.account.available(tier) or 0 for tier in Tier}
+        room, staging = kv_room(
+            shape, policy, free, context, unified=backend.unified, lazy=backend.lazy
+        )
         pages = kv_pages(shape, policy, room, context)
-        limits = {Tier.HOST: staging} if staged else {}
+        limits = {Tier.HOST: staging} if staging else {}
         self.pools = PagePools(pages, policy.page_tokens, limits)
         self.kv_cache = KVCache(
             self.model.attention, self.dtype, self.pools, backend, self.transfers, staging

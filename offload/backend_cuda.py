@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload.backend import DeviceBackend, Source, Target, move
+from offload.errors import CapacityError
 from offload.links import FileExtent, Link, PageSlots, TensorRows
 from offload.pinned import PinnedMemory
-from offload.tiers import MemoryAccount, Tier
+from offload.tiers import BUDGET_FLAG, MemoryAccount, Tier, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,14 +28,23 @@ class CudaBackend(DeviceBackend):
         self._streams = {
             link: torch.cuda.Stream(device) for link in (Link.HOST_TO_DEVICE, Link.DEVICE_TO_HOST)
         }
+        # Rows are for what is computed next: they must not queue behind a whole layer's weights.
+        self._rows_in = torch.cuda.Stream(device)
 
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
-        if tier is Tier.HOST:
-            return self._pinned.allocate(nbytes)
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        try:
+            if tier is Tier.HOST:
+                return self._pinned.allocate(nbytes)
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except (torch.OutOfMemoryError, OSError) as error:
+            raise CapacityError(
+                f"{format_size(nbytes)} could not be had on {tier}, though the budget allows it",
+                hint=f"lower {BUDGET_FLAG[tier]}, or end other programs that use this memory",
+            ) from error
 
     def _free(self, tier: Tier, tensor: torch.Tensor) -> None:
         if tier is Tier.HOST:
+            self._finish_copies()  # a run that was broken off leaves some under way
             self._pinned.free(tensor)
 
     def free_memory(self) -> int:
@@ -43,7 +53,7 @@ class CudaBackend(DeviceBackend):
 
     def copy(self, link: Link, source: Source, target: Target, after: Sequence[Any]) -> Any:
         """Issue the copy on the link's stream; the returned event marks its end there."""
-        stream = self._streams.get(link)
+        stream = self._rows_in if isinstance(source, TensorRows) else self._streams.get(link)
         if stream is None:
             # RAM and disk: this thread moves the bytes, so it waits for the device to let go.
             for event in after:
@@ -101,8 +111,12 @@ class CudaBackend(DeviceBackend):
         if event is not None:
             event.synchronize()
 
-    def close(self) -> None:
-        """Unpin host memory once its copies are over."""
-        for stream in self._streams.values():
+    def _finish_copies(self) -> None:
+        for stream in (*self._streams.values(), self._rows_in):
             stream.synchronize()
+
+    def close(self) -> None:
+        """Unpin host memory once its copies are over, and give device memory back to CUDA."""
+        self._finish_copies()
         self._pinned.close()
+        torch.cuda.empty_cache()  # what torch keeps for itself is not free for the next engine

@@ -55,19 +55,27 @@ class PagedKV:
     raw: torch.Tensor
     """[pages, elements of one page]."""
 
-    def gather(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of B page tables: [B, P] -> two of [B, kv_heads, P * page_tokens, dim]."""
-        heads = torch.arange(self.keys.shape[1], device=pages.device).view(1, -1, 1)
-        wanted = pages.unsqueeze(1)
-        if self.keys.shape != self.values.shape:
-            return self.keys[wanted, heads].flatten(2, 3), self.values[wanted, heads].flatten(2, 3)
-        # One row a head and page: rows are copied whole, much faster than elements by index.
+    def gather(
+        self, pages: torch.Tensor, memo: dict[Any, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of B page tables: [B, P] -> two of [B, kv_heads, P * page_tokens, dim].
+
+        `memo` keeps the row numbers for the other layers that read the same pages.
+        """
+        memo = {} if memo is None else memo
         _, kv_heads, page_tokens, dim = self.keys.shape
+        if self.keys.shape != self.values.shape:
+            heads = torch.arange(kv_heads, device=pages.device).view(1, -1, 1)
+            place = pages.unsqueeze(1), heads
+            return self.keys[place].flatten(2, 3), self.values[place].flatten(2, 3)
+        # One row a head and page: rows are copied whole, much faster than elements by index.
         table = self.raw.view(-1, page_tokens * dim)
-        rows = wanted * (2 * kv_heads) + heads
+        if kv_heads not in memo:
+            heads = torch.arange(2 * kv_heads, device=pages.device).view(2, 1, -1, 1)
+            memo[kv_heads] = (pages.unsqueeze(1) * (2 * kv_heads) + heads).view(2, -1)
         shape = (len(pages), kv_heads, -1, dim)
-        keys = table.index_select(0, rows.flatten()).view(shape)
-        return keys, table.index_select(0, (rows + kv_heads).flatten()).view(shape)
+        keys, values = (table.index_select(0, rows).view(shape) for rows in memo[kv_heads])
+        return keys, values
 
 
 @dataclass(slots=True)
@@ -112,6 +120,8 @@ class KVCache:
         self._staged: dict[tuple[int, int], _Staging] = {}
         """By layer and micro-batch: the staging its HOST pages are in."""
         self._last_store: dict[int, list[Transfer]] = {}
+        self._earlier_store: dict[int, list[Transfer]] = {}
+        """By layer, before this sweep: within one, no sequence reads what another one stores."""
 
     def _page_elements(self, shape: LayerShape) -> int:
         return self._pools.page_tokens * shape.kv_heads * (shape.key_dim + shape.value_dim)
@@ -127,10 +137,14 @@ class KVCache:
         table = self._pools.tables.get(sequence)
         if table is None:
             return
+        for stores in self._last_store.values():
+            for store in stores:
+                store.synchronize()  # or they would write the same values again
         for pool in self._layers[table.tier]:
             pool.raw[torch.tensor(table.pages, device=pool.raw.device)] = 0
         for staging in self._staging:
             staging.device.zero_()
+            staging.free = self._backend.record()
 
     def _charge_pages(self, tier: Tier, pages: int) -> None:
         if tier not in self._backend.lazy:
@@ -170,6 +184,7 @@ class KVCache:
     def begin(self, micro_batches: Sequence[Sequence[Span]]) -> None:
         """Prepare the index tensors of a sweep's micro-batches (each a sequence of spans)."""
         self._batches = []
+        self._earlier_store = dict(self._last_store)
         for spans in micro_batches:
             by_tier: dict[Tier, list[SpanPages]] = {}
             row = 0
@@ -202,7 +217,7 @@ class KVCache:
                 TensorRows(home.raw, group.fetched, staging.pinned_in),
                 target,
                 kind="kv",
-                after=[staging.free, *self._last_store.get(layer, ())],
+                after=[staging.free, *self._earlier_store.get(layer, ())],
                 priority=0,
             )
         return staging.arrived

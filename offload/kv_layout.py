@@ -6,7 +6,7 @@ Legend: B = decoding sequences, P = pages, n = rows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -41,6 +41,8 @@ class DecodeBatch:
     """[B, P]; unused places repeat a page of the sequence."""
     lengths: torch.Tensor
     """[B] positions to attend to, the row's own included."""
+    memo: dict[Any, torch.Tensor] = field(default_factory=dict)
+    """What attention derives from the batch alone: made in the first layer, used in all."""
 
 
 @dataclass(slots=True)

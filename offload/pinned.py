@@ -6,12 +6,16 @@ the memory asked for.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 
 import torch
 
 logger = logging.getLogger(__name__)
+
+_PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every GPU of the process."""
 
 
 class PinnedMemory:
@@ -29,17 +33,24 @@ class PinnedMemory:
         if tensor is None:
             return torch.empty(0, dtype=torch.uint8)
         self._maps[tensor.data_ptr()] = mapping
-        code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes, 0))
+        code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), nbytes, _PORTABLE))
         if code == 0:
             self._registered.add(tensor.data_ptr())
-        elif not self._warned:
+        else:
+            self._refused(code)
+        return tensor
+
+    def _refused(self, code: int) -> None:
+        # CUDA keeps the error for whichever kernel is launched next: one that does not matter.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
+        if not self._warned:
             self._warned = True
             logger.warning(
                 "pinning host memory was refused (CUDA error %d): copies will be slower; "
                 "raise the locked-memory limit (ulimit -l)",
                 code,
             )
-        return tensor
 
     def free(self, tensor: torch.Tensor) -> None:
         """Unpin `tensor`; its memory goes with the last reference to it."""

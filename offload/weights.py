@@ -121,6 +121,7 @@ class WeightStore:
         self._transfers = transfers
         self._views: dict[str, torch.Tensor | FileExtent] = {}
         self._homes: list[tuple[Tier, torch.Tensor]] = []
+        self._weights = [*resident, *gathered, *(weight for unit in units for weight in unit)]
         stays = {Tier.DEVICE, Tier.HOST} if backend.unified else {Tier.DEVICE}
         self._allocate_resident(list(resident), Tier.DEVICE)
         for unit in (*units, gathered):
@@ -264,6 +265,8 @@ class WeightStore:
 
     def close(self) -> None:
         """Give all memory back."""
+        for weight in self._weights:  # the model's parameters hold on to it, too
+            weight.bind(torch.empty(weight.nbytes, dtype=torch.uint8, device="meta"))
         for tier, home in self._homes:
             self._backend.free(tier, home)
         self._homes.clear()

@@ -53,10 +53,9 @@ def automatic_policy(
             return policy
         if last_resort and shortage is None:
             shortage = error
+    # The device may be too small for the buffers of streamed weights, but not for the weights.
     if planner.fits(everything, 0) is None:
-        return (
-            everything  # too small for the buffers of streamed weights, but large enough as it is
-        )
+        return everything
     raise shortage or CapacityError(
         f"working memory does not fit on device: {format_size(-room)} is missing",
         hint="raise --device-memory, or lower --micro-batch and --max-rows",

@@ -10,14 +10,14 @@ from offload.placement import place
 from offload.tiers import BUDGET_FLAG, Tier, format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from offload.placement import TensorSpec
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
 
 LAZY_FILL = 0.9
-"""Share of the room that KV pages may take where memory is taken when it is first written."""
+"""Share of the room on a lazy tier that KV pages may take."""
 _LINE, _BLOCK = 64, 4096
 """Weights start on cache lines, and every unit's part of the offload file on a disk block."""
 
@@ -58,7 +58,7 @@ def memory_of(
     weights, working = _weights(shape, policy, unified)
     working[Tier.DEVICE] += workspace(shape, policy)
     free = {tier: limits[tier] - weights[tier] - working[tier] for tier in Tier}
-    for tier in Tier:
+    for tier in reversed(Tier):  # the last resort first: what is short there fits nowhere
         if free[tier] < 0:
             raise CapacityError(
                 f"the model does not fit: {format_size(-free[tier])} are missing on {tier} for "
@@ -66,9 +66,8 @@ def memory_of(
                 f"working memory ({BUDGET_FLAG[tier]} is {format_size(limits[tier])})",
                 hint=_remedy(tier, unified, weights[tier]),
             )
-    room, staging = kv_room(
-        shape, policy, free, context_length, unified=unified, fill=LAZY_FILL if unified else 1.0
-    )
+    lazy = (Tier.DEVICE, Tier.HOST) if unified else ()
+    room, staging = kv_room(shape, policy, free, context_length, unified=unified, lazy=lazy)
     pages = kv_pages(shape, policy, room, context_length)
     page_bytes = shape.kv_token_bytes * policy.page_tokens
     buffer = staging * max(shape.kv_bytes_per_token) * policy.page_tokens
@@ -101,13 +100,13 @@ def kv_room(
     context_length: int,
     *,
     unified: bool,
-    fill: float = 1.0,
+    lazy: Collection[Tier] = (),
 ) -> tuple[dict[Tier, int], int]:
     """Bytes per tier that KV pages may take of `free`, and the pages of one staging buffer.
 
     Pages on a HOST that is not the device's memory pass through two buffers on the device, each
-    with two on HOST. The buffers take at most half of what is free on the device. `fill` is the
-    share of the rest that the pages may take.
+    with two on HOST. The buffers take at most half of what is free on the device. Pages on `lazy`
+    tiers, whose memory is taken when it is first written, leave a part of it to other programs.
     """
     room = dict(free)
     room[Tier.HOST] -= _embedding_rows(shape, policy, unified)
@@ -118,7 +117,9 @@ def kv_room(
         staging = max(1, min(whole_sequence, room[Tier.DEVICE] // 4 // layer_page_bytes))
         room[Tier.DEVICE] -= 2 * staging * layer_page_bytes
         room[Tier.HOST] -= 4 * staging * layer_page_bytes
-    return {tier: int(max(0, nbytes) * fill) for tier, nbytes in room.items()}, staging
+    for tier in lazy:
+        room[tier] = int(room[tier] * LAZY_FILL)
+    return {tier: max(0, nbytes) for tier, nbytes in room.items()}, staging
 
 
 def kv_pages(

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from offload.tiers import Split
 from policy_search.errors import PolicyError
+
+_COUNTS = (
+    "micro_batch_rows",
+    "num_micro_batches",
+    "max_rows",
+    "max_sequences",
+    "page_tokens",
+    "prefetch_depth",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +44,7 @@ class Policy:
     """Transfers run beside compute; False runs the same steps one after another."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_rows", "num_micro_batches", "max_rows", "max_sequences"):
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PolicyError(f"{name} must be at least 1, not {value}")
@@ -43,6 +52,19 @@ class Policy:
             raise PolicyError(
                 "the KV cache cannot live on disk", hint="use --kv-cache device=A,host=B"
             )
+
+    def with_batch(self, **given: int | None) -> Policy:
+        """This policy with the fields replaced that are not None. Raises `PolicyError`.
+
+        Unless `max_rows` is given, a larger `micro_batch_rows` enlarges the sweep, so that it still
+        has several micro-batches to use a layer's weights for.
+        """
+        values: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
+        changed = replace(self, **values)
+        if "micro_batch_rows" not in values or "max_rows" in values:
+            return changed
+        enough = changed.micro_batch_rows * (changed.num_micro_batches or 4)
+        return replace(changed, max_rows=max(changed.max_rows, enough))
 
     def to_json(self) -> str:
         """The policy as one JSON object, with splits written like on the command line."""
@@ -59,15 +81,16 @@ class Policy:
             raise PolicyError(f"the policy is not JSON: {error}") from None
         if not isinstance(data, dict):
             raise PolicyError("a policy is one JSON object")
-        data = data.get("policy", data)
-        known = asdict(cls())
-        for name, value in data.items():
+        inner = data.get("policy", data)  # a report has the policy as one of its parts
+        if not isinstance(inner, dict):
+            raise PolicyError("a policy is one JSON object")
+        known = sorted(field.name for field in fields(cls))
+        for name in inner:
             if name not in known:
                 raise PolicyError(
-                    f"unknown policy field {name!r}", hint=f"known: {', '.join(sorted(known))}"
+                    f"unknown policy field {name!r}", hint=f"known: {', '.join(known)}"
                 )
-            data[name] = _checked(name, value)
-        return cls(**data)
+        return cls(**{name: _checked(name, value) for name, value in inner.items()})
 
     @classmethod
     def load(cls, path: Path) -> Policy:

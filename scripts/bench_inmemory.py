@@ -26,7 +26,9 @@ from flexrun import LLM, SamplingParams
 def workload(count: int, vocab: int, seed: int) -> tuple[list[list[int]], list[int]]:
     """Ragged, distinct prompts of token ids, and the number of new tokens of each."""
     draw = random.Random(seed)
-    prompts = [[draw.randrange(3, vocab) for _ in range(draw.randint(16, 256))] for _ in range(count)]
+    prompts = [
+        [draw.randrange(3, vocab) for _ in range(draw.randint(16, 256))] for _ in range(count)
+    ]
     return prompts, [draw.randint(32, 128) for _ in range(count)]
 
 

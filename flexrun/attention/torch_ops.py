@@ -46,10 +46,13 @@ class TorchAttention:
         self, query: torch.Tensor, batch: DecodeBatch, pool: PagedKV, options: AttentionOptions
     ) -> torch.Tensor:
         """One row of each of B sequences: [B, H, V]."""
-        keys, values = pool.gather(batch.pages)
+        keys, values = pool.gather(batch.pages, batch.memo)
         rows = query[:, batch.rows].transpose(0, 1).unsqueeze(2)  # [B, H, 1, D]
-        positions = torch.arange(keys.shape[2], device=query.device)
-        seen = visible((batch.lengths - 1).view(-1, 1, 1), positions, options)
+        reach = (options.sliding_window, options.chunk)
+        if reach not in batch.memo:
+            positions = torch.arange(keys.shape[2], device=query.device)
+            batch.memo[reach] = visible((batch.lengths - 1).view(-1, 1, 1), positions, options)
+        seen = batch.memo[reach]
         return masked_attention(rows, keys, values, seen, options).squeeze(2)
 
 

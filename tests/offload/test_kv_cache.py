@@ -106,6 +106,8 @@ def check_group(group: KVGroup, pool: PagedKV, by_row: dict[int, RowSpan], truth
         both = torch.cat([pool.keys[pages], pool.values[pages]], 3)  # [P, heads, tokens, dims]
         stored = both.transpose(1, 2).flatten(0, 1)[:end]
         assert torch.equal(stored, truth(span.sequence))
+        gathered = torch.cat(pool.gather(pages.unsqueeze(0)), 3)[0]
+        assert torch.equal(gathered.transpose(0, 1)[:end], stored)
         seen.append(row)
 
     for chunk in group.chunks:
@@ -193,7 +195,7 @@ def test_pools_are_charged(name, pages):
 
 
 def test_a_page_holds_keys_then_values():
-    """A page is one piece of memory: all its keys, then all its values."""
+    """A page is one piece of memory, keys before values; a slot without a token holds zeros."""
     rig = Rig("cpu", {Tier.DEVICE: 3}, page_tokens=2)
     rig.pools.allocate(0, 4)
     rig.cache.begin([[RowSpan(0, 0, 3, True)]])
@@ -202,6 +204,8 @@ def test_a_page_holds_keys_then_values():
     ((_, pool),) = rig.cache.view(0, 0)
     first = rig.pools.tables[0].pages[0]
     assert pool.raw[first].tolist() == [1.0] * 16 + [2.0] * 16
+    second = rig.pools.tables[0].pages[1]
+    assert pool.raw[second].tolist() == ([1.0] * 4 + [0.0] * 4) * 2 + ([2.0] * 4 + [0.0] * 4) * 2
     assert pool.keys.data_ptr() == pool.raw.data_ptr()
     rig.close()
 

@@ -1,0 +1,138 @@
+"""The sizes that a checkpoint's config.json states, under one name each."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compression.spec import BITS
+from policy_search.errors import PolicyError
+
+_OTHER_NAMES = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "max_position_embeddings": ("n_positions",),
+}
+DEFAULT_CONTEXT = 2048
+"""What the engine, too, takes where the config states no context length."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The config of the text model in `directory`."""
+
+    directory: Path
+    settings: dict[str, Any]
+
+    @classmethod
+    def load(cls, directory: Path) -> ModelConfig:
+        """Read config.json. Raises `PolicyError`."""
+        path = directory / "config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("it is not a JSON object")
+        except FileNotFoundError:
+            raise PolicyError(
+                f"there is no {path}",
+                hint="--model is a local directory with config.json; a model of the hub has to be "
+                "downloaded first (`hf download NAME --local-dir DIR`)",
+            ) from None
+        except (OSError, ValueError) as error:
+            raise PolicyError(
+                f"cannot read {path}: {error}", hint="download or copy the file again"
+            ) from None
+        if settings.get("quantization_config"):
+            raise PolicyError(
+                f"{path} describes a quantized checkpoint, which is not supported",
+                hint="use the unquantized checkpoint of this model",
+            )
+        text = settings.get("text_config")
+        return cls(directory, settings | text if isinstance(text, dict) else settings)
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name."""
+        return str(self.settings.get("model_type", "unknown"))
+
+    def optional(self, name: str) -> int | None:
+        """The positive whole number under `name`, or None where the config has none."""
+        for spelling in (name, *_OTHER_NAMES.get(name, ())):
+            value = self.settings.get(spelling)
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PolicyError(
+                    f"{self.directory / 'config.json'}: {spelling} must be a positive whole "
+                    f"number, not {value!r}",
+                    hint="check the file; a size that differs from layer to layer is not supported",
+                )
+            return value
+        return None
+
+    def number(self, name: str) -> int:
+        """Like `optional`. Raises `PolicyError` where the config has none."""
+        value = self.optional(name)
+        if value is None:
+            raise PolicyError(
+                f"{self.directory / 'config.json'} has no {name}, so the sizes of this "
+                f"{self.model_type} model are not known",
+                hint="check that --model is a decoder-only model of the transformers library "
+                "(`flexrun check --model DIR`)",
+            )
+        return value
+
+    def flag(self, name: str) -> bool:
+        """Whether `name` is true."""
+        return bool(self.settings.get(name))
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values in one layer."""
+        if self.optional("kv_lora_rank"):
+            return self.number("num_attention_heads")  # latents are cached as full keys and values
+        if self.flag("multi_query"):
+            return 1
+        return self.optional("num_key_value_heads") or self.number("num_attention_heads")
+
+    @property
+    def head_dim(self) -> int:
+        """Values of one query head."""
+        return self.optional("head_dim") or (
+            self.number("hidden_size") // self.number("num_attention_heads")
+        )
+
+    @property
+    def kv_values(self) -> int:
+        """Values of one token's keys and values in one layer."""
+        if self.optional("kv_lora_rank"):
+            key = self.number("qk_nope_head_dim") + self.number("qk_rope_head_dim")
+            return self.kv_heads * (key + self.number("v_head_dim"))
+        return self.kv_heads * 2 * self.head_dim
+
+    @property
+    def experts_per_row(self) -> int:
+        """Experts that each row visits; 1 for a dense model."""
+        return self.optional("num_experts_per_tok") or 1
+
+    @property
+    def context_length(self) -> int:
+        """Most positions of one sequence."""
+        return self.optional("max_position_embeddings") or DEFAULT_CONTEXT
+
+    def compute_dtype(self, requested: str, *, unified: bool) -> str:
+        """The type that the engine computes in. Raises `PolicyError`."""
+        if requested != "auto":
+            return requested
+        stored = self.settings.get("dtype") or self.settings.get("torch_dtype") or "float32"
+        stored = str(stored).removeprefix("torch.")
+        if stored not in BITS:
+            raise PolicyError(
+                f"{self.directory / 'config.json'} has the type {stored}, which is not supported",
+                hint=f"set --dtype to one of {', '.join(BITS)}",
+            )
+        # CPUs multiply float16 very slowly, so the engine computes in float32 there.
+        return "float32" if stored == "float16" and unified else stored

@@ -1,0 +1,109 @@
+"""Names and shapes of a model's weights from its config alone, for the common decoder families."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from policy_search.errors import PolicyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from policy_search.model_config import ModelConfig
+    from policy_search.stored_shapes import Shapes
+
+    Named = Iterator[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """How a family of models differs from Llama."""
+
+    norms: int = 2
+    """Norms over the hidden state per layer."""
+    query_norm: str = ""
+    """A norm of queries and of keys: "head" (one head's values) or "all" heads'."""
+    qkv_bias: bool = False
+    """Always biased; others are where the config says attention_bias."""
+    may_tie: bool = False
+    """The head is the embedding table unless the config says otherwise."""
+    reads_bias: bool = True
+
+
+_FAMILIES = {
+    "llama": _Family(),
+    "mistral": _Family(reads_bias=False),
+    "mixtral": _Family(reads_bias=False),
+    "granite": _Family(),
+    "smollm3": _Family(may_tie=True),
+    "qwen2": _Family(qkv_bias=True, reads_bias=False),
+    "qwen3": _Family(query_norm="head"),
+    "qwen3_moe": _Family(query_norm="head"),
+    "olmo2": _Family(query_norm="all"),
+    "olmoe": _Family(query_norm="all"),
+    "gemma": _Family(may_tie=True),
+    "gemma2": _Family(norms=4, may_tie=True),
+    "gemma3_text": _Family(norms=4, query_norm="head", may_tie=True),
+}
+
+
+def shapes_by_formula(config: ModelConfig) -> Shapes:
+    """Every weight, expert matrices of a layer stacked. Raises `PolicyError`."""
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        config.number(name)
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
+        raise PolicyError(
+            f"the sizes of {config.model_type} models are not known from config.json alone",
+            hint=f"download the model's weights into {config.directory}: their headers have the "
+            f"sizes. Without weights these are known: {', '.join(_FAMILIES)}",
+        )
+    hidden, vocab = config.number("hidden_size"), config.number("vocab_size")
+    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not config.settings.get("tie_word_embeddings", family.may_tie):
+        shapes["lm_head.weight"] = (vocab, hidden)
+    for layer in range(config.number("num_hidden_layers")):
+        prefix = f"model.layers.{layer}."
+        for part in (_attention(config, family), _feed_forward(config, layer)):
+            shapes |= {prefix + name: shape for name, shape in part}
+        shapes |= {f"{prefix}norm{n}.weight": (hidden,) for n in range(family.norms)}
+    return shapes
+
+
+def _attention(config: ModelConfig, family: _Family) -> Named:
+    hidden, head_dim = config.number("hidden_size"), config.head_dim
+    heads, kv_heads = config.number("num_attention_heads"), config.kv_heads
+    bias = family.reads_bias and config.flag("attention_bias")
+    for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
+        yield f"self_attn.{name}_proj.weight", (count * head_dim, hidden)
+        if bias or family.qkv_bias:
+            yield f"self_attn.{name}_proj.bias", (count * head_dim,)
+        if name != "v" and family.query_norm:
+            values = head_dim if family.query_norm == "head" else count * head_dim
+            yield f"self_attn.{name}_norm.weight", (values,)
+    yield "self_attn.o_proj.weight", (hidden, heads * head_dim)
+    if bias:
+        yield "self_attn.o_proj.bias", (hidden,)
+
+
+def _feed_forward(config: ModelConfig, layer: int) -> Named:
+    hidden = config.number("hidden_size")
+    experts = config.optional("num_local_experts") or config.optional("num_experts")
+    if experts and _has_experts(config, layer):
+        wide = config.optional("moe_intermediate_size") or config.number("intermediate_size")
+        yield "mlp.gate.weight", (experts, hidden)
+        yield "mlp.experts.gate_up_proj", (experts, 2 * wide, hidden)
+        yield "mlp.experts.down_proj", (experts, hidden, wide)
+        return
+    wide = config.number("intermediate_size")
+    for name, shape in (("gate", (wide, hidden)), ("up", (wide, hidden)), ("down", (hidden, wide))):
+        yield f"mlp.{name}_proj.weight", shape
+        if config.flag("mlp_bias"):
+            yield f"mlp.{name}_proj.bias", shape[:1]
+
+
+def _has_experts(config: ModelConfig, layer: int) -> bool:
+    period = config.optional("decoder_sparse_step") or 1
+    dense = config.settings.get("mlp_only_layers") or ()
+    return layer not in dense and (layer + 1) % period == 0

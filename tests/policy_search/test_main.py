@@ -1,0 +1,139 @@
+"""Facts about the command policy-search."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from flexrun.arguments import build_parser, engine_config
+from flexrun.engine import Engine
+from offload.tiers import Tier
+from policy_search import __main__ as command
+from policy_search.__main__ import main
+from policy_search.policy import Policy
+
+SMALL = ["--max-rows", "64", "--micro-batch", "16", "--max-sequences", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _no_gpu(monkeypatch):
+    """The machine that runs the tests may have a GPU."""
+    monkeypatch.setattr(command, "gpu_budget", lambda: None)
+
+
+def plan(capsys, *arguments):
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_model_that_fits_is_not_offloaded(tiny_llama_dir, capsys):
+    """With room for everything, the text says so and every weight is on the device."""
+    assert main(["--model", str(tiny_llama_dir), "--device-memory", "1GiB"]) == 0
+    text = capsys.readouterr().out
+    assert "the model fits: do not offload" in text
+    assert "host:   [......" in text
+
+
+def test_the_printed_command_makes_the_same_plan(tiny_llama_dir, capsys):
+    """The flags of the text, read by flexrun, give the policy that is in the JSON."""
+    arguments = ["--model", str(tiny_llama_dir), "--device-memory", "900KiB", *SMALL]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "the model does not fit" in text
+    words = shlex.split(next(line for line in text.splitlines() if "flexrun generate" in line))
+    config = engine_config(vars(build_parser("0").parse_args(words[1:])))
+    policy = Policy.from_json(json.dumps(plan(capsys, *arguments)))
+    assert (config.weights, config.kv_cache) == (policy.weights, policy.kv_cache)
+    assert (config.micro_batch_rows, config.max_rows, config.max_sequences) == (16, 64, 8)
+    assert config.device_memory == 900 * 1024
+
+
+@pytest.mark.parametrize("memory", ["5MiB", "700KiB", "480KiB"])
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_the_engine_allocates_what_was_planned(tiny_llama_dir, capsys, memory, device):
+    """Predicted bytes of weights and working memory are the engine's, on every tier."""
+    budgets = ["--device-memory", memory, "--host-memory", "4MiB", "--disk-space", "4MiB"]
+    if device == "cpu":
+        budgets[3] = memory  # one memory with two names
+    arguments = ["--model", tiny_llama_dir, *budgets, *SMALL]
+    planned = plan(capsys, *arguments, *(["--unified"] if device == "cpu" else []))
+    words = ["generate", "--input", "i", "--output", "o", "--device", device]
+    parsed = build_parser("0").parse_args([*words, *map(str, arguments)])
+    engine = Engine(engine_config(vars(parsed)), None)
+    try:
+        policy = Policy.from_json(json.dumps(planned))
+        assert engine._runtime.policy == policy
+        placed = engine._runtime.weights.placed
+        assert {t: planned["memory"][t]["weights"] for t in Tier} == placed
+        used = engine._runtime.backend.account.used
+        for tier in (Tier.DEVICE, Tier.DISK):
+            parts = planned["memory"][tier]
+            lazy = parts["kv"] if tier in engine._runtime.backend.lazy else 0
+            predicted = parts["weights"] + parts["working"] + parts["kv"] - lazy
+            assert used[tier] == predicted
+    finally:
+        engine.close()
+
+
+def test_the_written_policy_can_be_read(tiny_llama_dir, capsys, tmp_path):
+    """-o writes what --policy reads."""
+    path = tmp_path / "policy.json"
+    planned = plan(
+        capsys, "--model", tiny_llama_dir, "--device-memory", "900KiB", *SMALL, "-o", path
+    )
+    assert Policy.load(path) == Policy.from_json(json.dumps(planned["policy"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "org/name"], "org/name is not a directory"),
+        ([], "--model"),
+        (["--model", "DIR", "--device-memory", "much"], "cannot read the size 'much'"),
+        (["--model", "DIR", "--max-rows", "0"], "'0' is not a whole number of at least 1"),
+        (["--model", "DIR", "--device-memory", "1KiB"], "is missing"),
+        (["--model", "DIR", "--unified", "--device-memory", "600KiB", "--disk-space", "0", *SMALL],
+         "missing on disk"),
+        (["--model", "DIR", "--device-memory", "1GiB", "-o", "DIR"], "cannot write"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said(tiny_llama_dir, capsys, arguments, words):
+    """Wrong usage and models that do not fit exit with 2 and a hint on stderr."""
+    code = main([str(tiny_llama_dir) if word == "DIR" else word for word in arguments])
+    assert code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert words in output.err
+    assert "hint: " in output.err or "looks like" in output.err
+
+
+def test_without_a_gpu_the_plan_is_for_the_cpu(tiny_llama_dir, capsys):
+    """RAM is then the device's memory, under either name, and nothing is on host."""
+    planned = plan(capsys, "--model", tiny_llama_dir, "--host-memory", "1GiB")
+    assert planned["memory"]["device"]["capacity"] == 2**30
+    assert planned["memory"]["host"]["weights"] == 0
+
+
+def test_a_gpu_is_asked_for_its_memory(tiny_llama_dir, capsys, monkeypatch):
+    """Its free memory is the budget where none is given."""
+    monkeypatch.setattr(command, "gpu_budget", lambda: 3 * 2**20)
+    assert main(["--model", str(tiny_llama_dir), *SMALL]) == 0
+    text = capsys.readouterr().out
+    assert "--device cuda --device-memory 3MiB" in text
+
+
+def test_it_runs_without_torch(tiny_llama_dir):
+    """The whole way from config to plan imports neither torch nor transformers."""
+    code = (
+        "import sys; from policy_search.__main__ import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or any(m in sys.modules for m in ('torch', 'transformers')) and 'torch')"
+    )
+    flags = ["--model", str(tiny_llama_dir), "--unified", "--device-memory", "1GiB"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,150 @@
+"""Facts about model shapes: headers, formula and the built model agree, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
+
+from flexrun.loading import find_weights, model_shape
+from flexrun.model import build_model, load_config
+from offload.errors import CheckpointError
+from policy_search.errors import PolicyError
+from policy_search.model_config import ModelConfig
+from policy_search.shape_from_config import shape_from_config
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": None,
+}
+MORE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 3},
+    "llama": {"attention_bias": True, "mlp_bias": True},
+}
+FAMILIES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "granite",
+    "smollm3",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "olmo2",
+    "olmoe",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+)
+
+
+def engine_shape(directory, dtype=torch.float32):
+    model = build_model(load_config(directory), dtype, torch.device("cpu"))
+    return model_shape(model, find_weights(model), dtype)
+
+
+def planned_shape(directory, dtype="float32"):
+    return shape_from_config(ModelConfig.load(directory), dtype)
+
+
+def numbers(shape):
+    """All but the tensors' names, which a formula makes up."""
+    names = [name for name in shape.__dataclass_fields__ if name != "tensors"]
+    tensors = sorted((tensor.unit, tensor.nbytes) for tensor in shape.tensors)
+    return {name: getattr(shape, name) for name in names} | {"tensors": tensors}
+
+
+def without_weights(directory, target):
+    target.mkdir()
+    shutil.copy(directory / "config.json", target)
+    return target
+
+
+@pytest.mark.parametrize("name", ["tiny_llama_dir", "tiny_tied_llama_dir"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_headers_and_formula_agree_with_the_built_model(name, dtype, request, tmp_path):
+    """Every number of a Llama's shape is the engine's own, with and without weight files."""
+    directory = request.getfixturevalue(name)
+    expected = engine_shape(directory, getattr(torch, dtype))
+    from_headers = planned_shape(directory, dtype)
+    assert set(from_headers.tensors) == set(expected.tensors)
+    assert numbers(from_headers) == numbers(expected)
+    bare = without_weights(directory, tmp_path / "bare")
+    assert numbers(planned_shape(bare, dtype)) == numbers(expected)
+
+
+def test_experts_count_as_the_model_stacks_them(tmp_path):
+    """A Mixtral checkpoint's many small matrices give the shape of the built model."""
+    config = MixtralConfig(**SIZES, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "moe")
+    expected = numbers(engine_shape(tmp_path / "moe"))
+    assert numbers(planned_shape(tmp_path / "moe")) == expected
+    bare = without_weights(tmp_path / "moe", tmp_path / "bare")
+    assert numbers(planned_shape(bare)) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_formula_knows_each_family(family, tmp_path):
+    """Without weight files, every known family has the built model's bytes."""
+    config = AutoConfig.for_model(family, **SIZES, **MORE.get(family, {}))
+    config.save_pretrained(tmp_path)
+    assert numbers(planned_shape(tmp_path)) == numbers(engine_shape(tmp_path))
+
+
+def test_a_missing_size_is_named(tiny_llama_dir, tmp_path):
+    """A config without a size that is needed is refused by the field's name."""
+    settings = json.loads((tiny_llama_dir / "config.json").read_text())
+    for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"):
+        rest = {key: value for key, value in settings.items() if key != name}
+        (tmp_path / "config.json").write_text(json.dumps(rest))
+        with pytest.raises(PolicyError, match=f"has no {name}"):
+            planned_shape(tmp_path)
+
+
+def test_an_unknown_family_needs_its_weights(tiny_llama_dir, tmp_path):
+    """Sizes are never guessed: without headers an unknown architecture is refused."""
+    settings = json.loads((tiny_llama_dir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "gpt_neox"}))
+    with pytest.raises(PolicyError, match="gpt_neox") as caught:
+        planned_shape(tmp_path)
+    assert "download the model's weights" in str(caught.value)
+
+
+def test_a_broken_checkpoint_is_explained(tiny_llama_dir, tmp_path):
+    """A truncated file and a missing shard are errors; an index without any file is not."""
+    directory = without_weights(tiny_llama_dir, tmp_path / "broken")
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}))
+    assert planned_shape(directory).weight_bytes > 0
+    (directory / "1.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"2\.safetensors"):
+        planned_shape(directory)
+    (directory / "model.safetensors").write_bytes((99).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match="truncated"):
+        planned_shape(directory)
+
+
+def test_float16_is_computed_in_float32_on_a_cpu(tmp_path):
+    """The type is the engine's choice: the checkpoint's, except for float16 on a CPU."""
+    (tmp_path / "config.json").write_text('{"torch_dtype": "float16"}')
+    config = ModelConfig.load(tmp_path)
+    assert config.compute_dtype("auto", unified=True) == "float32"
+    assert config.compute_dtype("auto", unified=False) == "float16"
+    assert config.compute_dtype("bfloat16", unified=True) == "bfloat16"

@@ -30,6 +30,8 @@ from flexrun.twin_config import twin_config
 from flexrun.twin_run import compare_with_twin
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PretrainedConfig
 
 logger = logging.getLogger(__name__)
@@ -60,7 +62,8 @@ def check_architecture(config: PretrainedConfig) -> Verdict:
         reason = f"no small model like it could be built to test it ({one_line(error)})"
         return Verdict("refused", not_exact(name, reason).message)
     try:
-        difference = compare_with_twin(twin)
+        with _one_thread():
+            difference = compare_with_twin(twin)
     except UnsupportedModelError as error:
         return Verdict("refused", error.message)
     except Exception as error:  # model code again: refusing is right whatever went wrong in it
@@ -70,6 +73,17 @@ def check_architecture(config: PretrainedConfig) -> Verdict:
     if difference is not None:
         return Verdict("not exact", difference)
     return Verdict("exact", f"a random {name} twin gives the logits of transformers' own forward")
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models as small as a twin run fastest so, by far if other programs keep the cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def ensure_exact(config: PretrainedConfig) -> None:

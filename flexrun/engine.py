@@ -115,7 +115,8 @@ class Engine:
         if plan.empty:
             assert not self._sequences, "sequences wait, but none can run"
             return []
-        tokens = {number: sequence.tokens for number, sequence in self._sequences.items()}
+        spans = (span for batch in plan.micro_batches for span in batch.spans)
+        tokens = {span.sequence: self._sequences[span.sequence].tokens for span in spans}
         chosen = self._runtime.run(plan, tokens, self._choose)
         finished = self._commit(plan, chosen)
         self._counters.sweep(plan.rows, len(chosen), time.perf_counter() - start)

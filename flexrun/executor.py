@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from offload.transfer import Transfer
     from offload.weights import WeightStore
 
-Choose = "Callable[[Sequence[int], torch.Tensor], torch.Tensor]"
-
 
 @dataclass(slots=True)
 class _Running:
@@ -72,11 +70,13 @@ class Executor:
         self._micro_batches = [_Running(batch) for batch in plan.micro_batches]
         self._kv.begin([batch.spans for batch in plan.micro_batches])
         chosen: list[tuple[list[int], torch.Tensor]] = []
-        for step in zigzag(len(self._model.layers), len(self._micro_batches), self._depth):
-            self._do(step.action, step.unit, step.micro_batch, tokens)
-            if step.action is Action.COMPUTE and step.unit == len(self._model.layers):
-                chosen.extend(self._choose(self._micro_batches[step.micro_batch], choose))
-        self._micro_batches = []
+        try:
+            for step in zigzag(len(self._model.layers), len(self._micro_batches), self._depth):
+                self._do(step.action, step.unit, step.micro_batch, tokens)
+                if step.action is Action.COMPUTE and step.unit == len(self._model.layers):
+                    chosen.extend(self._choose(self._micro_batches[step.micro_batch], choose))
+        finally:
+            self._micro_batches = []  # paused forward passes hold activations
         if not chosen:
             return {}
         # One copy, and the only wait for the device, at the very end of the sweep.

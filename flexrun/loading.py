@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from offload.embedding import EmbeddingTable
-from offload.offload_file import OffloadFile, align
+from offload.offload_file import OffloadFile
 from offload.placement import TensorSpec, place
-from offload.tiers import Split, Tier
+from offload.tiers import CACHE_LINE, DISK_BLOCK, Split, Tier, padded
 from offload.weights import Weight, WeightStore
 from policy_search.model_shape import ModelShape
 
@@ -155,7 +155,7 @@ def load_weights(
     if on_disk:
         # Slack: weights start on cache lines and every unit on a disk block.
         units = len(weights.layers) + 2
-        nbytes = sum(-(-w.nbytes // 64) * 64 for w in on_disk) + units * align(1)
+        nbytes = sum(padded(w.nbytes, CACHE_LINE) for w in on_disk) + units * DISK_BLOCK
         backend.account.charge(Tier.DISK, nbytes, "the offload file")
         file = OffloadFile(directory, nbytes)
     try:

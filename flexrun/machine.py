@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from flexrun.errors import UsageError
@@ -16,7 +14,7 @@ from offload.backend_cpu import CpuBackend
 from offload.backend_cuda import CudaBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.tiers import MemoryAccount, Tier
-from policy_search.machine import SHARE_OF_FREE
+from policy_search.machine import SHARE_OF_FREE, disk_budget, host_budget
 
 if TYPE_CHECKING:
     from flexrun.config import EngineConfig
@@ -49,20 +47,19 @@ def _emulated_machine(config: EngineConfig) -> EmulatedMachine:
 
 
 def _limits(config: EngineConfig, name: str) -> dict[Tier, int]:
-    ram = int(psutil.virtual_memory().available * SHARE_OF_FREE)
+    ram = host_budget()
     device = ram
     if name == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself does not count as free
         device = int(torch.cuda.mem_get_info()[0] * SHARE_OF_FREE)
     elif name == "emulated":
         device = _emulated_machine(config).capacity or ram
-    directory = offload_directory(config)
-    existing = next(p for p in (directory, *directory.parents) if p.exists())
     given = {
         Tier.DEVICE: config.device_memory,
         Tier.HOST: config.host_memory,
         Tier.DISK: config.disk_space,
     }
-    free = {Tier.DEVICE: device, Tier.HOST: ram, Tier.DISK: shutil.disk_usage(existing).free}
+    free = {Tier.DEVICE: device, Tier.HOST: ram, Tier.DISK: disk_budget(config.offload_dir)}
     if config.device_memory is not None and name == "emulated":
         return {t: min(free[t], given[t] or free[t]) for t in Tier}
     return {tier: free[tier] if given[tier] is None else int(given[tier] or 0) for tier in Tier}

@@ -112,7 +112,7 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
         embedding=embedding,
         head=head,
         attention=attention,
-        context_length=_context_length(config),
+        context_length=context_length(config),
         vocab_size=int(embedding.weight.shape[0]),
     )
 
@@ -191,7 +191,7 @@ def trace_attention(
 def _decoder_layers(
     module: PreTrainedModel, config: PretrainedConfig, attending: set[torch.nn.Module]
 ) -> list[tuple[str, torch.nn.Module]]:
-    """Names and modules of the layers: an image encoder's, of which none attended, are not meant."""
+    """Names and modules of the layers; not those of an image encoder, none of which attended."""
     count = config.get_text_config().num_hidden_layers
     for name, candidate in module.named_modules():
         if isinstance(candidate, torch.nn.ModuleList) and len(candidate) == count:
@@ -226,16 +226,16 @@ def _fix_rotary_frequencies(model: PreTrainedModel) -> None:
     """Keep the rotary frequencies of short sequences for good.
 
     For some kinds transformers recomputes them from the longest sequence of each forward pass, so
-    that results depend on what else is in the batch. `_context_length` keeps all sequences short.
+    that results depend on what else is in the batch. `context_length` keeps all sequences short.
     """
     for module in model.modules():
         kinds = str(getattr(module, "rope_type", ""))
         if "dynamic" in kinds or "longrope" in kinds:
             plain = inspect.unwrap(type(module).forward)
-            module.forward = types.MethodType(plain, module)  # type: ignore[method-assign]
+            module.forward = types.MethodType(plain, module)
 
 
-def _context_length(config: PretrainedConfig) -> int:
+def context_length(config: PretrainedConfig) -> int:
     """Most positions of a sequence."""
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions")]

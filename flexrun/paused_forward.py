@@ -114,7 +114,8 @@ def _refuse_unknown(
     reason = None
     if mask is not None:
         reason = "it makes attention masks of its own"
-    if (others.get("is_causal") or getattr(module, "is_causal", True)) is False:
+    causal = others.get("is_causal")
+    if (getattr(module, "is_causal", True) if causal is None else causal) is False:
         reason = "its tokens attend to later ones as well"
     for name, value in others.items():
         if isinstance(value, torch.Tensor) and name not in _IGNORED_TENSORS:

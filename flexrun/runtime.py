@@ -16,6 +16,7 @@ from flexrun.model import build_model, load_config
 from flexrun.model_files import resolve_model
 from flexrun.scheduler import Scheduler
 from offload.checkpoint import Checkpoint
+from offload.errors import CapacityError
 from offload.kv_cache import KVCache
 from offload.pages import PagePools
 from offload.tiers import Tier, format_size
@@ -119,7 +120,13 @@ class Runtime:
         limits = {Tier.HOST: staging} if staging else {}
         self.pools = PagePools(pages, policy.page_tokens, limits)
         self.kv_cache = KVCache(
-            self.model.attention, self.dtype, self.pools, backend, self.transfers, staging
+            self.model.attention,
+            self.dtype,
+            self.pools,
+            backend,
+            self.transfers,
+            staging,
+            policy.gathered_tokens,
         )
         closing.callback(self.kv_cache.close)
         self.scheduler = Scheduler(
@@ -137,8 +144,14 @@ class Runtime:
         choose: Callable[[list[int], torch.Tensor], torch.Tensor],
     ) -> dict[int, int]:
         """One sweep: the next token of every sequence that wants one."""
-        with torch.inference_mode():
-            return self._executor.run(plan, tokens, choose)
+        try:
+            with torch.inference_mode():
+                return self._executor.run(plan, tokens, choose)
+        except torch.OutOfMemoryError as error:
+            raise CapacityError(
+                f"the device ran out of memory in a sweep of {plan.rows} rows: {error}",
+                hint="lower --micro-batch, --max-rows or --device-memory",
+            ) from error
 
     def describe(self) -> str:
         """What lives where, in a few lines."""

@@ -26,6 +26,8 @@ class Progress:
     """Tokens the sequence may grow to; its pages are reserved for all of them."""
     computed: int = 0
     """Positions whose keys and values are in the KV cache."""
+    last_sweep: int = -1
+    """The last sweep it had rows in."""
 
     @property
     def pending(self) -> int:
@@ -55,6 +57,7 @@ class Scheduler:
         self.num_micro_batches = num_micro_batches
         self.running: dict[int, Progress] = {}
         self.waiting: deque[Progress] = deque()
+        self._sweeps = 0
 
     def add(self, sequence: int, prompt_tokens: int, most_tokens: int) -> None:
         """Queue a sequence; `most_tokens` includes its prompt."""
@@ -64,8 +67,8 @@ class Scheduler:
         """Rows of the next sweep; empty when nothing is left to do."""
         spans: list[RowSpan] = []
         budget = self.max_rows
-        # Sequences with one pending token first: a decode is never held up by a long prompt.
-        candidates = sorted(self.running.values(), key=lambda p: p.pending > 1)
+        # A decode is never held up by a long prompt, and where not all fit they take turns.
+        candidates = sorted(self.running.values(), key=lambda p: (p.pending > 1, p.last_sweep))
         for progress in candidates:
             if budget == 0:
                 break
@@ -80,9 +83,11 @@ class Scheduler:
 
     def commit(self, plan: SweepPlan) -> None:
         """The rows of `plan` were computed."""
+        self._sweeps += 1
         for batch in plan.micro_batches:
             for span in batch.spans:
-                self.running[span.sequence].computed = span.end
+                progress = self.running[span.sequence]
+                progress.computed, progress.last_sweep = span.end, self._sweeps
 
     def grow(self, sequence: int) -> None:
         """One token was generated for `sequence`."""

@@ -66,10 +66,6 @@ class DeviceBackend(ABC):
     def _free(self, tier: Tier, tensor: torch.Tensor) -> None:
         """Release what the allocator does not free with the tensor's last reference."""
 
-    @abstractmethod
-    def free_memory(self) -> int:
-        """Bytes on DEVICE that are not taken by other programs or by this one."""
-
     def copy(self, link: Link, source: Source, target: Target, after: Sequence[Any]) -> Any:
         """Move bytes on the link's thread, once the events `after` happened; returns an event."""
         move(source, target)

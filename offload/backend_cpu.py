@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 
 from offload.backend import DeviceBackend
@@ -21,7 +20,3 @@ class CpuBackend(DeviceBackend):
 
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
-
-    def free_memory(self) -> int:
-        """RAM that programs can still take without swapping."""
-        return int(psutil.virtual_memory().available)

@@ -47,10 +47,6 @@ class CudaBackend(DeviceBackend):
             self._finish_copies()  # a run that was broken off leaves some under way
             self._pinned.free(tensor)
 
-    def free_memory(self) -> int:
-        """What the driver reports as free."""
-        return int(torch.cuda.mem_get_info(self.device)[0])
-
     def copy(self, link: Link, source: Source, target: Target, after: Sequence[Any]) -> Any:
         """Issue the copy on the link's stream; the returned event marks its end there."""
         stream = self._rows_in if isinstance(source, TensorRows) else self._streams.get(link)

@@ -70,10 +70,6 @@ class EmulatedBackend(DeviceBackend):
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
 
-    def free_memory(self) -> int:
-        """What is left of the arena."""
-        return self.account.available(Tier.DEVICE) or 0
-
     def copy(self, link: Link, source: Source, target: Target, after: Sequence[Any]) -> Any:
         """Copy, then hold the link until the bytes would have arrived at its stated speed."""
         start = max(time.monotonic(), self._free_at[link])

@@ -9,6 +9,7 @@ import torch
 
 from offload.kv_layout import KVGroup, SpanPages, build_group
 from offload.links import Link, PageSlots, TensorRows
+from offload.paged_kv import PagedKV
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
@@ -41,43 +42,6 @@ class Span(Protocol):
     def length(self) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class PagedKV:
-    """Keys and values of one layer in one pool.
-
-    `keys` [pages, kv_heads, page_tokens, key_dim] and `values` [pages, kv_heads, page_tokens,
-    value_dim] are views of the same pages: a page's keys come first, then its values. Within a page
-    one head's tokens are neighbours, so that gathered pages are ready for a batched product.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    raw: torch.Tensor
-    """[pages, elements of one page]."""
-
-    def gather(
-        self, pages: torch.Tensor, memo: dict[Any, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of B page tables: [B, P] -> two of [B, kv_heads, P * page_tokens, dim].
-
-        `memo` keeps the row numbers for the other layers that read the same pages.
-        """
-        memo = {} if memo is None else memo
-        _, kv_heads, page_tokens, dim = self.keys.shape
-        if self.keys.shape != self.values.shape:
-            heads = torch.arange(kv_heads, device=pages.device).view(1, -1, 1)
-            place = pages.unsqueeze(1), heads
-            return self.keys[place].flatten(2, 3), self.values[place].flatten(2, 3)
-        # One row a head and page: rows are copied whole, much faster than elements by index.
-        table = self.raw.view(-1, page_tokens * dim)
-        if kv_heads not in memo:
-            heads = torch.arange(2 * kv_heads, device=pages.device).view(2, 1, -1, 1)
-            memo[kv_heads] = (pages.unsqueeze(1) * (2 * kv_heads) + heads).view(2, -1)
-        shape = (len(pages), kv_heads, -1, dim)
-        keys, values = (table.index_select(0, rows).view(shape) for rows in memo[kv_heads])
-        return keys, values
-
-
 @dataclass(slots=True)
 class _Staging:
     """Device copies of HOST pages for one micro-batch at a time."""
@@ -101,12 +65,14 @@ class KVCache:
         backend: DeviceBackend,
         transfers: TransferEngine,
         staging_pages: int,
+        gathered_tokens: int = 16384,
     ) -> None:
         self._shapes = shapes
         self._dtype = dtype
         self._pools = pools
         self._backend = backend
         self._transfers = transfers
+        self._gathered_tokens = gathered_tokens
         self._homes: list[tuple[Tier, torch.Tensor]] = []
         self._layers: dict[Tier, list[PagedKV]] = {}
         pools.on_change = self._charge_pages
@@ -197,7 +163,16 @@ class KVCache:
             for tier, places in by_tier.items():
                 staged = tier is Tier.HOST and not self._backend.unified
                 tokens, device = self._pools.page_tokens, self._backend.device
-                groups.append(build_group(places, tokens, device, tier, staged=staged))
+                groups.append(
+                    build_group(
+                        places,
+                        tokens,
+                        device,
+                        tier,
+                        staged=staged,
+                        gathered_tokens=self._gathered_tokens,
+                    )
+                )
             self._batches.append(groups)
 
     def fetch(self, layer: int, number: int) -> Transfer | None:
@@ -229,6 +204,9 @@ class KVCache:
             staging.arrived.wait()
         for group, pool in self.view(layer, number):
             # [rows, kv_heads, dim]; a group of all rows needs no gather
+            if group.fetched is not None:
+                # Fresh pages are read whole, with weight zero where no token is: no old NaN there.
+                pool.raw[len(group.fetched) : group.num_staged].zero_()
             keys, values = key.transpose(0, 1), value.transpose(0, 1)
             if len(group.rows) != keys.shape[0]:
                 keys, values = keys[group.rows], values[group.rows]

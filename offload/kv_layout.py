@@ -66,6 +66,8 @@ class KVGroup:
     home_offsets: torch.Tensor | None = None
     fetched: torch.Tensor | None = None
     """Staged only: HOST pages to copy to places 0, 1, … of the staging pool."""
+    num_staged: int = 0
+    """Places of the staging pool that the group uses; those after the fetched ones are fresh."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +87,20 @@ def build_group(
     tier: Tier,
     *,
     staged: bool,
+    gathered_tokens: int = 16384,
 ) -> KVGroup:
-    """Index tensors of `spans`. Staged pages are renumbered: those with content come first."""
+    """Index tensors of `spans`. Staged pages are renumbered: those with content come first.
+
+    A decode batch has at most `gathered_tokens` positions, padding included, if it has several
+    sequences: that bounds the copy which attention makes of its keys and values.
+    """
     group = KVGroup(tier, staged=staged)
     tables: list[Sequence[int]] = [span.pages[: -(-span.end // page_tokens)] for span in spans]
     home = tables
     if staged:
         renumbered, group.fetched = _renumber(spans, home, page_tokens)
         tables = list(renumbered)
+        group.num_staged = sum(map(len, tables))
     rows, pages, home_pages, offsets = [], [], [], []
     for span, table, own in zip(spans, tables, home):
         count = span.end - span.start
@@ -111,7 +119,8 @@ def build_group(
         group.home_pages, group.home_offsets = torch.cat(home_pages), all_offsets
     singles = [(s, t) for s, t in zip(spans, tables) if s.end - s.start == 1]
     group.decodes = [
-        _decode_batch(batch, device) for batch in _similar_lengths(singles, page_tokens)
+        _decode_batch(batch, device)
+        for batch in _similar_lengths(singles, page_tokens, gathered_tokens)
     ]
     return group
 
@@ -131,13 +140,19 @@ def _renumber(
 
 
 def _similar_lengths(
-    singles: Sequence[tuple[SpanPages, Sequence[int]]], page_tokens: int
+    singles: Sequence[tuple[SpanPages, Sequence[int]]], page_tokens: int, gathered_tokens: int
 ) -> list[list[tuple[SpanPages, Sequence[int]]]]:
-    """Batches in which the longest sequence has at most a quarter more pages than the shortest."""
+    """Batches in which the longest sequence has at most a quarter more pages than the shortest.
+
+    Sequences come in order of length, so the newest one is a batch's longest so far.
+    """
     batches: list[list[tuple[SpanPages, Sequence[int]]]] = []
     for single in sorted(singles, key=lambda item: item[0].end):
         pages = len(single[1])
-        if not batches or pages > max(len(batches[-1][0][1]) * 1.25, len(batches[-1][0][1]) + 1):
+        if batches:
+            shortest = len(batches[-1][0][1])
+            tokens = pages * page_tokens * (len(batches[-1]) + 1)
+        if not batches or pages > max(shortest * 1.25, shortest + 1) or tokens > gathered_tokens:
             batches.append([])
         batches[-1].append(single)
     return batches

@@ -98,7 +98,7 @@ class PageSlots:
         self.values[self.pages, :, self.offsets] = values.reshape(len(rows), heads, -1)
 
 
-def check_io(error: OSError, what: str) -> OffloadStoreError:
+def io_error(error: OSError, what: str) -> OffloadStoreError:
     """The error of a failed operation on the offload file, with the next step."""
     reason = os.strerror(error.errno) if error.errno else str(error)
     return OffloadStoreError(

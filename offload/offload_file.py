@@ -8,20 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import OffloadStoreError
-from offload.links import FileExtent, check_io
+from offload.links import FileExtent, io_error
+from offload.tiers import DISK_BLOCK, padded
 
 if TYPE_CHECKING:
     import torch
 
-ALIGNMENT = 4096
-"""Extents start on a multiple of this many bytes, as direct I/O wants it."""
 REQUEST_BYTES = 16 * 2**20
 """Largest single read or write."""
-
-
-def align(nbytes: int) -> int:
-    """`nbytes` rounded up to a whole number of disk blocks."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class OffloadFile:
@@ -39,19 +33,19 @@ class OffloadFile:
                 dir=directory, prefix="flexrun-", buffering=0
             )
         except OSError as error:
-            raise check_io(error, f"creating an offload file in {directory}") from error
+            raise io_error(error, f"creating an offload file in {directory}") from error
         try:
             # Space is taken now, so that a full disk is an error before any weight is read.
             if nbytes:
                 os.posix_fallocate(self._file.fileno(), 0, nbytes)
         except OSError as error:
             self._file.close()
-            raise check_io(error, f"reserving {nbytes} bytes in {directory}") from error
+            raise io_error(error, f"reserving {nbytes} bytes in {directory}") from error
 
     def extent(self, nbytes: int) -> FileExtent:
         """The next free, aligned extent of `nbytes`."""
         extent = FileExtent(self, self._end, nbytes)
-        self._end += align(nbytes)
+        self._end += padded(nbytes, DISK_BLOCK)
         return extent
 
     def read(self, offset: int, target: torch.Tensor) -> None:
@@ -71,7 +65,7 @@ class OffloadFile:
                     self._file.fileno(), [view[done : done + REQUEST_BYTES]], offset + done
                 )
             except OSError as error:
-                raise check_io(error, what) from error
+                raise io_error(error, what) from error
             if count == 0:
                 raise OffloadStoreError(
                     f"{what} stopped after {done} of {len(view)} bytes",

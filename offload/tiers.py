@@ -27,6 +27,17 @@ class Tier(str, Enum):
     __str__ = str.__str__
 
 
+CACHE_LINE = 64
+"""Tensors start on cache lines inside a slab."""
+DISK_BLOCK = 4096
+"""Extents of the offload file start on disk blocks, as direct I/O wants it."""
+
+
+def padded(nbytes: int, unit: int) -> int:
+    """`nbytes` rounded up to a whole number of `unit`s."""
+    return -(-nbytes // unit) * unit
+
+
 BUDGET_FLAG = {
     Tier.DEVICE: "--device-memory",
     Tier.HOST: "--host-memory",

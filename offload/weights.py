@@ -13,16 +13,13 @@ import torch
 
 from offload.backend import DeviceBackend
 from offload.links import FileExtent, Link
-from offload.tiers import Tier
+from offload.tiers import CACHE_LINE, Tier, padded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from offload.offload_file import OffloadFile
     from offload.transfer import Transfer, TransferEngine
-
-ALIGNMENT = 64
-"""Tensors start on cache lines inside a slab."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ class Slab:
     def __post_init__(self) -> None:
         for weight in self.weights:
             self.offsets.append(self.nbytes)
-            self.nbytes += -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
+            self.nbytes += padded(weight.nbytes, CACHE_LINE)
 
     def views(self, data: torch.Tensor) -> Iterable[tuple[Weight, torch.Tensor]]:
         """Each weight with its bytes in `data` (uint8 [nbytes])."""

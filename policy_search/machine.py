@@ -16,7 +16,14 @@ SHARE_OF_FREE = 0.85
 
 def host_budget() -> int:
     """Bytes of RAM for a job."""
-    return int(psutil.virtual_memory().available * SHARE_OF_FREE)
+    available = psutil.virtual_memory().available
+    try:  # a container may be allowed less than the machine has
+        allowed = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        available = min(available, max(0, allowed - used))
+    except (OSError, ValueError):
+        pass  # no such group, or "max": no limit
+    return int(available * SHARE_OF_FREE)
 
 
 def disk_budget(directory: Path | None) -> int:

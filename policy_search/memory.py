@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from offload.errors import CapacityError
 from offload.placement import place
-from offload.tiers import BUDGET_FLAG, Tier, format_size
+from offload.tiers import BUDGET_FLAG, CACHE_LINE, DISK_BLOCK, Tier, format_size
+from offload.tiers import padded as round_up
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
 LAZY_FILL = 0.9
 """Share of the room on a lazy tier that KV pages may take."""
-_LINE, _BLOCK = 64, 4096
-"""Weights start on cache lines, and every unit's part of the offload file on a disk block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,9 @@ class TierMemory:
 
 def workspace(shape: ModelShape, policy: Policy) -> int:
     """Bytes on DEVICE that a sweep under `policy` needs for activations."""
-    return shape.workspace_bytes(policy.micro_batch_rows, policy.max_rows, policy.max_sequences)
+    return shape.workspace_bytes(
+        policy.micro_batch_rows, policy.max_rows, policy.max_sequences, policy.gathered_tokens
+    )
 
 
 def memory_of(
@@ -165,11 +166,11 @@ def _weights(
     padded = dict.fromkeys(Tier, 0)
     for tensor in shape.tensors:
         homes[tiers[tensor.name]] += tensor.nbytes
-        padded[tiers[tensor.name]] += _padded(tensor.nbytes)
+        padded[tiers[tensor.name]] += round_up(tensor.nbytes, CACHE_LINE)
     homes[Tier.DEVICE] += shape.resident_bytes
-    padded[Tier.DEVICE] += _padded(shape.resident_bytes)
+    padded[Tier.DEVICE] += round_up(shape.resident_bytes, CACHE_LINE)
     if padded[Tier.DISK]:
-        padded[Tier.DISK] += (shape.num_layers + 2) * _BLOCK
+        padded[Tier.DISK] += (shape.num_layers + 2) * DISK_BLOCK
     working = {tier: padded[tier] - homes[tier] for tier in Tier}
     depth = policy.prefetch_depth
     working[Tier.DEVICE] += _ring(shape, depth, (t for t in shape.tensors if tiers[t.name] in away))
@@ -184,7 +185,7 @@ def _ring(shape: ModelShape, depth: int, streamed: Iterable[TensorSpec]) -> int:
     units = [0] * (shape.num_layers + 1)
     for tensor in streamed:
         if tensor.unit >= 0:  # rows of an embedding table are gathered, never streamed
-            units[tensor.unit] += _padded(tensor.nbytes)
+            units[tensor.unit] += round_up(tensor.nbytes, CACHE_LINE)
     return depth * max(units[:-1]) + units[-1]
 
 
@@ -192,7 +193,3 @@ def _embedding_rows(shape: ModelShape, policy: Policy, unified: bool) -> int:
     """HOST staging for the rows of an embedding table that may not be on the device."""
     away = not unified and policy.weights.device < 100
     return policy.micro_batch_rows * shape.hidden_size * shape.value_bytes if away else 0
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // _LINE) * _LINE

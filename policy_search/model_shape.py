@@ -46,17 +46,21 @@ class ModelShape:
         """Keys and values of one token in all layers."""
         return sum(self.kv_bytes_per_token)
 
-    def workspace_bytes(self, micro_batch_rows: int, max_rows: int, max_sequences: int) -> int:
+    def workspace_bytes(
+        self, micro_batch_rows: int, max_rows: int, max_sequences: int, gathered_tokens: int
+    ) -> int:
         """Activations at their peak, beside weights and KV cache.
 
         A running micro-batch holds its residual stream, the inputs and outputs of the widest
         operation (gate, up and their product) and, in the head, logits in the model's type and in
         float32; every waiting micro-batch holds its residual stream and position embeddings.
+        Attention copies one layer's keys and values of `gathered_tokens` positions at a time.
         """
         layer = micro_batch_rows * (4 * self.hidden_size + 3 * self.widest) * self.value_bytes
         head = min(micro_batch_rows, max_sequences) * self.vocab_size * (self.value_bytes + 4)
         waiting = max_rows * 3 * self.hidden_size * self.value_bytes
-        return max(layer, head) + waiting
+        gathered = gathered_tokens * max(self.kv_bytes_per_token)
+        return max(layer + gathered, head) + waiting
 
     def working_bytes(self, depth: int) -> int:
         """Working memory when every weight is streamed: a ring of layers and the head's slot."""

@@ -66,6 +66,14 @@ class Policy:
         enough = changed.micro_batch_rows * (changed.num_micro_batches or 4)
         return replace(changed, max_rows=max(changed.max_rows, enough))
 
+    @property
+    def gathered_tokens(self) -> int:
+        """Positions whose keys and values attention copies together, unless one sequence has more.
+
+        In proportion to the rows of a micro-batch, so that a small device gets a small workspace.
+        """
+        return 32 * self.micro_batch_rows
+
     def to_json(self) -> str:
         """The policy as one JSON object, with splits written like on the command line."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}

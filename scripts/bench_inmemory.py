@@ -1,9 +1,9 @@
 """In-memory speed: flexrun against transformers' `generate` on the same ragged prompts, paired.
 
-256 prompts of 16-256 tokens, 32-128 new tokens each, greedy, no early stop. transformers runs static
-batches sorted by length at each of several batch sizes and is judged by its best. Both run in turn in
-one process; the machine's matrix-product rate is measured beside them and is the limit stated.
-The last line on stdout is one JSON object.
+256 prompts of 16-256 tokens, 32-128 new tokens each, greedy, no early stop. transformers runs
+static batches sorted by length at each of several batch sizes and is judged by its best. Both run
+in turn in one process; the machine's matrix-product rate is measured beside them and is the limit
+stated. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def run_transformers(
     model: Any, prompts: list[list[int]], new: list[int], batch: int, device: torch.device
 ) -> float:
-    """Seconds for static, left-padded batches, longest together; each runs to its longest output."""
+    """Seconds for static, left-padded batches, similar lengths together, each to its longest."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + new[i])
     start = time.perf_counter()
     for first in range(0, len(order), batch):

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import torch
 
     from flexrun.paused_forward import AttentionOptions
-    from offload.kv_cache import PagedKV
     from offload.kv_layout import KVGroup
+    from offload.paged_kv import PagedKV
 
 
 class AttentionBackend(Protocol):

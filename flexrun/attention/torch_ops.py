@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from flexrun.paused_forward import AttentionOptions
-    from offload.kv_cache import PagedKV
     from offload.kv_layout import Chunk, DecodeBatch, KVGroup
+    from offload.paged_kv import PagedKV
 
 ROW_TILE = 256
 """Query rows per piece where scores are materialised: bounds them to heads x 256 x positions."""

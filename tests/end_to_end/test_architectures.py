@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from flexrun import LLM, SamplingParams
+from flexrun.model import context_length
 from flexrun.twin import random_twin
 from flexrun.twin_config import twin_config
 from tests.families import FAMILIES, config_of
@@ -106,7 +107,7 @@ def load_engine(directory: Path) -> LLM:
 
 @torch.no_grad()
 def _let_layers_decide(model: PreTrainedModel) -> None:
-    """A tied head would otherwise repeat the last token for ever in models with large embeddings."""
+    """A tied head would otherwise repeat the last token for ever if embeddings are large."""
     if model.config.get_text_config().tie_word_embeddings:
         model.get_input_embeddings().weight.mul_(0.1)
 
@@ -126,8 +127,8 @@ def assert_engine_is_exact(model: PreTrainedModel, directory: Path) -> None:
     _let_layers_decide(model)
     model.save_pretrained(directory)
     params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    prompts = prompts_for(model, context_length(model.config) - NEW_TOKENS)
     with load_engine(directory) as llm:
-        prompts = prompts_for(model, llm._open_engine().context_length - NEW_TOKENS)
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     completions = [list(output.outputs[0].token_ids) for output in outputs]
     assert sum(len(set(completion)) for completion in completions) >= 20, "they say too little"

@@ -14,9 +14,10 @@ from flexrun.zigzag import Action, zigzag
 from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.errors import OffloadStoreError
-from offload.kv_cache import KVCache, PagedKV
+from offload.kv_cache import KVCache
 from offload.kv_layout import KVGroup, SpanPages, build_group
 from offload.links import Link
+from offload.paged_kv import PagedKV
 from offload.pages import PagePools
 from offload.tiers import MemoryAccount, Tier
 from offload.transfer import TransferEngine

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from offload.errors import OffloadStoreError
-from offload.offload_file import ALIGNMENT, OffloadFile, align
+from offload.offload_file import OffloadFile
+from offload.tiers import DISK_BLOCK as ALIGNMENT
+from offload.tiers import padded
 
 
 def random_bytes(nbytes: int) -> torch.Tensor:
@@ -38,7 +40,7 @@ def test_extents_are_aligned_and_apart(file):
     """Extents begin on disk blocks and do not overlap."""
     extents = [file.extent(nbytes) for nbytes in (1, ALIGNMENT, ALIGNMENT + 1, 10)]
     assert [extent.offset for extent in extents] == [0, 4096, 8192, 16384]
-    assert [align(nbytes) for nbytes in (0, 1, 4096, 4097)] == [0, 4096, 4096, 8192]
+    assert [padded(nbytes, ALIGNMENT) for nbytes in (0, 1, 4096, 4097)] == [0, 4096, 4096, 8192]
     contents = [random_bytes(extent.nbytes) for extent in extents]
     for extent, content in zip(extents, contents):
         file.write(extent.offset, content)

@@ -146,7 +146,7 @@ def test_a_model_that_just_fits_is_not_offloaded(unified):
 
 def test_a_device_without_room_for_streaming_still_holds_what_fits():
     """No buffers for streamed weights are demanded where no other tier could take weights."""
-    limits = {Tier.DEVICE: 38 * MIB, Tier.HOST: 0, Tier.DISK: 0}
+    limits = {Tier.DEVICE: 40 * MIB, Tier.HOST: 0, Tier.DISK: 0}
     policy = automatic_policy(even_shape(), limits, Policy(max_rows=64), 131_072, unified=False)
     assert policy.weights == Split(device=100)
 
@@ -169,7 +169,7 @@ def test_a_disk_that_is_too_small_is_named():
 
 def test_kv_makes_way_where_weights_have_nowhere_else_to_go():
     """A disk that takes a little is used, and the KV cache shrinks to what is then left."""
-    limits = {Tier.DEVICE: 50 * MIB, Tier.HOST: 0, Tier.DISK: 33 * MIB}
+    limits = {Tier.DEVICE: 52 * MIB, Tier.HOST: 0, Tier.DISK: 33 * MIB}
     policy = automatic_policy(even_shape(16), limits, Policy(), 131_072, unified=True)
     memory = memory_of(even_shape(16), policy, limits, 131_072, unified=True)
     assert memory[Tier.DISK].weights > 0

@@ -93,4 +93,4 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 def test_counts_are_positive(name):
     """A policy without rows or sequences cannot be made."""
     with pytest.raises(PolicyError, match=f"{name} must be at least 1, not 0"):
-        Policy(**{name: 0})
+        Policy(**{name: 0})  # type: ignore[arg-type]

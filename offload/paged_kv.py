@@ -1,0 +1,45 @@
+"""Keys and values of one layer, as pages in one piece of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class PagedKV:
+    """Keys and values of one layer in one pool.
+
+    `keys` [pages, kv_heads, page_tokens, key_dim] and `values` [pages, kv_heads, page_tokens,
+    value_dim] are views of the same pages: a page's keys come first, then its values. Within a page
+    one head's tokens are neighbours, so that gathered pages are ready for a batched product.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    raw: torch.Tensor
+    """[pages, elements of one page]."""
+
+    def gather(
+        self, pages: torch.Tensor, memo: dict[Any, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of B page tables: [B, P] -> two of [B, kv_heads, P * page_tokens, dim].
+
+        `memo` keeps the row numbers for the other layers that read the same pages.
+        """
+        memo = {} if memo is None else memo
+        _, kv_heads, page_tokens, dim = self.keys.shape
+        if self.keys.shape != self.values.shape:
+            heads = torch.arange(kv_heads, device=pages.device).view(1, -1, 1)
+            place = pages.unsqueeze(1), heads
+            return self.keys[place].flatten(2, 3), self.values[place].flatten(2, 3)
+        # One row a head and page: rows are copied whole, much faster than elements by index.
+        table = self.raw.view(-1, page_tokens * dim)
+        if kv_heads not in memo:
+            heads = torch.arange(2 * kv_heads, device=pages.device).view(2, 1, -1, 1)
+            memo[kv_heads] = (pages.unsqueeze(1) * (2 * kv_heads) + heads).view(2, -1)
+        shape = (len(pages), kv_heads, -1, dim)
+        keys, values = (table.index_select(0, rows).view(shape) for rows in memo[kv_heads])
+        return keys, values

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 IMPLEMENTATION = "flexrun"
 """Name our attention is registered under with transformers' attention interface."""
-_IGNORED_TENSORS = {"position_ids"}
-"""Given to attention by some models, for kernels that pack sequences."""
+_IGNORED_TENSORS = {"position_ids", "logits_to_keep"}
+"""The model's own inputs, which many hand down to attention together with other arguments."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,11 @@ from tests.families import config_of
 
 INTERFACE = "does not go through transformers' attention interface"
 STATE = "keeps recurrent or convolution state"
+MUSICGEN_PARTS = {
+    "text_encoder": {"model_type": "t5"},
+    "audio_encoder": {"model_type": "encodec"},
+    "decoder": {"model_type": "musicgen_decoder"},
+}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon": ("falcon", {}, INTERFACE),
     "falcon with ALiBi": ("falcon", {"alibi": True}, "uses ALiBi position biases"),
@@ -43,7 +48,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "bert": ("bert", {}, "its tokens attend to later ones as well"),
     "jetmoe": ("jetmoe", {}, "cannot be followed without weights"),
     "t5": ("t5", {}, "an encoder-decoder"),
-    "musicgen": ("musicgen", {}, "an encoder-decoder"),
+    "musicgen": ("musicgen", MUSICGEN_PARTS, "an encoder-decoder"),
     "mistral3": ("mistral3", {}, "no causal language model for this architecture"),
 }
 

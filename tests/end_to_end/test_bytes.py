@@ -15,6 +15,7 @@ import torch
 
 from flexrun import LLM, SamplingParams
 from flexrun.executor import Executor
+from offload.backend import DeviceBackend
 from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend
 from offload.placement import TensorSpec, bytes_per_tier, place
@@ -197,7 +198,7 @@ def test_kv_on_the_device_does_not_move(tiny_llama_dir, device):
 class Arena:
     """Notes every tensor that is allocated on a tier and not freed yet."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, kind: type[DeviceBackend]) -> None:
         self.live: dict[int, tuple[Tier, int]] = {}
         self.peak = dict.fromkeys(Tier, 0)
         allocate, free = kind.allocate, kind.free

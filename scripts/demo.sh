@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
 
-install_project gguf
+install_project demo
 install_demo_model
 model="$("$VENV/bin/python" "$ROOT/scripts/get_demo_model.py" | tail -n 1)"
 output="$ROOT/build/demo"

@@ -16,7 +16,7 @@ from tests.end_to_end.reference import greedy_tokens, ragged_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-NEW_TOKENS = 8
+NEW_TOKENS = 6
 TINY_PROMPTS = [list(text.encode()) for text in ragged_prompts(16, longest=7)]
 KV_SPLITS = ("device=100", "host=100", "device=50,host=50")
 KIB = 1024

@@ -65,6 +65,15 @@ def brute_force(
     return torch.stack(out)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Products this small are the fastest on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Rig:
     """Sequences with random keys and values in a paged cache."""
 

@@ -98,6 +98,22 @@ def test_decodes_go_before_prompts():
     assert spans_of(scheduler.next_sweep()) == [RowSpan(1, 1, 1, True), RowSpan(0, 0, 3, False)]
 
 
+def test_decodes_take_turns():
+    """If three of seven sequences fit into a sweep, each has a row in any three sweeps."""
+    scheduler = make_scheduler(max_rows=7, max_sequences=7)
+    for number in range(7):
+        scheduler.add(number, 1, 100)
+    commit(scheduler, scheduler.next_sweep())
+    scheduler.max_rows = 3
+    rides = []
+    for _ in range(20):
+        plan = scheduler.next_sweep()
+        commit(scheduler, plan)
+        rides.append({span.sequence for span in spans_of(plan)})
+    for three in zip(rides, rides[1:], rides[2:]):
+        assert set.union(*three) == set(range(7))
+
+
 def test_waiting_sequences_join_when_others_leave():
     """At most `max_sequences` run; a place that becomes free is taken in the next sweep."""
     scheduler = make_scheduler(max_sequences=2)

@@ -243,3 +243,57 @@ def test_decodes_of_similar_length_are_batched():
     assert lengths == [[1, 3, 4, 5], [9], [20], [80, 81, 96, 100], [101, 128]]
     assert [batch.pages.shape[1] for batch in group.decodes] == [2, 3, 5, 25, 32]
     assert not group.chunks
+
+
+@pytest.mark.parametrize("limit", [1, 40, 100, 10_000])
+def test_a_decode_batch_is_bounded(limit):
+    """Batches of several sequences gather no more than so many positions, padding included."""
+    spans = [SpanPages(row, end - 1, end, range(1000)) for row, end in enumerate(range(3, 40))]
+    group = build_group(
+        spans, 4, torch.device("cpu"), Tier.DEVICE, staged=False, gathered_tokens=limit
+    )
+    for batch in group.decodes:
+        assert len(batch.rows) == 1 or batch.pages.numel() * 4 <= limit
+    assert sorted(row for batch in group.decodes for row in batch.rows.tolist()) == list(range(37))
+    assert (len(group.decodes) == 37) == (limit == 1)
+
+
+def test_what_staging_held_before_is_not_read():
+    """Values that are no numbers, left in staging, are gone from the pages in use."""
+    rig = Rig("emulated", {Tier.HOST: 9}, page_tokens=4)
+    rig.pools.allocate(0, 9)
+    for staging in rig.cache._staging:
+        staging.device.fill_(float("nan"))
+    for start, length in ((0, 3), (3, 1), (4, 1), (5, 4)):
+        span = RowSpan(0, start, length, True)
+        rig.cache.begin([[span]])
+        for layer, shape in enumerate(SHAPES):
+            rig.cache.fetch(layer, 0)
+            key, value = (
+                torch.ones(shape.kv_heads, length, 1),
+                torch.ones(shape.kv_heads, length, 1),
+            )
+            rig.cache.append(
+                layer, 0, key.expand(-1, -1, shape.key_dim), value.expand(-1, -1, shape.value_dim)
+            )
+            ((group, pool),) = rig.cache.view(layer, 0)
+            assert pool.raw[: group.num_staged].isfinite().all()
+            rig.cache.store(layer, 0)
+    rig.close()
+
+
+@pytest.mark.parametrize("name", ["cpu", "emulated"])
+@pytest.mark.parametrize("tier", [Tier.DEVICE, Tier.HOST])
+def test_an_erased_sequence_leaves_zeros(name, tier):
+    """The pages of a sequence whose values are no numbers hold zeros for the one that is next."""
+    rig = Rig(name, {tier: 9}, page_tokens=4)
+    for sequence in (0, 1):
+        rig.pools.allocate(sequence, 9)
+    rig.sweep([[RowSpan(0, 0, 9, True)], [RowSpan(1, 0, 9, True)]])
+    rig.cache.erase(0)
+    rig.cache.erase(2)  # one that never ran
+    for layer in range(len(SHAPES)):
+        home = rig.cache._layers[tier][layer].raw
+        assert not home[rig.pools.tables[0].pages].any()
+        assert home[rig.pools.tables[1].pages].any(1).all()
+    rig.close()

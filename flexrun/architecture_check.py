@@ -24,10 +24,11 @@ from transformers import AutoConfig
 import flexrun
 from flexrun.errors import UnsupportedModelError, UsageError, not_exact
 from flexrun.model import load_config, one_line, refuse_known, trace_attention
-from flexrun.model_files import cache_dir, resolve_model
+from flexrun.model_files import resolve_model
 from flexrun.twin import random_twin
 from flexrun.twin_config import twin_config
 from flexrun.twin_run import compare_with_twin
+from policy_search.machine import cache_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

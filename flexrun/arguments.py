@@ -23,6 +23,7 @@ JOB_DEFAULTS = SamplingParams(temperature=0.0, max_tokens=256)
 OVERRIDES = (
     "weights",
     "kv_cache",
+    "activations",
     "micro_batch_rows",
     "num_micro_batches",
     "max_rows",
@@ -34,10 +35,12 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "policy": lambda text: None if text == "auto" else Policy.load(Path(text)),
     "weights": Split.parse,
     "kv_cache": Split.parse,
+    "activations": Split.parse,
     "device_memory": parse_size,
     "host_memory": parse_size,
     "disk_space": parse_size,
     "offload_dir": Path,
+    "trace": Path,
 }
 _FIELD_OF = {"--micro-batch": "micro_batch_rows"}
 _FLAG_OF = {field: flag for flag, field in _FIELD_OF.items()}
@@ -79,7 +82,26 @@ def build_parser(version: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     check.add_argument("--model", required=True, help="directory, hub id or .gguf file")
+    _add_prepare(commands)
     return parser
+
+
+def _add_prepare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "prepare",
+        help="write the weights that jobs read from disk ahead of the first job",
+        description="Write a model's weights to the offload directory in the order and type in "
+        "which jobs read them. A job does this itself where it has to; the copy is kept and "
+        "serves all later jobs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="directory, hub id or .gguf file")
+    add = partial(_add_flag, parser)
+    add("--dtype", "type of weights and compute (%(default)s)", choices=DTYPES)
+    add("--offload-dir", "directory for prepared weights; default: the user's cache", metavar="DIR")
+    add("--disk-space", "budget, such as 200GiB; default: what is free", metavar="SIZE")
+    help_text = "write a copy even of weights that jobs could read where they are"
+    parser.add_argument("--copy", action="store_true", help=help_text)
 
 
 def _add_job_flags(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +132,7 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add("--device-memory", "budget, such as 16GiB; default: what is free", metavar="SIZE")
     add("--host-memory", "likewise for RAM", metavar="SIZE")
     add("--disk-space", "likewise for the offload directory", metavar="SIZE")
-    add("--offload-dir", "directory for what lives on disk", metavar="DIR")
+    add("--offload-dir", "directory for prepared weights; default: the user's cache", metavar="DIR")
     add("--emulate", "the machine of --device emulated", metavar="TEXT")
 
 
@@ -120,10 +142,12 @@ def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add("--policy", "auto, the default, or a policy's file", metavar="auto|FILE.json")
     add("--weights", "such as device=20,host=80", metavar="SPLIT")
     add("--kv-cache", "such as device=50,host=50", metavar="SPLIT")
+    add("--activations", "of waiting micro-batches, such as host=100", metavar="SPLIT")
     add("--micro-batch", "most rows in one layer call", type=int, metavar="ROWS")
     add("--num-micro-batches", "cut every sweep into so many", type=int, metavar="K")
     add("--max-rows", "most rows of one sweep", type=int, metavar="ROWS")
     add("--max-sequences", "most sequences running at once", type=int, metavar="N")
+    add("--trace", "write a Chrome trace: what each link and compute did when", metavar="FILE")
     help_text = "transfer and compute one after another; same tokens, slower"
     group.add_argument("--no-overlap", dest="overlap", action="store_false", help=help_text)
 

@@ -18,8 +18,10 @@ from flexrun.batch_job import BatchJob, ProgressBar
 from flexrun.errors import FlexrunError, UsageError
 from flexrun.job_file import JobFile
 from flexrun.model_files import resolve_model
+from flexrun.report import report_text
 from flexrun.result_file import ResultFile
 from flexrun.tokenizer import Tokenizer
+from flexrun.trace import check_writable
 
 if TYPE_CHECKING:
     import argparse
@@ -35,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     try:
         arguments = build_parser(__version__).parse_args(argv)
-        return check(arguments) if arguments.command == "check" else generate(arguments)
+        command = {"check": check, "prepare": prepare}.get(arguments.command, generate)
+        return command(arguments)
     except FlexrunError as error:
         return _report(error, BAD_USAGE)
     except KeyboardInterrupt:
@@ -50,10 +53,20 @@ def check(arguments: argparse.Namespace) -> int:
     return main_check(arguments.model)
 
 
+def prepare(arguments: argparse.Namespace) -> int:
+    """Write the disk copy of a model's weights ahead of a job."""
+    from flexrun.prepare import main_prepare  # imports torch
+
+    config = engine_config(vars(arguments), flag_of)
+    return main_prepare(config, copy=arguments.copy)
+
+
 def generate(arguments: argparse.Namespace) -> int:
     """Run a job. All that is cheap to check is checked before the model is loaded."""
     defaults = sampling_params(arguments)
     config = engine_config(vars(arguments), flag_of)
+    if config.trace is not None:
+        check_writable(config.trace)
     with ExitStack() as stack:
         job = JobFile(arguments.input, defaults)
         stack.callback(job.close)
@@ -95,6 +108,7 @@ def _run(job: JobFile, results: ResultFile, engine: JobEngine, tokenizer: Tokeni
         with closing(progress):
             batch.run(engine, progress)
         results.close()
+        engine.write_trace()
     except FlexrunError as error:
         return _report(error, BROKEN)
     except KeyboardInterrupt:
@@ -104,7 +118,9 @@ def _run(job: JobFile, results: ResultFile, engine: JobEngine, tokenizer: Tokeni
             file=sys.stderr,
         )
         return INTERRUPTED
-    return _finish(batch, results, skipped, engine.summary())
+    summary = engine.summary()
+    print(report_text(summary), file=sys.stderr)
+    return _finish(batch, results, skipped, summary)
 
 
 def _finish_without_model(job: JobFile, results: ResultFile) -> int:

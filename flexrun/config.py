@@ -28,8 +28,9 @@ class EngineConfig:
     policy: Policy | None = None
     """None: placed automatically under the budgets."""
     weights: Split | None = None
-    """Overrides the policy's field; so do the next five."""
+    """Overrides the policy's field; so do the next six."""
     kv_cache: Split | None = None
+    activations: Split | None = None
     micro_batch_rows: int | None = None
     num_micro_batches: int | None = None
     max_rows: int | None = None
@@ -40,7 +41,10 @@ class EngineConfig:
     host_memory: int | None = None
     disk_space: int | None = None
     offload_dir: Path | None = None
-    """Directory of the DISK tier; None: the system's directory for temporary files."""
+    """Directory of the DISK tier; None: `$FLEXRUN_OFFLOAD_DIR`,
+    or the user's cache."""
+    trace: Path | None = None
+    """File that gets a Chrome trace of the run; None: no trace."""
     emulate: str | None = None
     """The emulated machine, for example `capacity=256MiB,host-to-device=2GB/s`."""
     seed: int = 0

@@ -15,6 +15,7 @@ from flexrun.runtime import Runtime
 from flexrun.sampler import sample
 from flexrun.sequence import Sequence, make_sequences
 from flexrun.tokenizer import end_token_ids
+from flexrun.trace import write_trace
 
 if TYPE_CHECKING:
     from flexrun.config import EngineConfig
@@ -33,6 +34,7 @@ class Engine:
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
             self._runtime = Runtime(config, stack)
+            self._runtime.measure_links()
             self._closing = stack.pop_all()
         self._counters.load_seconds = time.perf_counter() - start
         self._end_ids = end_token_ids(self._runtime.directory, tokenizer)
@@ -189,11 +191,20 @@ class Engine:
 
     def summary(self) -> dict[str, Any]:
         """What the run did, for the final JSON object."""
-        return self._counters.summary(self._runtime.transfers, self._runtime.backend.account)
+        runtime = self._runtime
+        runtime.transfers.drain()  # or the last bytes would not be counted
+        return self._counters.summary(
+            runtime.transfers, runtime.backend.account, runtime.raw_speeds
+        )
 
     def describe(self) -> str:
         """The plan, for people."""
         return self._runtime.describe()
+
+    def write_trace(self) -> None:
+        """Write the trace that the configuration asks for, if it does. Raises `UsageError`."""
+        if self._config.trace is not None:
+            write_trace(self._config.trace, self._runtime.timeline.finish())
 
     def close(self) -> None:
         """Give all memory, threads and files back."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from flexrun.zigzag import Action, zigzag
+from offload.timeline import COMPUTE, SAMPLING, Timeline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from flexrun.attention.interface import AttentionBackend
     from flexrun.model import Model
     from flexrun.paused_forward import AttentionOptions, PausedForward
     from flexrun.plan import MicroBatch, SweepPlan
+    from offload.activations import ActivationStore
+    from offload.backend import DeviceBackend
     from offload.embedding import EmbeddingTable
     from offload.kv_cache import KVCache
     from offload.transfer import Transfer
@@ -27,6 +31,12 @@ class _Running:
     """One micro-batch of the sweep."""
 
     batch: MicroBatch
+    input_ids: torch.Tensor
+    """[rows]"""
+    positions: torch.Tensor
+    """[rows]"""
+    logit_rows: torch.Tensor
+    """Rows that the head gets."""
     forward: PausedForward | None = None
     logits: Any = None
 
@@ -40,9 +50,11 @@ class Executor:
         weights: WeightStore,
         kv_cache: KVCache,
         attention: AttentionBackend,
+        backend: DeviceBackend,
+        timeline: Timeline,
+        activations: ActivationStore,
         *,
         embedding: EmbeddingTable | None = None,
-        device: torch.device,
         overlap: bool = True,
         depth: int = 2,
     ) -> None:
@@ -50,11 +62,18 @@ class Executor:
         self._weights = weights
         self._kv = kv_cache
         self._attention = attention
+        self._backend = backend
+        self._timeline = timeline
         self._embedding = embedding
-        self._device = device
+        self._activations = activations
+        self._device = backend.device
         self._overlap = overlap
         self._depth = depth
         self._micro_batches: list[_Running] = []
+        self._since: tuple[Any, str, str] = (None, "", "")
+        """When what is timed now began, its row and its name."""
+        self._warm = False
+        """The last sweep sent this one's first weights on their way."""
 
     def run(
         self,
@@ -67,42 +86,73 @@ class Executor:
         `tokens` holds each sequence's token ids; `choose(sequences, logits [n, vocab])` picks the
         next ids [n] on the device.
         """
-        self._micro_batches = [_Running(batch) for batch in plan.micro_batches]
-        self._kv.begin([batch.spans for batch in plan.micro_batches])
+        self._begin(plan, tokens)
         chosen: list[tuple[list[int], torch.Tensor]] = []
+        head, count = len(self._model.layers), len(self._micro_batches)
         try:
-            for step in zigzag(len(self._model.layers), len(self._micro_batches), self._depth):
-                self._do(step.action, step.unit, step.micro_batch, tokens)
-                if step.action is Action.COMPUTE and step.unit == len(self._model.layers):
+            for step in zigzag(head, count, self._depth, warm=self._warm, last=plan.last):
+                self._do(step.action, step.unit, step.micro_batch)
+                if step.action is Action.COMPUTE and step.unit == head:
                     chosen.extend(self._choose(self._micro_batches[step.micro_batch], choose))
+            self._warm = not plan.last
         finally:
             self._micro_batches = []  # paused forward passes hold activations
+            self._activations.end()
         if not chosen:
             return {}
         # One copy, and the only wait for the device, at the very end of the sweep.
         ids = torch.cat([ids for _, ids in chosen]).tolist()
         return dict(zip([s for sequences, _ in chosen for s in sequences], ids))
 
-    def _do(
-        self, action: Action, unit: int, number: int, tokens: Mapping[int, Sequence[int]]
-    ) -> None:
+    def _do(self, action: Action, unit: int, number: int) -> None:
         match action:
             case Action.PREFETCH:
                 self._settle(self._weights.prefetch(unit))
             case Action.BIND:
-                self._weights.bind(unit)
+                self._weights.arrive(unit)
+                with self._timed(COMPUTE, "weights"):
+                    self._weights.bind(unit)
             case Action.RELEASE:
                 self._weights.release(unit)
             case Action.START:
-                self._start(number, tokens)
+                with self._timed(COMPUTE, f"start of micro-batch {number}"):
+                    self._start(number)
+                self._settle([self._wait_for(0, number)])
             case Action.FETCH_KV:
-                self._settle([self._kv.fetch(unit, number)])
+                self._settle([self._kv.fetch(unit, number), self._activations.fetch(number)])
             case Action.STORE_KV:
-                self._settle([self._kv.store(unit, number)])
+                self._settle([self._kv.store(unit, number), self._wait_for(unit + 1, number)])
             case Action.COMPUTE:
                 running = self._micro_batches[number]
                 assert running.forward is not None
-                running.logits = running.forward.resume()
+                self._activations.arrive(number)
+                with self._timed(COMPUTE, f"unit {unit}, micro-batch {number}"):
+                    running.logits = running.forward.resume()
+
+    def _wait_for(self, unit: int, number: int) -> Transfer | None:
+        """The micro-batch waits for its turn in `unit`: its hidden states may leave the device."""
+        forward = self._micro_batches[number].forward
+        assert forward is not None
+        hidden, forward.hidden = forward.hidden, None
+        if hidden is None or unit == len(self._model.layers):
+            return None  # the head takes just the rows that need logits
+        return self._activations.store(number, hidden)
+
+    @contextlib.contextmanager
+    def _timed(self, row: str, name: str) -> Iterator[None]:
+        self._since = self._backend.mark(), row, name
+        yield
+        self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        start, row, name = self._since
+        self._timeline.add_marks(row, name, start, self._backend.mark())
+
+    def _wait(self, transfer: Transfer) -> None:
+        """In the middle of compute, wait for bytes without counting it as compute."""
+        self._stop_clock()
+        transfer.wait()
+        self._since = self._backend.mark(), *self._since[1:]
 
     def _settle(self, transfers: Sequence[Transfer | None]) -> None:
         """Without overlap every transfer is over before the next step begins."""
@@ -111,22 +161,34 @@ class Executor:
                 if transfer is not None:
                     transfer.synchronize()
 
-    def _start(self, number: int, tokens: Mapping[int, Sequence[int]]) -> None:
-        running = self._micro_batches[number]
-        spans = running.batch.spans
-        ids = [token for s in spans for token in tokens[s.sequence][s.start : s.end]]
-        positions = torch.cat([torch.arange(s.start, s.end) for s in spans])
-        ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
-        wanted = ends[torch.tensor([s.wants_logits for s in spans])]
-        input_ids = torch.tensor(ids)
+    def _begin(self, plan: SweepPlan, tokens: Mapping[int, Sequence[int]]) -> None:
+        """Bring what the forward passes of a sweep start from to the device, all at once."""
+        spans = [span for batch in plan.micro_batches for span in batch.spans]
+        ids = torch.tensor([t for s in spans for t in tokens[s.sequence][s.start : s.end]])
         if self._embedding is not None:
-            input_ids = self._embedding.bind(input_ids, self._model.embedding)
+            ids = self._embedding.bind(ids, self._model.embedding)
+        positions = torch.cat([torch.arange(s.start, s.end) for s in spans])
+        wanted = [_logit_rows(batch) for batch in plan.micro_batches]
+        sent = torch.cat([ids, positions, *wanted]).to(self._device)
+        rows = [batch.rows for batch in plan.micro_batches]
+        parts = sent.split([*rows, *rows, *map(len, wanted)])
+        count = len(rows)
+        self._micro_batches = [
+            _Running(batch, *inputs)
+            for batch, *inputs in zip(
+                plan.micro_batches, parts[:count], parts[count : 2 * count], parts[2 * count :]
+            )
+        ]
+        self._kv.begin([batch.spans for batch in plan.micro_batches])
+        self._activations.begin(rows)
+
+    def _start(self, number: int) -> None:
+        running = self._micro_batches[number]
         running.forward = self._model.forward(
             lambda *call: self._attend(number, *call),
-            input_ids.to(self._device),
-            positions.to(self._device),
-            # The head always gets a row, so that its weights are used as planned.
-            (wanted if len(wanted) else ends[:1]).to(self._device),
+            running.input_ids,
+            running.positions,
+            running.logit_rows,
         )
         running.forward.resume()
 
@@ -141,6 +203,8 @@ class Executor:
     ) -> torch.Tensor:
         forward = self._micro_batches[number].forward
         assert forward is not None
+        if (arriving := self._kv.arriving(forward.unit, number)) is not None:
+            self._wait(arriving)
         self._kv.append(forward.unit, number, key, value)
         groups = self._kv.view(forward.unit, number)
         return self._attention.run(query, key, value, groups, options)
@@ -150,4 +214,12 @@ class Executor:
     ) -> list[tuple[list[int], torch.Tensor]]:
         sequences = [span.sequence for span in running.batch.spans if span.wants_logits]
         logits, running.logits, running.forward = running.logits.logits[0], None, None
-        return [(sequences, choose(sequences, logits))] if sequences else []
+        with self._timed(SAMPLING, "sampling"):
+            return [(sequences, choose(sequences, logits))] if sequences else []
+
+
+def _logit_rows(batch: MicroBatch) -> torch.Tensor:
+    ends = torch.tensor([span.length for span in batch.spans]).cumsum(0) - 1
+    wanted = ends[torch.tensor([span.wants_logits for span in batch.spans])]
+    # The head always gets a row, so that its weights are used as planned.
+    return wanted if len(wanted) else ends[:1]

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
+from flexrun.disk_weights import open_charged
 from offload.embedding import EmbeddingTable
-from offload.offload_file import OffloadFile
 from offload.placement import TensorSpec, place
-from offload.tiers import CACHE_LINE, DISK_BLOCK, Split, Tier, padded
-from offload.weights import Weight, WeightStore
+from offload.slabs import Weight
+from offload.tiers import Split, Tier
+from offload.weights import WeightStore
 from policy_search.model_shape import ModelShape
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-    from pathlib import Path
+    from collections.abc import Mapping
 
+    from flexrun.disk_weights import DiskPlan, TensorSource
     from flexrun.model import Model
     from offload.backend import DeviceBackend
-    from offload.transfer import TransferEngine
-
-
-class TensorSource(Protocol):
-    """Where weights are read from: a checkpoint, or a model in memory."""
-
-    def load(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and values of each of `names`."""
-        ...
+    from offload.transfer_engine import TransferEngine
 
 
 @dataclass(slots=True)
@@ -49,6 +43,12 @@ class ModelWeights:
         units = [*self.layers, self.head]
         own = [] if self.tied else [(-1, self.embedding)]
         return own + [(number, weight) for number, unit in enumerate(units) for weight in unit]
+
+    @property
+    def units(self) -> list[list[Weight]]:
+        """All of them, in the order that they are used in and lie on disk."""
+        own = [] if self.tied else [self.embedding]
+        return [[*self.resident, *own], *self.layers, self.head]
 
     @property
     def all(self) -> list[Weight]:
@@ -73,7 +73,8 @@ def find_weights(model: Model) -> ModelWeights:
             known = weights.get(id(parameter))
             users = ((module, attribute),) if known is None else (*known.users, (module, attribute))
             first = name if known is None else known.name
-            weights[id(parameter)] = Weight(first, parameter.shape, parameter.dtype, users)
+            stored = model.stored_dtypes[first]
+            weights[id(parameter)] = Weight(first, parameter.shape, stored, users, parameter.dtype)
             number = len(model.layers) if module in head_modules else layer_of.get(module, -2)
             units[id(parameter)] = max(number, units.get(id(parameter), -2))
     table = model.embedding.weight
@@ -90,8 +91,10 @@ def find_weights(model: Model) -> ModelWeights:
     return ModelWeights(grouped[:-1], grouped[-1], embedding, tied, resident)
 
 
-def model_shape(model: Model, weights: ModelWeights, dtype: torch.dtype) -> ModelShape:
-    """The numbers that planning needs."""
+def model_shape(
+    model: Model, weights: ModelWeights, dtype: torch.dtype, disk: DiskPlan
+) -> ModelShape:
+    """The numbers that planning needs; `dtype` is the one that is computed in."""
     size = dtype.itemsize
     kv = tuple(s.kv_heads * (s.key_dim + s.value_dim) * size for s in model.attention)
     config = model.config.get_text_config()
@@ -103,6 +106,7 @@ def model_shape(model: Model, weights: ModelWeights, dtype: torch.dtype) -> Mode
         for weight in layer
         if len(weight.shape) > 1
     )
+    units = [*weights.layers, weights.head]
     return ModelShape(
         weight_bytes=sum(weight.nbytes for weight in weights.all),
         largest_layer_bytes=max(sum(w.nbytes for w in layer) for layer in weights.layers),
@@ -112,7 +116,11 @@ def model_shape(model: Model, weights: ModelWeights, dtype: torch.dtype) -> Mode
         vocab_size=model.vocab_size,
         kv_bytes_per_token=kv,
         value_bytes=size,
-        tensors=tuple(TensorSpec(w.name, unit, w.nbytes) for unit, w in weights.placeable),
+        expanded_bytes=max(sum(w.expanded_bytes for w in unit) for unit in units),
+        prepared_bytes=disk.to_write,
+        tensors=tuple(
+            TensorSpec(w.name, unit, w.nbytes, disk.places[w.name]) for unit, w in weights.placeable
+        ),
     )
 
 
@@ -120,21 +128,15 @@ def model_shape(model: Model, weights: ModelWeights, dtype: torch.dtype) -> Mode
 class LoadedWeights:
     """The weights at home, and the embedding table if its rows have to be gathered."""
 
-    backend: DeviceBackend
     store: WeightStore
     embedding: EmbeddingTable | None
-    file: OffloadFile | None
     placed: dict[Tier, int]
     """Weight bytes on each tier."""
+    _closing: contextlib.ExitStack
 
     def close(self) -> None:
-        """Give memory and disk space back."""
-        if self.embedding is not None:
-            self.embedding.close()
-        self.store.close()
-        if self.file is not None:
-            self.file.close()
-            self.backend.account.refund(Tier.DISK, self.file.nbytes)
+        """Give memory and files back."""
+        self._closing.close()
 
 
 def load_weights(
@@ -144,21 +146,19 @@ def load_weights(
     split: Split,
     backend: DeviceBackend,
     transfers: TransferEngine,
-    directory: Path,
+    disk: DiskPlan,
     depth: int,
+    max_rows: int,
 ) -> LoadedWeights:
     """Allocate every home, then fill them unit by unit: memory that is short is known at once."""
     specs = [TensorSpec(w.name, unit, w.nbytes) for unit, w in weights.placeable]
     tiers = place(specs, split)
-    on_disk = [w for _, w in weights.placeable if tiers[w.name] is Tier.DISK]
-    file = None
-    if on_disk:
-        # Slack: weights start on cache lines and every unit on a disk block.
-        units = len(weights.layers) + 2
-        nbytes = sum(padded(w.nbytes, CACHE_LINE) for w in on_disk) + units * DISK_BLOCK
-        backend.account.charge(Tier.DISK, nbytes, "the offload file")
-        file = OffloadFile(directory, nbytes)
-    try:
+    with contextlib.ExitStack() as closing:
+        source = None
+        if Tier.DISK in tiers.values():
+            source = open_charged(disk, backend.account)
+            closing.callback(backend.account.refund, Tier.DISK, disk.to_write)
+            closing.callback(source.close)
         store = WeightStore(
             [*weights.layers, weights.head],
             weights.resident,
@@ -166,42 +166,51 @@ def load_weights(
             tiers,
             backend,
             transfers,
-            file,
+            source,
             depth,
         )
-    except BaseException:
-        if file is not None:
-            file.close()
-        raise
-    placed = dict.fromkeys(Tier, 0)
-    for weight in weights.all:
-        placed[tiers.get(weight.name, Tier.DEVICE)] += weight.nbytes
-    loaded = LoadedWeights(backend, store, None, file, placed)
-    try:
-        _fill(model, weights, checkpoint, store)
-    except BaseException:
-        loaded.close()
-        raise
-    table_tier = tiers[weights.embedding.name]
-    if table_tier is Tier.DISK or (table_tier is Tier.HOST and not backend.unified):
-        home = store.view(weights.embedding.name)
-        loaded.embedding = EmbeddingTable(weights.embedding, home, backend, transfers)
-    return loaded
+        closing.callback(store.close)
+        _fill(model, weights, checkpoint, store, tiers)
+        embedding = _embedding_table(weights.embedding, tiers, store, backend, transfers, max_rows)
+        if embedding is not None:
+            closing.callback(embedding.close)
+        placed = dict.fromkeys(Tier, 0)
+        for weight in weights.all:
+            placed[tiers.get(weight.name, Tier.DEVICE)] += weight.nbytes
+        return LoadedWeights(store, embedding, placed, closing.pop_all())
+
+
+def _embedding_table(
+    table: Weight,
+    tiers: Mapping[str, Tier],
+    store: WeightStore,
+    backend: DeviceBackend,
+    transfers: TransferEngine,
+    max_rows: int,
+) -> EmbeddingTable | None:
+    tier = tiers[table.name]
+    ready = tier is Tier.DEVICE or (tier is Tier.HOST and backend.unified)
+    if ready and not table.expanded_bytes:
+        return None
+    home = store.view(table.name)
+    return EmbeddingTable(table, home, tier, backend, transfers, max_rows)
 
 
 def _fill(
-    model: Model, weights: ModelWeights, checkpoint: TensorSource, store: WeightStore
+    model: Model,
+    weights: ModelWeights,
+    checkpoint: TensorSource,
+    store: WeightStore,
+    tiers: Mapping[str, Tier],
 ) -> None:
-    stored = {weight.name for weight in weights.all}
+    in_memory = {w.name for w in weights.all if tiers.get(w.name) is not Tier.DISK}
     buffers = dict(model.module.named_buffers())
     persistent = [name for name in model.module.state_dict() if name in buffers]
-    outside = [*weights.resident, *([] if weights.tied else [weights.embedding])]
-    groups = [
-        [weight.name for weight in group] for group in (outside, *weights.layers, weights.head)
-    ]
+    groups = [[w.name for w in unit if w.name in in_memory] for unit in weights.units]
     for names in (persistent, *groups):
         for name, tensor in checkpoint.load(names):
             if name in buffers:
                 buffers[name].copy_(tensor)
-            elif name in stored:
+            elif name in in_memory:
                 store.load(name, tensor)
+    store.finish_loading()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,9 +12,17 @@ from offload.backend_cpu import CpuBackend
 from offload.backend_cuda import CudaBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.tiers import MemoryAccount, Tier
-from policy_search.machine import SHARE_OF_FREE, disk_budget, host_budget
+from policy_search.machine import (
+    SHARE_OF_FREE,
+    computed_on_cpu,
+    disk_budget,
+    host_budget,
+    offload_dir,
+)
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from flexrun.config import EngineConfig
     from offload.backend import DeviceBackend
 
@@ -67,21 +73,24 @@ def _limits(config: EngineConfig, name: str) -> dict[Tier, int]:
 
 def offload_directory(config: EngineConfig) -> Path:
     """Where the DISK tier's file lies."""
-    return (config.offload_dir or Path(tempfile.gettempdir())).absolute()
+    return offload_dir(config.offload_dir)
 
 
-def compute_dtype(requested: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The type to compute in; `stored` is the checkpoint's."""
-    if requested != "auto":
-        dtype = getattr(torch, requested)
-        assert isinstance(dtype, torch.dtype)
-        if dtype is torch.float16 and device.type == "cpu":
-            logger.warning("float16 products on a CPU can be a thousand times slower than bfloat16")
-        return dtype
-    if stored is torch.float16 and device.type == "cpu":
-        logger.warning(
-            "the checkpoint is float16, which CPUs multiply very slowly: computing in float32 "
-            "(--dtype bfloat16 is faster, with fewer digits)"
-        )
-        return torch.float32
-    return stored
+def choose_types(
+    requested: str, stored: torch.dtype, device: torch.device
+) -> tuple[torch.dtype, torch.dtype]:
+    """The types that weights are stored and computed in; `stored` is the checkpoint's.
+
+    A CPU without instructions for a 16-bit type multiplies it many times slower than float32. There
+    weights stay 16-bit in memory, on disk and on the links, and each layer's are expanded once a
+    sweep: exact, and the activations and the KV cache are float32.
+    """
+    dtype = stored if requested == "auto" else getattr(torch, requested)
+    assert isinstance(dtype, torch.dtype)
+    if device.type != "cpu":
+        return dtype, dtype
+    name = str(dtype).removeprefix("torch.")
+    if name == computed_on_cpu(name):
+        return dtype, dtype
+    logger.warning("this CPU multiplies %s slowly: computing in float32", name)
+    return dtype, torch.float32

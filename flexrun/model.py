@@ -56,6 +56,8 @@ class Model:
     """Per layer."""
     context_length: int
     vocab_size: int
+    stored_dtypes: dict[str, torch.dtype]
+    """Of each tensor of the state dict: it may be computed in a larger type."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -90,16 +92,22 @@ def load_config(directory: Path) -> PretrainedConfig:
     return config
 
 
-def build_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> Model:
+def build_model(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    stored: torch.dtype | None = None,
+) -> Model:
     """Build the model with meta parameters and real buffers on `device`.
 
-    Raises `UnsupportedModelError` when the architecture cannot be run exactly; no weight is read.
+    It computes in `dtype`; its weights are `stored` in that type unless another one is given.
+    Raises `UnsupportedModelError` when it cannot be run exactly; no weight is read.
     """
     refuse_known(config)
     attention, layer_names = trace_attention(config, dtype)
-    with torch.device("meta"):
-        module = _instantiate(config, dtype).eval()
-    _keep_float32(module, dtype)
+    module = _skeleton(config, dtype)
+    as_stored = module if stored in (None, dtype) else _skeleton(config, stored)
+    stored_dtypes = {name: tensor.dtype for name, tensor in as_stored.state_dict().items()}
     _materialize_buffers(module, device)
     layers = [module.get_submodule(name) for name in layer_names]
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
@@ -114,13 +122,21 @@ def build_model(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
         attention=attention,
         context_length=context_length(config),
         vocab_size=int(embedding.weight.shape[0]),
+        stored_dtypes=stored_dtypes,
     )
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model on the meta device, each tensor in the type that it has when loaded as `dtype`."""
+    with torch.device("meta"):
+        module = _instantiate(config, dtype).eval()
+    _keep_float32(module, dtype)
+    return module
 
 
 def refuse_known(config: PretrainedConfig) -> None:
     """Raise `UnsupportedModelError` for properties that the config names and we do not run."""
-    reason = _reason_to_refuse(config)
-    if reason is not None:
+    if (reason := _reason_to_refuse(config)) is not None:
         raise not_exact(config.model_type, reason)
 
 

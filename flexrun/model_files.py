@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flexrun.errors import UsageError
+from policy_search.machine import cache_dir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,13 +38,6 @@ _HUB_FILES = (
 _CONVERSION = "1"
 """Part of a converted model's key: raise it when the conversion changes."""
 _MIB = 2**20
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept: `$FLEXRUN_CACHE`, or flexrun in the user's cache."""
-    if own := os.environ.get("FLEXRUN_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexrun"
 
 
 def resolve_model(model: str | Path) -> Path:

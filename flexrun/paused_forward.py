@@ -53,6 +53,8 @@ class PausedForward(greenlet.greenlet):  # type: ignore[misc]  # greenlet has no
     ):
         super().__init__(lambda: model(**inputs))
         self.attend = attend
+        self.hidden: torch.Tensor | None = None
+        """What the unit that runs next takes: all that the pass holds of its rows."""
         self.unit = -1
         """The layer, or the head after the last one, that runs when it is resumed next."""
 
@@ -64,14 +66,15 @@ class PausedForward(greenlet.greenlet):  # type: ignore[misc]  # greenlet has no
 def install_pauses(stops: Sequence[torch.nn.Module]) -> None:
     """Make every `PausedForward` stop before each of `stops`, which run in this order."""
     for unit, module in enumerate(stops):
-        module.register_forward_pre_hook(_pause_before(unit))
+        module.register_forward_pre_hook(_pause_before(unit), with_kwargs=True)
 
 
 def _pause_before(unit: int) -> Callable[..., None]:
-    def hook(module: torch.nn.Module, args: Any) -> None:
+    def hook(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         current = greenlet.getcurrent()
         if isinstance(current, PausedForward):
             current.unit = unit
+            current.hidden = args[0] if args else kwargs.get("hidden_states")
             assert current.parent is not None
             current.parent.switch()
 

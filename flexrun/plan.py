@@ -37,6 +37,8 @@ class SweepPlan:
     """The micro-batches of one pass over all layers."""
 
     micro_batches: tuple[MicroBatch, ...]
+    last: bool = False
+    """No sweep follows, whatever tokens are chosen: no weights need to be fetched ahead."""
 
     @property
     def rows(self) -> int:

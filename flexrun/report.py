@@ -1,4 +1,4 @@
-"""What a run did, counted: the summary's numbers."""
+"""What a run did, counted: the summary's numbers, and what bound its speed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import statistics
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from offload.timeline import COMPUTE
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from offload.links import Link
     from offload.tiers import MemoryAccount
-    from offload.transfer import TransferEngine
+    from offload.transfer_engine import TransferEngine
 
 
 @dataclass(slots=True)
@@ -29,10 +34,13 @@ class RunCounters:
         self.generated_tokens += generated
         self.sweep_seconds.append(seconds)
 
-    def summary(self, transfers: TransferEngine, account: MemoryAccount) -> dict[str, Any]:
-        """The numbers of the final JSON object."""
+    def summary(
+        self, transfers: TransferEngine, account: MemoryAccount, raw: Mapping[Link, float]
+    ) -> dict[str, Any]:
+        """The numbers of the final JSON object; `raw` is bytes per second of idle links."""
         seconds = sum(self.sweep_seconds)
-        links = {str(link): counters.total_bytes for link, counters in transfers.counters.items()}
+        totals = {str(link): counters.total_bytes for link, counters in transfers.counters.items()}
+        shares = _busy_shares(transfers, seconds)
         return {
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.generated_tokens,
@@ -42,7 +50,14 @@ class RunCounters:
             "sweeps": self.sweeps,
             "rows": self.rows,
             "sweep_seconds": round(statistics.median(self.sweep_seconds or [0.0]), 6),
-            "bytes": links,
+            "bound": max(shares, key=lambda row: shares[row]) if self.sweeps else None,
+            "compute_share": round(shares[COMPUTE], 4),
+            "links": {
+                str(link): _link(transfers, link, shares[str(link)], raw.get(link))
+                for link, counters in transfers.counters.items()
+                if counters.bytes
+            },
+            "bytes": totals,
             "bytes_by_kind": {
                 str(link): dict(counters.bytes)
                 for link, counters in transfers.counters.items()
@@ -50,3 +65,37 @@ class RunCounters:
             },
             "peak_bytes": {str(tier): nbytes for tier, nbytes in account.peak.items()},
         }
+
+
+def _busy_shares(transfers: TransferEngine, seconds: float) -> dict[str, float]:
+    """Share of the time in which compute and each link did something."""
+    rows = [COMPUTE, *map(str, transfers.counters)]
+    busy = {row: transfers.timeline.busy_seconds(row) for row in rows}
+    return {row: min(1.0, each / seconds) if seconds else 0.0 for row, each in busy.items()}
+
+
+def _link(
+    transfers: TransferEngine, link: Link, share: float, raw: float | None
+) -> dict[str, float | None]:
+    busy = transfers.timeline.busy_seconds(str(link))
+    speed = transfers.counters[link].total_bytes / busy if busy else 0.0
+    return {
+        "busy_share": round(share, 4),
+        "gb_per_s": round(speed / 1e9, 4),
+        "raw_gb_per_s": None if raw is None else round(raw / 1e9, 4),
+    }
+
+
+def report_text(summary: Mapping[str, Any]) -> str:
+    """What bound the run, for people; empty if nothing ran."""
+    if not summary.get("bound"):
+        return ""
+    lines = [f"bound by {summary['bound']}"]
+    lines += [f"  compute       busy {summary['compute_share']:4.0%}"]
+    for name, link in summary["links"].items():
+        raw = link["raw_gb_per_s"]
+        against = f" of {raw:.2f} GB/s reached by a raw copy" if raw else ""
+        lines.append(
+            f"  {name:<13} busy {link['busy_share']:4.0%}, {link['gb_per_s']:.2f} GB/s{against}"
+        )
+    return "\n".join(lines)

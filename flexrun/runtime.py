@@ -9,20 +9,24 @@ import torch
 
 from flexrun.architecture_check import ensure_exact
 from flexrun.attention.torch_ops import TorchAttention
+from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
 from flexrun.loading import find_weights, load_weights, model_shape
-from flexrun.machine import compute_dtype, offload_directory, open_backend
+from flexrun.machine import choose_types, offload_directory, open_backend
 from flexrun.model import build_model, load_config
 from flexrun.model_files import resolve_model
 from flexrun.scheduler import Scheduler
+from offload.activations import ActivationStore
 from offload.checkpoint import Checkpoint
 from offload.errors import CapacityError
 from offload.kv_cache import KVCache
 from offload.pages import PagePools
+from offload.raw_speed import raw_speeds
 from offload.tiers import Tier, format_size
-from offload.transfer import TransferEngine
-from policy_search.automatic import automatic_policy
-from policy_search.memory import kv_pages, kv_room, workspace
+from offload.timeline import Timeline
+from offload.transfer_engine import TransferEngine
+from policy_search.automatic import automatic_policy, with_depth
+from policy_search.memory import kv_pages, kv_room, parked_rows, workspace
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -31,10 +35,12 @@ if TYPE_CHECKING:
 
     from flexrun.config import EngineConfig
     from flexrun.plan import SweepPlan
+    from offload.links import Link
 
 _POLICY_FIELDS = (
     "weights",
     "kv_cache",
+    "activations",
     "micro_batch_rows",
     "num_micro_batches",
     "max_rows",
@@ -52,17 +58,22 @@ class Runtime:
         self.backend = open_backend(config)
         closing.callback(self.backend.close)
         stored = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
-        self.dtype = compute_dtype(config.dtype, stored, self.backend.device)
-        self.model = build_model(hf_config, self.dtype, self.backend.device)
-        checkpoint = Checkpoint(self.directory, self.model.module, self.dtype)
+        types = choose_types(config.dtype, stored, self.backend.device)
+        self.stored, self.dtype = types
+        self.model = build_model(hf_config, self.dtype, self.backend.device, self.stored)
+        checkpoint = Checkpoint(
+            self.directory, self.model.module, self.stored, self.model.stored_dtypes
+        )
         weights = find_weights(self.model)
-        self.shape = model_shape(self.model, weights, self.dtype)
+        disk = plan_disk(checkpoint, weights.units, offload_directory(config))
+        self.shape = model_shape(self.model, weights, self.dtype, disk)
         self.policy = self._choose_policy(config)
         activations = workspace(self.shape, self.policy)
         account = self.backend.account
         account.charge(Tier.DEVICE, activations, "working memory for activations")
         closing.callback(account.refund, Tier.DEVICE, activations)
-        self.transfers = TransferEngine(self.backend)
+        self.timeline = Timeline(self.backend, traced=config.trace is not None)
+        self.transfers = TransferEngine(self.backend, self.timeline)
         closing.callback(self.transfers.close)
         self.weights = load_weights(
             self.model,
@@ -71,23 +82,28 @@ class Runtime:
             self.policy.weights,
             self.backend,
             self.transfers,
-            offload_directory(config),
-            self.policy.prefetch_depth,
+            disk,
+            self.policy.depth,
+            self.policy.max_rows,
         )
         closing.callback(self.weights.close)
+        self.activations = self._add_activations(closing)
         self._add_kv_cache(closing)
         # The last to be registered is the first to be called: nothing may still be on its way
         # when the memory it reads or writes is given back.
         closing.callback(self.transfers.close)
+        self.raw_speeds: dict[Link, float] = {}
         self._executor = Executor(
             self.model,
             self.weights.store,
             self.kv_cache,
             TorchAttention(),
+            self.backend,
+            self.timeline,
+            self.activations,
             embedding=self.weights.embedding,
-            device=self.backend.device,
             overlap=self.policy.overlap,
-            depth=self.policy.prefetch_depth,
+            depth=self.policy.depth,
         )
 
     def _choose_policy(self, config: EngineConfig) -> Policy:
@@ -98,16 +114,32 @@ class Runtime:
             policy = policy.with_batch(**batch)
         policy = replace(policy, **batch, overlap=policy.overlap and config.overlap)
         if config.policy is None and not {"weights", "kv_cache"} <= changed.keys():
-            limits = self.backend.account.limits
-            known = {tier: int(limits.get(tier) or 0) for tier in Tier}
             policy = automatic_policy(
                 self.shape,
-                known,
+                self._limits(),
                 policy,
                 self.model.context_length,
                 unified=self.backend.unified,
             )
-        return replace(policy, **changed)
+        return with_depth(
+            self.shape,
+            replace(policy, **changed),
+            self._limits(),
+            self.model.context_length,
+            unified=self.backend.unified,
+        )
+
+    def _limits(self) -> dict[Tier, int]:
+        limits = self.backend.account.limits
+        return {tier: int(limits.get(tier) or 0) for tier in Tier}
+
+    def _add_activations(self, closing: contextlib.ExitStack) -> ActivationStore:
+        policy, row_bytes = self.policy, self.shape.hidden_size * self.shape.value_bytes
+        store = ActivationStore(
+            policy.activations, parked_rows(policy), row_bytes, self.backend, self.transfers
+        )
+        closing.callback(store.close)
+        return store
 
     def _add_kv_cache(self, closing: contextlib.ExitStack) -> None:
         backend, policy, shape = self.backend, self.policy, self.shape
@@ -137,6 +169,11 @@ class Runtime:
             num_micro_batches=policy.num_micro_batches,
         )
 
+    def measure_links(self) -> None:
+        """Find out what the links can do, before they have anything else to do."""
+        with torch.inference_mode():
+            self.raw_speeds = raw_speeds(self.backend, self.weights.store.raw_copies())
+
     def run(
         self,
         plan: SweepPlan,
@@ -146,12 +183,18 @@ class Runtime:
         """One sweep: the next token of every sequence that wants one."""
         try:
             with torch.inference_mode():
-                return self._executor.run(plan, tokens, choose)
+                chosen = self._executor.run(plan, tokens, choose)
         except torch.OutOfMemoryError as error:
             raise CapacityError(
                 f"the device ran out of memory in a sweep of {plan.rows} rows: {error}",
                 hint="lower --micro-batch, --max-rows or --device-memory",
             ) from error
+        self.weights.store.check_files()  # before anything that was read from them counts
+        return chosen
+
+    def _types(self) -> str:
+        stored, computed = (str(t).removeprefix("torch.") for t in (self.stored, self.dtype))
+        return stored if stored == computed else f"{stored} computed in {computed}"
 
     def describe(self) -> str:
         """What lives where, in a few lines."""
@@ -168,7 +211,7 @@ class Runtime:
         kv = ", ".join(f"{count} tokens on {tier}" for tier, count in tokens.items())
         policy = self.policy
         return (
-            f"model:   {self.directory.name}, {str(self.dtype).removeprefix('torch.')}, on "
+            f"model:   {self.directory.name}, {self._types()}, on "
             f"{self.backend.name}\n"
             f"weights: {placed}\n"
             f"kv:      room for {kv}\n"

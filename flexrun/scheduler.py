@@ -79,7 +79,16 @@ class Scheduler:
             budget -= spans[-1].length
             if budget == 0:
                 break
-        return SweepPlan(tuple(self._cut(spans)))
+        return SweepPlan(tuple(self._cut(spans)), last=self._is_last(spans))
+
+    def _is_last(self, spans: list[RowSpan]) -> bool:
+        """Whether every sequence there is reaches its most tokens with this sweep."""
+        if self.waiting or len(spans) < len(self.running):
+            return False
+        running = self.running.values()
+        return all(span.wants_logits for span in spans) and all(
+            progress.tokens + 1 >= progress.most_tokens for progress in running
+        )
 
     def commit(self, plan: SweepPlan) -> None:
         """The rows of `plan` were computed."""

@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexrun.attention.torch_ops import TorchAttention
+from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
 from flexrun.loading import find_weights, load_weights
 from flexrun.model import build_model
 from flexrun.scheduler import Scheduler
+from offload.activations import ActivationStore
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.kv_cache import KVCache
 from offload.pages import PagePools
 from offload.tiers import MemoryAccount, Split, Tier
-from offload.transfer import TransferEngine
+from offload.timeline import Timeline
+from offload.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -45,6 +48,15 @@ class _StateDict:
         for name in names:
             yield name, self._tensors[name]
 
+    def in_place(self, names: Collection[str]) -> None:
+        return None  # so the twin also proves the prepared store
+
+    def fingerprint(self) -> bytes:
+        return b"twin"
+
+    def check_unchanged(self) -> None:
+        return None
+
 
 class TwinRun:
     """The engine around a twin: two micro-batches, small pages, weights and KV on several tiers."""
@@ -52,23 +64,28 @@ class TwinRun:
     def __init__(self, twin: PreTrainedModel, closing: contextlib.ExitStack) -> None:
         self.model: Model = build_model(twin.config, torch.float32, torch.device("cpu"))
         backend = EmulatedBackend(MemoryAccount(), EmulatedMachine())
-        transfers = TransferEngine(backend)
+        timeline = Timeline(backend)
+        transfers = TransferEngine(backend, timeline)
         closing.callback(transfers.close)
         directory = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="flexrun-")))
+        found, source = find_weights(self.model), _StateDict(twin)
         weights = load_weights(
             self.model,
-            find_weights(self.model),
-            _StateDict(twin),
+            found,
+            source,
             Split(device=30, host=40, disk=30),
             backend,
             transfers,
-            directory,
-            depth=2,
+            plan_disk(source, found.units, directory),
+            depth=3,
+            max_rows=40,
         )
         closing.callback(weights.close)
         pools = PagePools({Tier.DEVICE: 64, Tier.HOST: 64}, PAGE_TOKENS, {Tier.HOST: 32})
         kv_cache = KVCache(self.model.attention, torch.float32, pools, backend, transfers, 32)
         closing.callback(kv_cache.close)
+        hidden = twin.config.get_text_config().hidden_size
+        activations = ActivationStore(Split(host=100), 40, hidden * 4, backend, transfers)
         self.scheduler = Scheduler(
             pools, max_rows=40, max_sequences=4, micro_batch_rows=20, num_micro_batches=2
         )
@@ -77,8 +94,11 @@ class TwinRun:
             weights.store,
             kv_cache,
             TorchAttention(),
+            backend,
+            timeline,
+            activations,
             embedding=weights.embedding,
-            device=backend.device,
+            depth=3,
         )
 
     def forced_logits(self, sequences: list[list[int]]) -> list[torch.Tensor]:

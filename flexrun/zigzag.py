@@ -23,11 +23,11 @@ class Action(Enum):
     BIND = "bind"
     """Wait for a unit's weights and make them the model's parameters."""
     FETCH_KV = "fetch_kv"
-    """Send a micro-batch's KV pages of one layer to the device."""
+    """Send a micro-batch's KV pages of one layer and its activations to the device."""
     COMPUTE = "compute"
     """Run one unit of one micro-batch."""
     STORE_KV = "store_kv"
-    """Send the new keys and values back to the tier of their pages."""
+    """Send the new keys and values to the tier of their pages, activations to where they wait."""
     RELEASE = "release"
     """The unit's working memory may be overwritten."""
 
@@ -41,16 +41,28 @@ class Step:
     micro_batch: int = -1
 
 
-def zigzag(layers: int, micro_batches: int, depth: int = 2) -> Iterator[Step]:
+def zigzag(
+    layers: int,
+    micro_batches: int,
+    depth: int = 2,
+    *,
+    warm: bool = False,
+    last: bool = True,
+) -> Iterator[Step]:
     """Steps of one sweep over `layers` decoder layers and the output head, which is unit `layers`.
 
-    Weights are asked for `depth - 1` units ahead, KV pages one micro-batch ahead, so that they
-    travel while earlier micro-batches compute. Each unit is prefetched, bound and released once,
-    however many micro-batches ride.
+    Weights of layers are asked for `depth - 1` units ahead, across the end of a sweep unless it is
+    the `last`; a sweep that follows one is `warm`: its first layers are on their way already. The
+    head, which has working memory of its own, is asked for at once and travels when nothing more
+    urgent does. KV pages, and activations that wait on HOST, are asked for one micro-batch ahead.
+    So all of it travels while earlier micro-batches compute. Each unit is prefetched, bound and
+    released once, however many micro-batches ride.
     """
     units = layers + 1
-    for unit in range(min(depth - 1, units)):
+    depth = min(depth, units)
+    for unit in () if warm else range(min(depth - 1, layers)):
         yield Step(Action.PREFETCH, unit)
+    yield Step(Action.PREFETCH, layers)
     for batch in range(micro_batches):
         yield Step(Action.START, micro_batch=batch)
     # The walk over (unit, micro-batch) flattened: the neighbour after the last micro-batch of one
@@ -59,8 +71,9 @@ def zigzag(layers: int, micro_batches: int, depth: int = 2) -> Iterator[Step]:
     for here, ahead in zip(walk, [*walk[1:], None]):
         unit, batch = here
         if batch == 0:
-            if unit + depth - 1 < units:
-                yield Step(Action.PREFETCH, unit + depth - 1)
+            wanted = unit + depth - 1
+            if wanted < layers or (wanted > layers and not last):
+                yield Step(Action.PREFETCH, wanted % units)
             yield Step(Action.BIND, unit)
         if here == walk[0]:
             yield Step(Action.FETCH_KV, *here)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
+import ctypes
+import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offload.links import FileExtent, FileRows, Link, PageSlots, TensorRows
-from offload.tiers import MemoryAccount, Tier
+from offload.ram import map_memory
+from offload.tiers import REQUEST_BYTES, MemoryAccount, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -49,7 +51,11 @@ class DeviceBackend(ABC):
     def allocate(self, tier: Tier, nbytes: int, what: str) -> torch.Tensor:
         """A uint8 tensor [nbytes] on DEVICE or HOST, charged. Raises `CapacityError`."""
         self.account.charge(tier, nbytes, what)
-        return self._allocate(tier, nbytes)
+        try:
+            return self._allocate(tier, nbytes)
+        except BaseException:
+            self.account.refund(tier, nbytes)
+            raise
 
     def free(self, tier: Tier, tensor: torch.Tensor) -> None:
         """Give back what `allocate` returned; the caller drops its references."""
@@ -58,7 +64,7 @@ class DeviceBackend(ABC):
 
     def reserve(self, nbytes: int) -> torch.Tensor:
         """A uint8 tensor [nbytes] of zeros in a lazy tier, charged by the caller as it is used."""
-        return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
+        return map_memory(nbytes, huge_pages=False)
 
     @abstractmethod
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor: ...
@@ -66,12 +72,47 @@ class DeviceBackend(ABC):
     def _free(self, tier: Tier, tensor: torch.Tensor) -> None:
         """Release what the allocator does not free with the tensor's last reference."""
 
-    def copy(self, link: Link, source: Source, target: Target, after: Sequence[Any]) -> Any:
-        """Move bytes on the link's thread, once the events `after` happened; returns an event."""
+    def copy(
+        self,
+        link: Link,
+        source: Source,
+        target: Target,
+        after: Sequence[Any],
+        *,
+        urgent: bool = False,
+    ) -> Any:
+        """Move bytes on the link's thread, once the events `after` happened; returns an event.
+
+        What is `urgent` must not wait for what is not.
+        """
         move(source, target)
+
+    def requests_in_flight(self, link: Link) -> int:
+        """Copies of `link` that are under way at the same time."""
+        return 4 if link in (Link.DISK_TO_HOST, Link.DISK_TO_DEVICE) else 2
+
+    def request_bytes(self, link: Link) -> int:
+        """Most bytes of one copy on `link`: large ones are cut, so that urgent ones get between."""
+        return REQUEST_BYTES
 
     def record(self) -> Any:
         """An event at the end of the compute submitted so far."""
+        return None
+
+    def mark(self) -> Any:
+        """A point in time in the compute submitted so far, for `time_of`."""
+        return time.perf_counter()
+
+    def marks_of(self, event: Any) -> tuple[Any, Any]:
+        """Marks of the begin and the end of the copy that `event` is of."""
+        raise NotImplementedError  # only asked of a backend whose copies return events
+
+    def time_of(self, mark: Any) -> float | None:
+        """When `mark` was passed, as `time.perf_counter` tells it; None if it is still ahead."""
+        return float(mark)
+
+    def raw_speed(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float | None:
+        """Bytes per second of plain copies one after another; None: as the transfer engine does."""
         return None
 
     def order_after(self, event: Any) -> None:
@@ -82,6 +123,16 @@ class DeviceBackend(ABC):
 
     def close(self) -> None:
         """Give everything back."""
+
+
+def copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:
+    """RAM to RAM in the calling thread alone: torch's own copy takes all cores from compute."""
+    if source.dtype is target.dtype and source.is_contiguous() and target.is_contiguous():
+        # Not through numpy, which forbids for good to resize a storage that it has seen.
+        assert source.nbytes == target.nbytes
+        ctypes.memmove(target.data_ptr(), source.data_ptr(), source.nbytes)
+    else:
+        target.copy_(source)
 
 
 def move(source: Source, target: Target) -> None:
@@ -95,6 +146,6 @@ def move(source: Source, target: Target) -> None:
     elif isinstance(source, TensorRows):
         source.gather(target)
     elif isinstance(source, torch.Tensor):
-        target.copy_(source)
+        copy_bytes(source, target)
     else:
         source.read_into(target)

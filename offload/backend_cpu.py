@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from offload.backend import DeviceBackend
 from offload.links import Link
+from offload.ram import map_memory
 from offload.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 class CpuBackend(DeviceBackend):
@@ -15,8 +21,8 @@ class CpuBackend(DeviceBackend):
     name = "cpu"
     device = torch.device("cpu")
     unified = True
-    lazy = (Tier.DEVICE, Tier.HOST)
+    lazy: Sequence[Tier] = (Tier.DEVICE, Tier.HOST)
     links = (Link.DISK_TO_DEVICE, Link.HOST_TO_DISK)
 
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return map_memory(nbytes)

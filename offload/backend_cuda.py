@@ -1,19 +1,74 @@
-"""A CUDA GPU: pinned host memory, one stream per link and purpose, order kept by events alone."""
+"""A CUDA GPU: pinned host memory, streams for every direction and purpose, ordered by events."""
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offload.backend import DeviceBackend, Source, Target, move
+from offload.backend import DeviceBackend, Source, Target, copy_bytes, move
 from offload.errors import CapacityError
 from offload.links import FileExtent, Link, PageSlots, TensorRows
 from offload.pinned import PinnedMemory
-from offload.tiers import BUDGET_FLAG, MemoryAccount, Tier, format_size
+from offload.tiers import BUDGET_FLAG, REQUEST_BYTES, MemoryAccount, Tier, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+IN_FLIGHT = 3
+"""Copies of one stream that are handed to the device ahead: enough to leave no gap, few enough
+that an urgent one does not wait behind a whole layer's weights."""
+
+TO_DEVICE_BYTES = 16 * 2**20
+"""Of one copy to the device: two of them outlast the wait of a thread for the interpreter."""
+SWITCH_SECONDS = 5e-4
+"""How long a thread that computes may keep the interpreter from those that feed the links."""
+RAW_SECONDS = 0.2
+"""That the raw speed of the link to the device is measured for."""
+_EPOCH_SECONDS = 60.0
+"""CUDA tells the time between two events as float32: exact to microseconds only this far."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """The begin and the end of a copy on its stream."""
+
+    begin: torch.cuda.Event
+    end: torch.cuda.Event
+
+
+def _event() -> torch.cuda.Event:
+    """One that can tell its time, and whose waiters sleep instead of keeping a core busy."""
+    return torch.cuda.Event(enable_timing=True, blocking=True)
+
+
+def _end(event: Any) -> torch.cuda.Event:
+    return event.end if isinstance(event, _Copied) else event
+
+
+class _CopyStream:
+    """A stream that holds a bounded number of copies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+        self._ends: deque[torch.cuda.Event] = deque()
+
+    def make_room(self) -> None:
+        """Block this thread until the stream may take another copy."""
+        while len(self._ends) >= IN_FLIGHT:
+            try:
+                end = self._ends.popleft()
+            except IndexError:  # another thread was faster
+                return
+            end.synchronize()
+
+    def issued(self, end: torch.cuda.Event) -> None:
+        self._ends.append(end)
 
 
 class CudaBackend(DeviceBackend):
@@ -25,11 +80,17 @@ class CudaBackend(DeviceBackend):
         super().__init__(account)
         self.device = device
         self._pinned = PinnedMemory()
-        self._streams = {
-            link: torch.cuda.Stream(device) for link in (Link.HOST_TO_DEVICE, Link.DEVICE_TO_HOST)
-        }
-        # Rows are for what is computed next: they must not queue behind a whole layer's weights.
-        self._rows_in = torch.cuda.Stream(device)
+        # Weights in, KV and embedding rows in, everything out: none waits behind another.
+        self._weights_in, self._rows_in, self._out = (_CopyStream(device) for _ in range(3))
+        self._bounce = threading.local()
+        self._bounce_buffers: list[torch.Tensor] = []
+        self._epoch = _event()
+        self._epoch.record(torch.cuda.current_stream(device))
+        self._epoch.synchronize()
+        self._epoch_seconds = time.perf_counter()
+        self._epoch_lock = threading.Lock()
+        self._switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
 
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
         try:
@@ -47,10 +108,21 @@ class CudaBackend(DeviceBackend):
             self._finish_copies()  # a run that was broken off leaves some under way
             self._pinned.free(tensor)
 
-    def copy(self, link: Link, source: Source, target: Target, after: Sequence[Any]) -> Any:
-        """Issue the copy on the link's stream; the returned event marks its end there."""
-        stream = self._rows_in if isinstance(source, TensorRows) else self._streams.get(link)
-        if stream is None:
+    def request_bytes(self, link: Link) -> int:
+        """Larger to the device: some are handed over ahead, and must last until a thread wakes."""
+        return TO_DEVICE_BYTES if link is Link.HOST_TO_DEVICE else REQUEST_BYTES
+
+    def copy(
+        self,
+        link: Link,
+        source: Source,
+        target: Target,
+        after: Sequence[Any],
+        *,
+        urgent: bool = False,
+    ) -> Any:
+        """Issue the copy on its stream; the returned event marks its end there."""
+        if link not in (Link.HOST_TO_DEVICE, Link.DEVICE_TO_HOST):
             # RAM and disk: this thread moves the bytes, so it waits for the device to let go.
             for event in after:
                 self.synchronize(event)
@@ -60,59 +132,137 @@ class CudaBackend(DeviceBackend):
             # This thread gathers into pinned staging that an earlier copy may still be reading.
             for event in after:
                 self.synchronize(event)
+            source = self._gathered(source, target)
+        else:
+            source = self._through_pinned(source)
+        incoming = self._rows_in if urgent else self._weights_in
+        copies = incoming if link is Link.HOST_TO_DEVICE else self._out
+        copies.make_room()
+        with torch.cuda.device(self.device), torch.cuda.stream(copies.stream):
+            return self._issue(copies, source, target, after)
+
+    def _issue(
+        self, copies: _CopyStream, source: Source, target: Target, after: Sequence[Any]
+    ) -> _Copied:
+        assert isinstance(source, torch.Tensor)
+        assert not isinstance(target, FileExtent)
+        stream = copies.stream
         for event in after:
             if event is not None:
-                stream.wait_event(event)
+                stream.wait_event(_end(event))
         for tensor in (source, target):
             if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                 tensor.record_stream(stream)  # keeps the allocator from reusing it too early
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
-            self._issue(source, target)
-            event = torch.cuda.Event()
-            event.record(stream)
-        return event
-
-    def _issue(self, source: Source, target: Target) -> None:
-        if isinstance(source, TensorRows):
-            assert source.staging is not None
-            assert isinstance(target, torch.Tensor)
-            staging = source.staging[: target.numel()].view(target.shape)
-            source.gather(staging)
-            target.copy_(staging, non_blocking=True)
-        elif isinstance(target, PageSlots):
+        begin, end = (_event() for _ in range(2))
+        begin.record(stream)
+        if isinstance(target, PageSlots):
             assert target.staging is not None
-            assert isinstance(source, torch.Tensor)
             staging = target.staging[: source.numel()].view(source.shape)
             staging.copy_(source, non_blocking=True)
-            torch.cuda.current_stream().synchronize()  # the rows must be in RAM to be scattered
+            end.record(stream)
+            end.synchronize()  # the rows must be in RAM to be scattered
             target.scatter(staging)
         else:
-            assert isinstance(source, torch.Tensor)
-            assert not isinstance(target, FileExtent)
             target.copy_(source, non_blocking=True)
+            end.record(stream)
+        copies.issued(end)
+        if isinstance(source, torch.Tensor) and source.device.type == "cpu":
+            self._note_bounced(source, end)
+        return _Copied(begin, end)
+
+    def _gathered(self, rows: TensorRows, target: Target) -> torch.Tensor:
+        assert rows.staging is not None
+        assert isinstance(target, torch.Tensor)
+        staging = rows.staging[: target.numel()].view(target.shape)
+        rows.gather(staging)
+        return staging
+
+    def _through_pinned(self, source: Source) -> Source:
+        """Where pinning a slab was refused, its requests go through a small pinned ring."""
+        if not isinstance(source, torch.Tensor) or source.is_cuda:
+            return source
+        if self._pinned.is_pinned(source) or source.nbytes > TO_DEVICE_BYTES:
+            return source
+        if source.dtype is not torch.uint8 or source.dim() != 1:
+            return source
+        if not hasattr(self._bounce, "ring"):
+            buffers = [self._pinned.allocate(TO_DEVICE_BYTES) for _ in range(2)]
+            self._bounce_buffers += buffers
+            self._bounce.ring = deque((buffer, None) for buffer in buffers)
+        buffer, event = self._bounce.ring.popleft()
+        self.synchronize(event)
+        bounced: torch.Tensor = buffer[: source.nbytes]
+        copy_bytes(source, bounced)
+        self._bounce.ring.append((buffer, None))
+        return bounced
+
+    def _note_bounced(self, source: torch.Tensor, end: torch.cuda.Event) -> None:
+        ring = getattr(self._bounce, "ring", None)
+        if ring and source.untyped_storage().data_ptr() == ring[-1][0].data_ptr():
+            ring[-1] = (ring[-1][0], end)
 
     def record(self) -> Any:
         """An event on the compute stream."""
-        event = torch.cuda.Event()
+        event = _event()
         event.record(torch.cuda.current_stream(self.device))
         return event
+
+    def mark(self) -> Any:
+        """The compute stream's point in time."""
+        return self.record()
+
+    def marks_of(self, event: Any) -> tuple[Any, Any]:
+        """The copy's begin and end on its stream."""
+        return event.begin, event.end
+
+    def time_of(self, mark: Any) -> float | None:
+        """From the time between the mark and an earlier one whose time is known."""
+        if not mark.query():
+            return None
+        with self._epoch_lock:
+            passed = float(self._epoch.elapsed_time(mark)) / 1000
+            seconds = self._epoch_seconds + passed
+            if passed > _EPOCH_SECONDS:
+                self._epoch, self._epoch_seconds = mark, seconds
+            return seconds
+
+    def raw_speed(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float | None:
+        """On one stream, without threads, requests and events between the copies."""
+        copied = [pair for pair in pairs if pair[0].is_pinned() or self._pinned.is_pinned(pair[0])]
+        if not copied:
+            return None
+        stream, (begin, end) = self._weights_in.stream, (_event(), _event())
+        with torch.cuda.stream(stream):
+            for timed in (False, True):
+                begin.record(stream)
+                for source, target in copied:
+                    target.copy_(source, non_blocking=True)
+                end.record(stream)
+                end.synchronize()
+                if not timed:
+                    seconds = begin.elapsed_time(end) / 1000
+                    times = max(1, min(100, int(RAW_SECONDS / max(seconds, 1e-6))))
+                    copied = copied * times
+        return sum(s.nbytes for s, _ in copied) / (begin.elapsed_time(end) / 1000)
 
     def order_after(self, event: Any) -> None:
         """The compute stream waits for `event`; the calling thread does not."""
         if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+            torch.cuda.current_stream(self.device).wait_event(_end(event))
 
     def synchronize(self, event: Any) -> None:
         """Block this thread, not the device."""
         if event is not None:
-            event.synchronize()
+            _end(event).synchronize()
 
     def _finish_copies(self) -> None:
-        for stream in (*self._streams.values(), self._rows_in):
-            stream.synchronize()
+        for copies in (self._weights_in, self._rows_in, self._out):
+            copies.stream.synchronize()
 
     def close(self) -> None:
         """Unpin host memory once its copies are over, and give device memory back to CUDA."""
+        sys.setswitchinterval(self._switch_seconds)
         self._finish_copies()
+        self._bounce_buffers.clear()
         self._pinned.close()
         torch.cuda.empty_cache()  # what torch keeps for itself is not free for the next engine

@@ -6,6 +6,7 @@ embed the engine can test against it.
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,15 @@ import torch
 
 from offload.backend import DeviceBackend, Source, Target, move
 from offload.errors import SplitError
-from offload.links import Link
-from offload.tiers import MemoryAccount, Tier, parse_size
+from offload.links import Link, PageSlots, TensorRows
+from offload.ram import map_memory
+from offload.tiers import DISK_BLOCK, REQUEST_BYTES, MemoryAccount, Tier, padded, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+REQUEST_SECONDS = 0.002
+"""Of one request on an emulated link."""
 _SPEED_NAMES = {
     "host-to-device": Link.HOST_TO_DEVICE,
     "device-to-host": Link.DEVICE_TO_HOST,
@@ -66,18 +70,52 @@ class EmulatedBackend(DeviceBackend):
         super().__init__(account)
         self.machine = machine
         self._free_at = dict.fromkeys(Link, 0.0)
+        self._lock = threading.Lock()
 
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return map_memory(nbytes)
 
-    def copy(self, link: Link, source: Source, target: Target, after: Sequence[Any]) -> Any:
-        """Copy, then hold the link until the bytes would have arrived at its stated speed."""
-        start = max(time.monotonic(), self._free_at[link])
-        move(source, target)
+    def request_bytes(self, link: Link) -> int:
+        """As long on the way as on a real link: a slow one takes smaller requests."""
         speed = self.machine.speeds.get(link)
         if speed is None:
-            return None
-        nbytes = source.nbytes
-        self._free_at[link] = start + nbytes / speed
-        time.sleep(max(0.0, self._free_at[link] - time.monotonic()))
+            return REQUEST_BYTES
+        return min(REQUEST_BYTES, padded(int(speed * REQUEST_SECONDS) + 1, DISK_BLOCK))
+
+    def copy(
+        self,
+        link: Link,
+        source: Source,
+        target: Target,
+        after: Sequence[Any],
+        *,
+        urgent: bool = False,
+    ) -> Any:
+        """Copy, then hold the link until the bytes would have arrived at its stated speed."""
+        arrival = self._arrival(link, source.nbytes)
+        if isinstance(source, TensorRows) and source.staging is not None:
+            assert isinstance(target, torch.Tensor)
+            staged = source.staging.view(-1)[: target.numel()].view(target.shape)
+            source.gather(staged)
+            source = staged
+        if isinstance(target, PageSlots) and target.staging is not None:
+            # By way of the pinned staging, as on a GPU: who reuses it too early is found out here.
+            assert isinstance(source, torch.Tensor)
+            staged = target.staging[: source.numel()].view(source.shape)
+            move(source, staged)
+            source = staged
+        else:
+            move(source, target)
+        time.sleep(max(0.0, arrival - time.monotonic()))
+        if isinstance(target, PageSlots):
+            move(source, target)
         return None
+
+    def _arrival(self, link: Link, nbytes: int) -> float:
+        """When bytes sent now are through: those of one link follow each other."""
+        speed = self.machine.speeds.get(link)
+        if speed is None:
+            return 0.0
+        with self._lock:
+            self._free_at[link] = max(time.monotonic(), self._free_at[link]) + nbytes / speed
+            return self._free_at[link]

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -18,10 +19,10 @@ from transformers.core_model_loading import (
 )
 
 from offload.errors import CheckpointError
-from offload.safetensors_file import StoredTensor, find_files, read_header
+from offload.safetensors_file import StoredTensor, file_fingerprint, find_files, read_header
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -71,11 +72,18 @@ def _read_as(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
 class Checkpoint:
     """A checkpoint in `directory` that fits `model`, whose parameters may be on the meta device.
 
-    Tensors come in `dtype`, except those that the model itself declares as float32 or integers.
+    Tensors come in `dtype`, except those that the model itself, or `dtypes`, which says so for a
+    model that computes in another type, declares as float32 or integers.
     Raises `CheckpointError` unless all of the model's parameters and persistent buffers are there.
     """
 
-    def __init__(self, directory: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
         _refuse_quantized(directory, model)
         self.directory = directory
         self.unexpected: tuple[str, ...] = ()
@@ -83,7 +91,10 @@ class Checkpoint:
         self._model = model
         self._declared: dict[str, torch.Tensor] = dict(model.state_dict())
         self._dtype = dtype
-        stored = [tensor for path in find_files(directory) for tensor in read_header(path)]
+        self._dtypes = dtypes or {name: tensor.dtype for name, tensor in self._declared.items()}
+        files = find_files(directory)
+        self._files = {path: file_fingerprint(path) for path in files}
+        stored = [tensor for path in files for tensor in read_header(path)]
         self._conversions = self._map_keys(stored)
         for names in _tied_names(model):
             self._provide_tied(names)
@@ -101,6 +112,36 @@ class Checkpoint:
             if name in waiting:
                 yield from self._run(self._conversions[name], waiting)
 
+    def in_place(self, names: Collection[str]) -> dict[str, StoredTensor] | None:
+        """Where the bytes of `names` lie in the files; None unless all can be used as they are."""
+        found = {}
+        for name in names:
+            conversion = self._conversions[name]
+            stored = conversion.sources[0][1]
+            if conversion.converter is not None or not stored.is_usable_as(self._dtype_of(name)):
+                return None
+            found[name] = stored
+        return found
+
+    def fingerprint(self) -> bytes:
+        """Changes with the files, and with whatever else decides about the tensors' values."""
+        parts = [self._files[path] for path in sorted(self._files)]
+        if any(each.converter is not None for each in self._conversions.values()):
+            # Conversions are transformers' and follow the settings of the model.
+            config = self.directory / "config.json"
+            settings = config.read_bytes() if config.is_file() else b""
+            parts += [settings, transformers.__version__.encode()]
+        return b"".join(parts)
+
+    def check_unchanged(self) -> None:
+        """Raise `CheckpointError` if a file is not the one whose header was read."""
+        changed = [path for path, known in self._files.items() if file_fingerprint(path) != known]
+        if changed:
+            raise CheckpointError(
+                f"{changed[0]} was changed while it was being read",
+                hint="leave the checkpoint in place during a run, and run the command again",
+            )
+
     def _run(
         self, conversion: _Conversion, waiting: dict[str, None]
     ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -112,7 +153,7 @@ class Checkpoint:
             yield name, tensor.to(self._dtype_of(name)).contiguous()
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        declared = self._declared[name].dtype
+        declared = self._dtypes[name]
         kept = declared == torch.float32 or not declared.is_floating_point
         return declared if kept else self._dtype
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from offload.backend import DeviceBackend
     from offload.pages import PagePools
-    from offload.transfer import Transfer, TransferEngine
+    from offload.transfer import Transfer
+    from offload.transfer_engine import TransferEngine
 
 
 class LayerShape(Protocol):
@@ -52,6 +53,8 @@ class _Staging:
     free: Any = None
     arrived: Transfer | None = None
     stored: Transfer | None = None
+    kept: Transfer | None = None
+    """The last copy that passed through `pinned_out`, which is free when its rows are scattered."""
 
 
 class KVCache:
@@ -197,11 +200,16 @@ class KVCache:
             )
         return staging.arrived
 
+    def arriving(self, layer: int, number: int) -> Transfer | None:
+        """What `append` will wait for: the HOST pages of a micro-batch."""
+        staging = self._staged.get((layer, number))
+        return None if staging is None else staging.arrived
+
     def append(self, layer: int, number: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write new `key` [kv_heads, rows, key_dim] and `value` into the pages attention reads."""
         staging = self._staged.get((layer, number))
-        if staging is not None and staging.arrived is not None:
-            staging.arrived.wait()
+        if (arriving := self.arriving(layer, number)) is not None:
+            arriving.wait()
         for group, pool in self.view(layer, number):
             # [rows, kv_heads, dim]; a group of all rows needs no gather
             if group.fetched is not None:
@@ -237,8 +245,12 @@ class KVCache:
         slots = PageSlots(
             home.keys, home.values, group.home_pages, group.home_offsets, staging.pinned_out
         )
-        staging.stored = self._transfers.submit(
-            Link.DEVICE_TO_HOST, rows, slots, kind="kv", after=[self._backend.record()]
+        staging.stored = staging.kept = self._transfers.submit(
+            Link.DEVICE_TO_HOST,
+            rows,
+            slots,
+            kind="kv",
+            after=[self._backend.record(), staging.kept],
         )
 
     def store(self, layer: int, number: int) -> Transfer | None:

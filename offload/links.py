@@ -12,7 +12,7 @@ import torch
 from offload.errors import OffloadStoreError
 
 if TYPE_CHECKING:
-    from offload.offload_file import OffloadFile
+    from offload.direct_file import DirectFile
 
 
 class Link(str, Enum):
@@ -30,9 +30,9 @@ class Link(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class FileExtent:
-    """`nbytes` of the offload file from `offset` on."""
+    """`nbytes` of a file from `offset` on."""
 
-    file: OffloadFile
+    file: DirectFile
     offset: int
     nbytes: int
 
@@ -43,7 +43,7 @@ class FileExtent:
 
 @dataclass(frozen=True, slots=True)
 class FileRows:
-    """Rows `indices` (int64, sorted or not) of a table stored row by row in the offload file."""
+    """Rows `indices` (int64, sorted or not) of a table stored row by row in a file."""
 
     table: FileExtent
     row_bytes: int

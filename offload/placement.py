@@ -15,6 +15,8 @@ from offload.tiers import Split, Tier
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from offload.disk_layout import DiskPlace
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -23,6 +25,8 @@ class TensorSpec:
     name: str
     unit: int
     nbytes: int
+    disk: DiskPlace | None = None
+    """Where it lies when it is on DISK; None: not known, as if next to its neighbours."""
 
 
 def place(tensors: Sequence[TensorSpec], split: Split) -> dict[str, Tier]:

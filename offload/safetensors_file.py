@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DOWNLOAD_AGAIN = "download or copy the checkpoint again; this copy is incomplete"
+_MAX_HEADER = 100_000_000
+"""Bytes, of a safetensors file by its specification."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -50,6 +54,10 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def is_usable_as(self, dtype: torch.dtype) -> bool:
+        """The file's bytes are those of a tensor of `dtype`, and lie where one may begin."""
+        return self.dtype == dtype and self.offset % dtype.itemsize == 0
 
     def read(self, start: int = 0, length: int | None = None) -> torch.Tensor:
         """The tensor, or its `length` bytes from byte `start` on as uint8."""
@@ -100,6 +108,22 @@ def read_header(path: Path) -> list[StoredTensor]:
         ) from error
     header.pop("__metadata__", None)
     return [_stored(key, path, entry, 8 + header_size) for key, entry in header.items()]
+
+
+def file_fingerprint(path: Path) -> bytes:
+    """Changes with the file: its name, size, time stamp and header, without reading the tensors."""
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            size = file.read(8)
+            header = file.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot open {path}: {error.strerror or error}",
+            hint="check that the file exists and that you may read it",
+        ) from error
+    told = f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode()
+    return hashlib.sha256(told + size + header).digest()
 
 
 def _stored(key: str, path: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:

@@ -30,12 +30,21 @@ class Tier(str, Enum):
 CACHE_LINE = 64
 """Tensors start on cache lines inside a slab."""
 DISK_BLOCK = 4096
-"""Extents of the offload file start on disk blocks, as direct I/O wants it."""
+"""Direct I/O moves whole blocks of the disk to and from addresses that are multiples of this."""
+REQUEST_BYTES = 4 * 2**20
+"""Of one disk request or one copy of a large piece: some 0.3 ms on a fast link."""
+STAGING_BUFFERS = 8
+"""Buffers of at most one request each that bytes pass through from disk to a separate device."""
 
 
 def padded(nbytes: int, unit: int) -> int:
     """`nbytes` rounded up to a whole number of `unit`s."""
     return -(-nbytes // unit) * unit
+
+
+def staging_buffer_bytes(largest_slab: int) -> int:
+    """Bytes of one staging buffer where the largest piece to read from disk is `largest_slab`."""
+    return min(REQUEST_BYTES, padded(largest_slab, DISK_BLOCK))
 
 
 BUDGET_FLAG = {

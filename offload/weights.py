@@ -1,7 +1,7 @@
 """The weight store: every weight has a home on one tier; streamed ones visit the device per sweep.
 
 A unit is what is bound together: a decoder layer, or the output head. Its streamed bytes are one
-slab, [from HOST | from DISK], so a unit costs one or two large copies however many tensors it has.
+slab, [from DISK | from HOST], so a unit costs a few large copies however many tensors it has.
 """
 
 from __future__ import annotations
@@ -13,86 +13,45 @@ import torch
 
 from offload.backend import DeviceBackend
 from offload.links import FileExtent, Link
-from offload.tiers import CACHE_LINE, Tier, padded
+from offload.raw_speed import RawCopy
+from offload.slabs import DiskSlab, Slab, Weight
+from offload.staging import StagingBuffers
+from offload.tiers import STAGING_BUFFERS, Tier, staging_buffer_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from offload.offload_file import OffloadFile
-    from offload.transfer import Transfer, TransferEngine
-
-
-@dataclass(frozen=True, slots=True)
-class Weight:
-    """One stored tensor and the module attributes that use it (several when it is tied)."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    users: tuple[tuple[torch.nn.Module, str], ...]
-
-    @property
-    def nbytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-    def bind(self, data: torch.Tensor) -> None:
-        """Make `data` (uint8 [nbytes]) the parameter's storage."""
-        parameter = self.parameter(data)
-        for module, attribute in self.users:
-            module._parameters[attribute] = parameter
-
-    def parameter(self, data: torch.Tensor) -> torch.nn.Parameter:
-        """`data` seen as this tensor."""
-        return torch.nn.Parameter(data.view(self.dtype).view(self.shape), requires_grad=False)
-
-
-@dataclass(slots=True)
-class Slab:
-    """Weights laid out one after another in one buffer or file extent."""
-
-    weights: list[Weight]
-    offsets: list[int] = field(default_factory=list)
-    nbytes: int = 0
-
-    def __post_init__(self) -> None:
-        for weight in self.weights:
-            self.offsets.append(self.nbytes)
-            self.nbytes += padded(weight.nbytes, CACHE_LINE)
-
-    def views(self, data: torch.Tensor) -> Iterable[tuple[Weight, torch.Tensor]]:
-        """Each weight with its bytes in `data` (uint8 [nbytes])."""
-        for weight, offset in zip(self.weights, self.offsets):
-            yield weight, data[offset : offset + weight.nbytes]
+    from offload.slabs import DiskSource
+    from offload.transfer import Transfer
+    from offload.transfer_engine import TransferEngine
 
 
 @dataclass(slots=True)
 class _Slot:
-    """Working memory for one unit's streamed bytes, and the HOST staging its disk part passes."""
+    """Working memory for one unit's streamed bytes."""
 
     data: torch.Tensor
-    staging: torch.Tensor | None
     free: Any = None
     """Event after which the bytes may be overwritten."""
-    last: Transfer | None = None
-    """The transfer that reads `staging`."""
-    bound: dict[int, list[tuple[torch.nn.Module, str, torch.nn.Parameter]]] = field(
-        default_factory=dict
-    )
+    bound: dict[int, list[tuple[Weight, torch.nn.Parameter]]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class _Unit:
+    stays: list[Weight]
+    """At home where the device computes."""
     host: Slab
-    disk: Slab
+    disk: DiskSlab
     host_home: torch.Tensor | None = None
-    disk_home: FileExtent | None = None
     ring: list[_Slot] = field(default_factory=list)
+    """The slots that this unit may use: shared by all layers, or the head's own."""
     slot: _Slot | None = None
+    """Where its bytes are, or are on their way to, in this sweep."""
     transfers: list[Transfer] = field(default_factory=list)
 
     @property
     def streamed_bytes(self) -> int:
-        return self.host.nbytes + self.disk.nbytes
+        return self.disk.nbytes + self.host.nbytes
 
 
 class WeightStore:
@@ -111,66 +70,87 @@ class WeightStore:
         tiers: Mapping[str, Tier],
         backend: DeviceBackend,
         transfers: TransferEngine,
-        file: OffloadFile | None,
+        disk: DiskSource | None,
         depth: int,
     ) -> None:
         self._backend = backend
         self._transfers = transfers
+        self._disk = disk
         self._views: dict[str, torch.Tensor | FileExtent] = {}
         self._homes: list[tuple[Tier, torch.Tensor]] = []
         self._weights = [*resident, *gathered, *(weight for unit in units for weight in unit)]
-        stays = {Tier.DEVICE, Tier.HOST} if backend.unified else {Tier.DEVICE}
-        self._allocate_resident(list(resident), Tier.DEVICE)
-        for unit in (*units, gathered):
-            for tier in stays:
-                self._allocate_resident([w for w in unit if tiers[w.name] is tier], tier)
-
-        def streamed(unit: Sequence[Weight], tier: Tier) -> Slab:
-            return Slab([w for w in unit if tiers[w.name] is tier and tier not in stays])
-
-        self._units = [_Unit(streamed(u, Tier.HOST), streamed(u, Tier.DISK)) for u in units]
-        table = _Unit(streamed(gathered, Tier.HOST), streamed(gathered, Tier.DISK))
-        for unit_homes in (*self._units, table):
-            self._allocate_streamed(unit_homes, file)
+        self._resident = list(resident)
+        self._next_bind = 0
+        """Units bound so far, over all sweeps: a unit's deadline is counted in them."""
+        here = {Tier.DEVICE, Tier.HOST} if backend.unified else {Tier.DEVICE}
+        self._allocate_home(self._resident, Tier.DEVICE)
+        self._units = [self._unit(unit, tiers, here) for unit in units]
+        table = self._unit(gathered, tiers, here)
+        for unit in (*self._units, table):
+            if unit.host.nbytes:
+                unit.host_home = self._allocate(Tier.HOST, unit.host.nbytes, "weights")
+                self._views |= {w.name: view for w, view in unit.host.views(unit.host_home)}
+        self._staging: list[torch.Tensor] = []
         self._make_rings(depth)
+        self._expanded = self._make_expanded()
+        for unit in (*self._units, table):
+            self._bind_what_stays(unit)
 
-    def _allocate_resident(self, weights: list[Weight], tier: Tier) -> None:
+    def _unit(self, unit: Sequence[Weight], tiers: Mapping[str, Tier], here: set[Tier]) -> _Unit:
+        def on(tier: Tier) -> list[Weight]:
+            return [weight for weight in unit if tiers[weight.name] is tier]
+
+        for tier in sorted(here):
+            self._allocate_home(on(tier), tier)
+        extents = {}
+        if on_disk := on(Tier.DISK):
+            assert self._disk is not None
+            extents = {weight.name: self._disk.extent(weight.name) for weight in on_disk}
+            self._views |= extents
+        return _Unit(
+            stays=[weight for weight in unit if tiers[weight.name] in here],
+            host=Slab([] if Tier.HOST in here else on(Tier.HOST)),
+            disk=DiskSlab(on_disk, extents, shifted=not self._backend.unified),
+        )
+
+    def _allocate_home(self, weights: list[Weight], tier: Tier) -> None:
         slab = Slab(weights)
-        if not slab.nbytes:
-            return
-        home = self._allocate(tier, slab.nbytes, "weights")
-        for weight, view in slab.views(home):
-            self._views[weight.name] = view
-            weight.bind(view)
-
-    def _allocate_streamed(self, unit: _Unit, file: OffloadFile | None) -> None:
-        if unit.host.nbytes:
-            unit.host_home = self._allocate(Tier.HOST, unit.host.nbytes, "weights")
-            self._views |= {w.name: v for w, v in unit.host.views(unit.host_home)}
-        if unit.disk.nbytes:
-            assert file is not None
-            unit.disk_home = file.extent(unit.disk.nbytes)
-            start = unit.disk_home.offset
-            for weight, offset in zip(unit.disk.weights, unit.disk.offsets):
-                self._views[weight.name] = FileExtent(file, start + offset, weight.nbytes)
+        if slab.nbytes:
+            home = self._allocate(tier, slab.nbytes, "weights")
+            self._views |= {weight.name: view for weight, view in slab.views(home)}
 
     def _make_rings(self, depth: int) -> None:
         # The head is often many times larger than a layer: a slot of its own keeps the ring small.
         *layers, head = self._units
         for units, count in ((layers, depth), ([head], 1)):
             size = max((unit.streamed_bytes for unit in units), default=0)
-            if not size:
-                continue
-            staged = 0 if self._backend.unified else max(unit.disk.nbytes for unit in units)
-            ring = [
-                _Slot(
-                    self._allocate(Tier.DEVICE, size, "working memory for streamed weights"),
-                    self._allocate(Tier.HOST, staged, "staging for weights") if staged else None,
-                )
-                for _ in range(count)
-            ]
-            for number, unit in enumerate(units):
-                unit.ring = ring if count == 1 else [ring[number % count]]
+            if size:
+                what = "working memory for streamed weights"
+                ring = [_Slot(self._allocate(Tier.DEVICE, size, what)) for _ in range(count)]
+                for unit in units:
+                    unit.ring = ring
+        largest = max(unit.disk.nbytes for unit in self._units)
+        if largest and not self._backend.unified:
+            size = staging_buffer_bytes(largest)
+            slab = self._allocate(Tier.HOST, STAGING_BUFFERS * size, "staging for weights")
+            self._staging = list(slab.split(size))
+            self._transfers.use_staging(StagingBuffers(self._staging, self._backend))
+
+    def _make_expanded(self) -> torch.Tensor | None:
+        """Room for one unit's weights in the type that is computed in, where that is not theirs."""
+        largest = max(
+            sum(weight.expanded_bytes for weight in (*u.stays, *u.host.weights, *u.disk.weights))
+            for u in self._units
+        )
+        what = "weights in the type that is computed in"
+        return self._allocate(Tier.DEVICE, largest, what) if largest else None
+
+    def _bind_what_stays(self, unit: _Unit) -> None:
+        for weight in unit.stays:
+            if not weight.expanded_bytes:
+                view = self._views[weight.name]
+                assert isinstance(view, torch.Tensor)
+                weight.bind(weight.parameter(view))
 
     def _allocate(self, tier: Tier, nbytes: int, what: str) -> torch.Tensor:
         home = self._backend.allocate(tier, nbytes, what)
@@ -187,71 +167,78 @@ class WeightStore:
         return self._views[name]
 
     def load(self, name: str, tensor: torch.Tensor) -> None:
-        """Put the values of weight `name` in its home."""
+        """Put the values of weight `name` in its home, unless that is on DISK and thus filled."""
         home = self._views[name]
-        data = tensor.contiguous().view(-1).view(torch.uint8)
-        if isinstance(home, FileExtent):
-            home.file.write(home.offset, data)
-        else:
-            home.copy_(data)
+        if isinstance(home, torch.Tensor):
+            home.copy_(tensor.contiguous().view(-1).view(torch.uint8))
+
+    def finish_loading(self) -> None:
+        """All homes are filled: bind what no unit has, in the type that is computed in."""
+        for weight in self._resident:
+            view = self._views[weight.name]
+            assert isinstance(view, torch.Tensor)
+            weight.bind(weight.expand(view))
 
     def prefetch(self, number: int) -> list[Transfer]:
-        """Send the streamed weights of unit `number` on their way."""
+        """Send the streamed weights of unit `number` on their way, unless they are already."""
         unit = self._units[number]
-        if not unit.streamed_bytes:
+        if not unit.streamed_bytes or unit.slot is not None:
             return []
-        slot = unit.slot = unit.ring[0]
-        split = unit.host.nbytes
+        slot = unit.slot = unit.ring.pop(0)
+        unit.ring.append(slot)  # the one that was taken longest ago is free first
+        deadline = self._next_bind + (number - self._next_bind) % len(self._units)
+        options: dict[str, Any] = {"kind": "weights", "after": [slot.free]}
+        options["priority"] = 1 + deadline
         unit.transfers = []
-        if unit.host_home is not None:
+        for extent, place, padding in unit.disk.segments:
+            target = slot.data[place : place + extent.nbytes]
             unit.transfers.append(
-                self._transfers.submit(
-                    Link.HOST_TO_DEVICE,
-                    unit.host_home,
-                    slot.data[:split],
-                    kind="weights",
-                    after=[slot.free],
-                )
+                self._transfers.submit_from_disk(extent, target, padding=padding, **options)
             )
-        if unit.disk_home is not None:
-            target = slot.data[split : split + unit.disk.nbytes]
-            unit.transfers.append(self._from_disk(unit.disk_home, target, slot))
+        if unit.host_home is not None:
+            target = slot.data[unit.disk.nbytes : unit.streamed_bytes]
+            unit.transfers.append(
+                self._transfers.submit(Link.HOST_TO_DEVICE, unit.host_home, target, **options)
+            )
         return unit.transfers
 
-    def _from_disk(self, home: FileExtent, target: torch.Tensor, slot: _Slot) -> Transfer:
-        submit = self._transfers.submit
-        if slot.staging is None:
-            return submit(Link.DISK_TO_DEVICE, home, target, kind="weights", after=[slot.free])
-        staging = slot.staging[: home.nbytes]
-        waits = [] if slot.last is None else [slot.last]
-        read = submit(Link.DISK_TO_HOST, home, staging, kind="weights", after=waits)
-        slot.last = submit(
-            Link.HOST_TO_DEVICE, staging, target, kind="weights", after=[read, slot.free]
-        )
-        return slot.last
+    def arrive(self, number: int) -> None:
+        """Compute submitted from now on sees the weights of unit `number`."""
+        for transfer in self._units[number].transfers:
+            transfer.wait()
 
     def bind(self, number: int) -> None:
-        """Make the weights of unit `number` the model's parameters, once they have arrived."""
+        """Make the weights of unit `number`, which have arrived, the model's parameters."""
         unit = self._units[number]
+        self._next_bind += 1
+        if self._expanded is not None:
+            self._expand(unit)
+            return
         if unit.slot is None:
             return
-        for transfer in unit.transfers:
-            transfer.wait()
-        slot = unit.slot
-        if number not in slot.bound:
-            split, end = unit.host.nbytes, unit.streamed_bytes
-            views = [
-                *unit.host.views(slot.data[:split]),
-                *unit.disk.views(slot.data[split:end]),
-            ]
-            slot.bound[number] = [
-                (module, attribute, parameter)
-                for weight, view in views
-                for parameter in [weight.parameter(view)]
-                for module, attribute in weight.users
-            ]
-        for module, attribute, parameter in slot.bound[number]:
-            module._parameters[attribute] = parameter
+        bound = unit.slot.bound.get(number)
+        if bound is None:
+            bound = [(weight, weight.parameter(view)) for weight, view in self._arrived(unit)]
+            unit.slot.bound[number] = bound
+        for weight, parameter in bound:
+            weight.bind(parameter)
+
+    def _arrived(self, unit: _Unit) -> Iterable[tuple[Weight, torch.Tensor]]:
+        if unit.slot is not None:
+            data, split = unit.slot.data, unit.disk.nbytes
+            yield from unit.disk.views(data[:split])
+            yield from unit.host.views(data[split : unit.streamed_bytes])
+
+    def _expand(self, unit: _Unit) -> None:
+        """Once per unit and sweep, however many micro-batches ride."""
+        assert self._expanded is not None
+        at_home = [(weight, self._views[weight.name]) for weight in unit.stays]
+        start = 0
+        for weight, data in [*at_home, *self._arrived(unit)]:
+            assert isinstance(data, torch.Tensor)
+            end = start + weight.expanded_bytes
+            weight.bind(weight.expand(data, self._expanded[start:end]))
+            start = end
 
     def release(self, number: int) -> None:
         """The compute submitted so far is the last that reads unit `number` in this sweep."""
@@ -259,13 +246,45 @@ class WeightStore:
         if unit.slot is not None:
             unit.slot.free = self._backend.record()
             unit.slot = None
+            unit.transfers = []
+
+    def raw_copies(self) -> list[tuple[Link, list[RawCopy]]]:
+        """Copies that show what the links in use can do; only before the first prefetch."""
+        reads, sends = [], []
+        for number, unit in enumerate(self._units):
+            index = number % len(unit.ring) if unit.ring else 0
+            # The head's one slot comes after those of the layers.
+            buffer = index if number + 1 < len(self._units) else len(self._units)
+            for extent, place, _ in unit.disk.segments:
+                target = unit.ring[index].data[place : place + extent.nbytes]
+                if not self._staging:
+                    reads.append(RawCopy(extent, target, buffer))
+                    continue
+                for start in range(0, extent.nbytes, len(self._staging[0])):
+                    staging = len(reads) % len(self._staging)
+                    size = min(len(self._staging[0]), extent.nbytes - start)
+                    piece = FileExtent(extent.file, extent.offset + start, size)
+                    staged = self._staging[staging][:size]
+                    reads.append(RawCopy(piece, staged, staging))
+                    sends.append(RawCopy(staged, target[start : start + size], buffer))
+            if unit.host_home is not None:
+                target = unit.ring[index].data[: unit.host.nbytes]
+                sends.append(RawCopy(unit.host_home, target, buffer))
+        return [(self._backend.disk_in, reads), (Link.HOST_TO_DEVICE, sends)]
+
+    def check_files(self) -> None:
+        """Raise `OffloadStoreError` if a file that weights are read from was changed."""
+        if self._disk is not None:
+            self._disk.check_unchanged()
 
     def close(self) -> None:
         """Give all memory back."""
         for weight in self._weights:  # the model's parameters hold on to it, too
-            weight.bind(torch.empty(weight.nbytes, dtype=torch.uint8, device="meta"))
+            weight.unbind()
         for tier, home in self._homes:
             self._backend.free(tier, home)
         self._homes.clear()
         self._views.clear()
         self._units.clear()
+        self._expanded = None
+        self._staging.clear()

@@ -92,8 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan, and print or write the plan. Raises `FlexrunError`."""
     limits, unified = budgets(arguments)
     config = ModelConfig.load(_directory(arguments.model))
-    dtype = config.compute_dtype(arguments.dtype, unified=unified)
-    shape = shape_from_config(config, dtype)
+    stored, computed = config.types(arguments.dtype, unified=unified)
+    shape = shape_from_config(config, stored, computed)
     base = Policy().with_batch(
         micro_batch_rows=arguments.micro_batch,
         max_rows=arguments.max_rows,
@@ -107,7 +107,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"policy": json.loads(policy.to_json()), "memory": _plain(memory)}))
         return DONE
-    print(f"{config.directory.resolve().name}, {dtype}, on {'a CPU' if unified else 'a GPU'}")
+    print(f"{config.directory.resolve().name}, {stored}, on {'a CPU' if unified else 'a GPU'}")
     print(plan_text(shape, policy, memory, unified=unified))
     command = command_line(
         arguments.model,
@@ -160,7 +160,7 @@ def _write(path: Path, policy: Policy) -> None:
 
 
 def _plain(memory: dict[Tier, TierMemory]) -> dict[str, dict[str, int]]:
-    names = ("weights", "kv", "working", "capacity")
+    names = ("weights", "kv", "working", "capacity", "elsewhere")
     return {t.value: {name: getattr(used, name) for name in names} for t, used in memory.items()}
 
 

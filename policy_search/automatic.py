@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from offload.errors import CapacityError
-from offload.tiers import Split, Tier, format_size
+from offload.tiers import STAGING_BUFFERS, Split, Tier, format_size, staging_buffer_bytes
 from policy_search.memory import LAZY_FILL, memory_of, workspace
+from policy_search.policy import DEFAULT_DEPTH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
 
+SMALLEST_DEPTH = 2
+"""Of prefetching: a layer that computes and one on its way."""
+WORTH_A_SLOT = 0.75
+"""Share of the KV cache that has to remain for a third layer slot."""
 KV_SHARE = 0.5
 """Most of a tier's memory, beside working memory, that KV cache is given before weights are."""
 ENOUGH_KV = 0.125
@@ -40,6 +45,12 @@ def automatic_policy(
     HOST is the memory of the device: then only DEVICE and DISK are used. The plan is held against
     `memory_of`, which knows the engine's allocations. Raises `CapacityError` if nothing fits.
     """
+    if base.prefetch_depth is None:
+        try:
+            policy = replace(base, prefetch_depth=DEFAULT_DEPTH)
+            return automatic_policy(shape, limits, policy, context_length, unified=unified)
+        except CapacityError:
+            base = replace(base, prefetch_depth=SMALLEST_DEPTH)
     planner = _Planner(shape, limits, base, context_length, unified)
     room = planner.room[Tier.DEVICE]
     everything = replace(base, weights=Split(device=100), kv_cache=Split(device=100))
@@ -62,6 +73,31 @@ def automatic_policy(
     )
 
 
+def with_depth(
+    shape: ModelShape,
+    policy: Policy,
+    limits: Mapping[Tier, int],
+    context_length: int,
+    *,
+    unified: bool,
+) -> Policy:
+    """`policy` with the prefetch depth that the memory allows, unless it has one.
+
+    A layer more on its way is not worth a KV cache that is much smaller.
+    """
+    if policy.prefetch_depth is not None:
+        return policy
+    plans = [replace(policy, prefetch_depth=n) for n in (DEFAULT_DEPTH, SMALLEST_DEPTH)]
+    rooms = []
+    for plan in plans:
+        try:
+            memory = memory_of(shape, plan, limits, context_length, unified=unified)
+            rooms.append(sum(tier.kv for tier in memory.values()))
+        except CapacityError:
+            rooms.append(0)
+    return plans[0] if rooms[0] and rooms[0] >= WORTH_A_SLOT * rooms[1] else plans[1]
+
+
 @dataclass(slots=True)
 class _Planner:
     """Policies to try, the best first."""
@@ -78,9 +114,9 @@ class _Planner:
 
         The buffers of weights from disk are not counted on HOST.
         """
-        ring = self.shape.working_bytes(self.base.prefetch_depth)
+        ring = self.shape.working_bytes(self.base.depth) + self.shape.expanded_bytes
         fixed = workspace(self.shape, self.base) + ring + self.shape.resident_bytes
-        rows = self.base.micro_batch_rows * self.shape.hidden_size * self.shape.value_bytes
+        rows = self.base.max_rows * self.shape.hidden_size * self.shape.value_bytes
         host = 0 if self.unified else max(0, self.limits[Tier.HOST] - rows)
         return {Tier.DEVICE: self.limits[Tier.DEVICE] - fixed, Tier.HOST: host}
 
@@ -155,13 +191,17 @@ class _Planner:
         one_page = 2 * self.base.page_tokens * largest_layer
         return max(one_page, min(whole, self.room[Tier.DEVICE] * share / 2))
 
+    @property
+    def _staging_buffer(self) -> int:
+        return staging_buffer_bytes(max(self.shape.largest_layer_bytes, self.shape.head_bytes))
+
     def _weights(self, room: Mapping[Tier, float]) -> Split:
         placeable = self.shape.weight_bytes - self.shape.resident_bytes
         device = _percent(room[Tier.DEVICE], placeable)
         rest = round(100 - device, 2)
         if placeable * rest / 100 <= room[Tier.HOST]:
             return Split(device=device, host=rest)
-        buffers = 0 if self.unified else self.shape.working_bytes(self.base.prefetch_depth)
+        buffers = 0 if self.unified else STAGING_BUFFERS * self._staging_buffer
         host = min(rest, _percent(room[Tier.HOST] - buffers, placeable))
         return Split(device=device, host=host, disk=round(rest - host, 2))
 

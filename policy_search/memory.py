@@ -5,18 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from offload.disk_layout import DiskPlace, lay_out
 from offload.errors import CapacityError
 from offload.placement import place
-from offload.tiers import BUDGET_FLAG, CACHE_LINE, DISK_BLOCK, Tier, format_size
+from offload.tiers import (
+    BUDGET_FLAG,
+    CACHE_LINE,
+    DISK_BLOCK,
+    REQUEST_BYTES,
+    STAGING_BUFFERS,
+    Tier,
+    format_size,
+    staging_buffer_bytes,
+)
 from offload.tiers import padded as round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Mapping
 
-    from offload.placement import TensorSpec
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
 
+IN_MOTION = 4
+"""Micro-batches whose activations are on DEVICE although they live on HOST: the one that computes,
+the next one, and those on their way out."""
 LAZY_FILL = 0.9
 """Share of the room on a lazy tier that KV pages may take."""
 
@@ -30,18 +42,34 @@ class TierMemory:
     working: int
     """Activations, room for streamed weights, staging, and what rounding adds."""
     capacity: int
+    elsewhere: int = 0
+    """Of the weights: in the model's own files, so that they take nothing of the capacity."""
 
     @property
     def free(self) -> int:
         """What is left."""
-        return self.capacity - self.weights - self.kv - self.working
+        return self.capacity - (self.weights - self.elsewhere) - self.kv - self.working
 
 
 def workspace(shape: ModelShape, policy: Policy) -> int:
-    """Bytes on DEVICE that a sweep under `policy` needs for activations."""
-    return shape.workspace_bytes(
+    """Bytes on DEVICE that a sweep under `policy` needs for activations.
+
+    What waits on HOST is on DEVICE, too, while its micro-batch computes or is about to.
+    """
+    everything = shape.workspace_bytes(
         policy.micro_batch_rows, policy.max_rows, policy.max_sequences, policy.gathered_tokens
     )
+    moving = IN_MOTION * policy.micro_batch_rows
+    away = max(0, int(policy.max_rows * policy.activations.fraction(Tier.HOST)) - moving)
+    return everything - away * shape.hidden_size * shape.value_bytes
+
+
+def parked_rows(policy: Policy) -> int:
+    """Rows whose hidden states HOST has room for; none if all of them stay on DEVICE."""
+    share = policy.activations.fraction(Tier.HOST)
+    if not share:
+        return 0
+    return min(policy.max_rows, int(policy.max_rows * share) + policy.micro_batch_rows)
 
 
 def memory_of(
@@ -58,7 +86,12 @@ def memory_of(
     """
     weights, working = _weights(shape, policy, unified)
     working[Tier.DEVICE] += workspace(shape, policy)
-    free = {tier: limits[tier] - weights[tier] - working[tier] for tier in Tier}
+    if not unified:
+        working[Tier.HOST] += parked_rows(policy) * shape.hidden_size * shape.value_bytes
+    elsewhere = dict.fromkeys(Tier, 0)
+    if weights[Tier.DISK] and not shape.prepared_bytes:
+        elsewhere[Tier.DISK] = weights[Tier.DISK]
+    free = {t: limits[t] - (weights[t] - elsewhere[t]) - working[t] for t in Tier}
     for tier in reversed(Tier):  # the last resort first: what is short there fits nowhere
         if free[tier] < 0:
             raise CapacityError(
@@ -75,13 +108,14 @@ def memory_of(
     working[Tier.DEVICE] += 2 * buffer
     working[Tier.HOST] += 4 * buffer + _embedding_rows(shape, policy, unified)
     kv = {tier: pages.get(tier, 0) * page_bytes for tier in Tier}
-    result = {t: TierMemory(weights[t], kv[t], working[t], limits[t]) for t in Tier}
-    if result[Tier.HOST].free < 0:
-        raise CapacityError(
-            f"working memory does not fit on host: {format_size(-result[Tier.HOST].free)} are "
-            f"missing for rows of the embedding table",
-            hint=_remedy(Tier.HOST, unified, weights[Tier.HOST]),
-        )
+    result = {t: TierMemory(weights[t], kv[t], working[t], limits[t], elsewhere[t]) for t in Tier}
+    for tier in (Tier.HOST, Tier.DEVICE):
+        if result[tier].free < 0:
+            raise CapacityError(
+                f"working memory does not fit on {tier}: {format_size(-result[tier].free)} are "
+                "missing for staging of KV pages and rows of the embedding table",
+                hint=_remedy(tier, unified, weights[tier]),
+            )
     return result
 
 
@@ -152,44 +186,65 @@ def kv_pages(
 def _weights(
     shape: ModelShape, policy: Policy, unified: bool
 ) -> tuple[dict[Tier, int], dict[Tier, int]]:
-    """Bytes of weights per tier, and what the weights need besides."""
+    """Bytes of weights per tier, and what the weights need besides.
+
+    A prepared store on DISK holds all weights, whatever the split.
+    """
     away = {Tier.DISK} if unified else {Tier.HOST, Tier.DISK}
+    working = dict.fromkeys(Tier, 0)
+    working[Tier.DEVICE] = shape.expanded_bytes
     if not shape.tensors:
         homes = {t: int(shape.weight_bytes * policy.weights.fraction(t)) for t in Tier}
-        ring = shape.working_bytes(policy.prefetch_depth)
-        working = dict.fromkeys(Tier, 0)
-        working[Tier.DEVICE] = ring if any(homes[tier] for tier in away) else 0
-        working[Tier.HOST] = ring if homes[Tier.DISK] and not unified else 0
+        ring = shape.working_bytes(policy.depth)
+        working[Tier.DEVICE] += ring if any(homes[tier] for tier in away) else 0
+        if homes[Tier.DISK] and not unified:
+            working[Tier.HOST] = STAGING_BUFFERS * REQUEST_BYTES
+        working[Tier.DISK] = _store_overhead(shape, homes)
         return homes, working
     tiers = place(shape.tensors, policy.weights)
     homes = dict.fromkeys(Tier, 0)
-    padded = dict.fromkeys(Tier, 0)
     for tensor in shape.tensors:
-        homes[tiers[tensor.name]] += tensor.nbytes
-        padded[tiers[tensor.name]] += round_up(tensor.nbytes, CACHE_LINE)
+        tier = tiers[tensor.name]
+        homes[tier] += tensor.nbytes
+        working[tier] += round_up(tensor.nbytes, CACHE_LINE) - tensor.nbytes
     homes[Tier.DEVICE] += shape.resident_bytes
-    padded[Tier.DEVICE] += round_up(shape.resident_bytes, CACHE_LINE)
-    if padded[Tier.DISK]:
-        padded[Tier.DISK] += (shape.num_layers + 2) * DISK_BLOCK
-    working = {tier: padded[tier] - homes[tier] for tier in Tier}
-    depth = policy.prefetch_depth
-    working[Tier.DEVICE] += _ring(shape, depth, (t for t in shape.tensors if tiers[t.name] in away))
-    if not unified:
-        on_disk = (t for t in shape.tensors if tiers[t.name] is Tier.DISK)
-        working[Tier.HOST] += _ring(shape, depth, on_disk)
+    working[Tier.DEVICE] += round_up(shape.resident_bytes, CACHE_LINE) - shape.resident_bytes
+    slabs = _disk_slabs(shape, tiers, unified)
+    streamed = [
+        slab + sum(round_up(t.nbytes, CACHE_LINE) for t in unit if tiers[t.name] is Tier.HOST)
+        if not unified
+        else slab
+        for slab, unit in zip(slabs, shape.by_unit())
+    ]
+    working[Tier.DEVICE] += policy.depth * max(streamed[:-1]) + streamed[-1]
+    if max(slabs) and not unified:
+        working[Tier.HOST] += STAGING_BUFFERS * staging_buffer_bytes(max(slabs))
+    working[Tier.DISK] = _store_overhead(shape, homes)
     return homes, working
 
 
-def _ring(shape: ModelShape, depth: int, streamed: Iterable[TensorSpec]) -> int:
-    """Slots for the largest layer's streamed weights, and one for the head's."""
-    units = [0] * (shape.num_layers + 1)
-    for tensor in streamed:
-        if tensor.unit >= 0:  # rows of an embedding table are gathered, never streamed
-            units[tensor.unit] += round_up(tensor.nbytes, CACHE_LINE)
-    return depth * max(units[:-1]) + units[-1]
+def _store_overhead(shape: ModelShape, homes: Mapping[Tier, int]) -> int:
+    """What a prepared store has besides the weights that are read from it."""
+    written = shape.prepared_bytes if homes[Tier.DISK] else 0
+    return max(0, written - homes[Tier.DISK])
+
+
+def _disk_slabs(shape: ModelShape, tiers: Mapping[str, Tier], unified: bool) -> list[int]:
+    """Bytes that are read from disk per unit and sweep, in whole blocks."""
+    slabs = []
+    for unit in shape.by_unit():
+        places, end = [], 0
+        for tensor in unit:
+            if tiers[tensor.name] is Tier.DISK:
+                unknown = DiskPlace("", end, tensor.nbytes, DISK_BLOCK)
+                places.append(tensor.disk or unknown)
+                end += round_up(tensor.nbytes, CACHE_LINE)
+        slabs.append(lay_out(places, shifted=not unified).nbytes)
+    return slabs
 
 
 def _embedding_rows(shape: ModelShape, policy: Policy, unified: bool) -> int:
-    """HOST staging for the rows of an embedding table that may not be on the device."""
+    """HOST staging for a sweep's rows of an embedding table that may not be on the device."""
     away = not unified and policy.weights.device < 100
-    return policy.micro_batch_rows * shape.hidden_size * shape.value_bytes if away else 0
+    rows = min(policy.max_rows, shape.vocab_size)
+    return rows * shape.hidden_size * shape.value_bytes if away else 0

@@ -9,6 +9,7 @@ from typing import Any
 
 from compression.spec import BITS
 from policy_search.errors import PolicyError
+from policy_search.machine import computed_on_cpu
 
 _OTHER_NAMES = {
     "hidden_size": ("n_embd", "d_model"),
@@ -123,16 +124,13 @@ class ModelConfig:
         """Most positions of one sequence."""
         return self.optional("max_position_embeddings") or DEFAULT_CONTEXT
 
-    def compute_dtype(self, requested: str, *, unified: bool) -> str:
-        """The type that the engine computes in. Raises `PolicyError`."""
-        if requested != "auto":
-            return requested
+    def types(self, requested: str, *, unified: bool) -> tuple[str, str]:
+        """The types that weights are stored and computed in. Raises `PolicyError`."""
         stored = self.settings.get("dtype") or self.settings.get("torch_dtype") or "float32"
-        stored = str(stored).removeprefix("torch.")
+        stored = str(stored).removeprefix("torch.") if requested == "auto" else requested
         if stored not in BITS:
             raise PolicyError(
                 f"{self.directory / 'config.json'} has the type {stored}, which is not supported",
                 hint=f"set --dtype to one of {', '.join(BITS)}",
             )
-        # CPUs multiply float16 very slowly, so the engine computes in float32 there.
-        return "float32" if stored == "float16" and unified else stored
+        return stored, computed_on_cpu(stored) if unified else stored

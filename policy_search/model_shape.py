@@ -25,10 +25,23 @@ class ModelShape:
     kv_bytes_per_token: tuple[int, ...]
     """Keys and values of one token, per layer."""
     value_bytes: int
-    """Bytes of one weight or activation value."""
+    """Bytes of one activation value, and of one key or value."""
+    expanded_bytes: int = 0
+    """Of the largest unit in the type that is computed in, if weights are stored in another one."""
+    prepared_bytes: int = 0
+    """That weights on DISK take of the offload directory: all of them, or none where the files
+    that are there can be read as they are."""
     tensors: tuple[TensorSpec, ...] = ()
     """The weights that can be placed: by layer from unit 0 on, then the head's, and -1 for an
     embedding table of its own. Without them, plans are made as if weights could be cut anywhere."""
+
+    def by_unit(self) -> list[list[TensorSpec]]:
+        """The tensors of every layer and, last, of the head."""
+        units: list[list[TensorSpec]] = [[] for _ in range(self.num_layers + 1)]
+        for tensor in self.tensors:
+            if tensor.unit >= 0:
+                units[tensor.unit].append(tensor)
+        return units
 
     @property
     def num_layers(self) -> int:

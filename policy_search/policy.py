@@ -19,6 +19,9 @@ _COUNTS = (
     "prefetch_depth",
 )
 
+DEFAULT_DEPTH = 3
+"""A layer that computes and two on their way: one may be late without stopping compute."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy:
@@ -28,6 +31,8 @@ class Policy:
     """Percent of the weight bytes on each tier."""
     kv_cache: Split = Split(device=100)
     """Percent of the KV cache pages on each tier (DEVICE and HOST)."""
+    activations: Split = Split(device=100)
+    """Percent of the waiting micro-batches' activations on each tier (DEVICE and HOST)."""
     micro_batch_rows: int = 512
     """Most rows (token positions) computed in one layer call; bounds the activation memory."""
     num_micro_batches: int | None = None
@@ -38,8 +43,9 @@ class Policy:
     """Most sequences that are running at the same time."""
     page_tokens: int = 16
     """Token positions in one KV page."""
-    prefetch_depth: int = 2
-    """Layers whose streamed weights are in working memory or on their way."""
+    prefetch_depth: int | None = None
+    """Layers whose streamed weights are in working memory or on their way; None: 3, or 2 where the
+    device's memory does not suffice."""
     overlap: bool = True
     """Transfers run beside compute; False runs the same steps one after another."""
 
@@ -48,6 +54,10 @@ class Policy:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PolicyError(f"{name} must be at least 1, not {value}")
+        if self.activations.disk:
+            raise PolicyError(
+                "activations cannot live on disk", hint="use --activations device=A,host=B"
+            )
         if self.kv_cache.disk:
             raise PolicyError(
                 "the KV cache cannot live on disk", hint="use --kv-cache device=A,host=B"
@@ -65,6 +75,11 @@ class Policy:
             return changed
         enough = changed.micro_batch_rows * (changed.num_micro_batches or 4)
         return replace(changed, max_rows=max(changed.max_rows, enough))
+
+    @property
+    def depth(self) -> int:
+        """The prefetch depth that plans are made with."""
+        return self.prefetch_depth or DEFAULT_DEPTH
 
     @property
     def gathered_tokens(self) -> int:
@@ -110,7 +125,7 @@ class Policy:
 
 
 def _checked(name: str, value: Any) -> Any:
-    if name in ("weights", "kv_cache"):
+    if name in ("weights", "kv_cache", "activations"):
         if not isinstance(value, str):
             raise PolicyError(f'policy field {name} must be a split such as "device=20,host=80"')
         return Split.parse(value)
@@ -118,7 +133,7 @@ def _checked(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise PolicyError("policy field overlap must be true or false")
         return value
-    if value is None and name == "num_micro_batches":
+    if value is None and name in ("num_micro_batches", "prefetch_depth"):
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PolicyError(

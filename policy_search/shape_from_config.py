@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compression.spec import nbytes
+from offload.disk_layout import DiskPlace
 from offload.placement import TensorSpec
+from offload.prepared_layout import PREPARED_BLOCK, layout
+from offload.tiers import CACHE_LINE, DISK_BLOCK, padded
 from policy_search.errors import PolicyError
 from policy_search.model_shape import ModelShape
-from policy_search.stored_shapes import stored_shapes
+from policy_search.stored_shapes import stored_tensors
 from policy_search.weight_formula import shapes_by_formula
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from policy_search.model_config import ModelConfig
-    from policy_search.stored_shapes import Shapes
+    from policy_search.stored_shapes import Shapes, StoredTensor
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in)\.weight$")
@@ -38,16 +44,19 @@ _RESIDENT = -2
 """The unit of weights that no split moves: the final norm, a position table."""
 
 
-def shape_from_config(config: ModelConfig, dtype: str) -> ModelShape:
-    """What the engine would find after building the model in `dtype`.
+def shape_from_config(config: ModelConfig, dtype: str, computed: str | None = None) -> ModelShape:
+    """What the engine would find after building the model with weights of type `dtype`.
+
+    `computed` is the type that products are computed in, where it is another one.
 
     Exact where the directory has the weights (only their headers are read). Raises `PolicyError`
     or `CheckpointError`.
     """
-    stored = stored_shapes(config.directory)
+    computed = computed or dtype
+    stored = stored_tensors(config.directory)
     shapes = shapes_by_formula(config) if stored is None else _as_in_the_model(stored)
     layers = config.number("num_hidden_layers")
-    specs = _specs(config, shapes, layers, dtype)
+    specs, to_write = _on_disk(_specs(config, shapes, layers, dtype), stored, dtype)
     by_unit = [sum(t.nbytes for t in specs if t.unit == unit) for unit in range(layers + 1)]
     if not all(by_unit):
         raise PolicyError(
@@ -66,10 +75,22 @@ def shape_from_config(config: ModelConfig, dtype: str) -> ModelShape:
             if len(shape) > 1
         ),
         vocab_size=config.number("vocab_size"),
-        kv_bytes_per_token=(nbytes((config.kv_values,), dtype),) * layers,
-        value_bytes=nbytes((1,), dtype),
+        kv_bytes_per_token=(nbytes((config.kv_values,), computed),) * layers,
+        value_bytes=nbytes((1,), computed),
+        expanded_bytes=0 if computed == dtype else _largest_unit(specs, shapes, computed),
+        prepared_bytes=to_write,
         tensors=tuple(tensor for tensor in specs if tensor.unit != _RESIDENT),
     )
+
+
+def _largest_unit(specs: Sequence[TensorSpec], shapes: Shapes, dtype: str) -> int:
+    """Bytes of the largest unit in the type that is computed in."""
+    units: dict[int, int] = {}
+    for spec in specs:
+        if spec.unit >= 0:
+            expanded = padded(nbytes(shapes[spec.name], dtype), CACHE_LINE)
+            units[spec.unit] = units.get(spec.unit, 0) + expanded
+    return max(units.values())
 
 
 def _specs(config: ModelConfig, shapes: Shapes, layers: int, dtype: str) -> list[TensorSpec]:
@@ -93,10 +114,42 @@ def _specs(config: ModelConfig, shapes: Shapes, layers: int, dtype: str) -> list
     return specs
 
 
-def _as_in_the_model(stored: Shapes) -> Shapes:
+def _on_disk(
+    specs: Sequence[TensorSpec],
+    stored: Mapping[str, StoredTensor] | None,
+    dtype: str,
+) -> tuple[list[TensorSpec], int]:
+    """Where each weight is read from, and the bytes to prepare where the files will not do."""
+    places = _in_place(specs, stored or {}, dtype)
+    if places is not None:
+        return [replace(spec, disk=places[spec.name]) for spec in specs], 0
+    units: dict[int, list[TensorSpec]] = {}
+    for spec in sorted(specs, key=lambda spec: spec.unit):
+        units.setdefault(max(spec.unit, -1), []).append(spec)
+    offsets, size = layout(list(units.values()))
+    return [
+        replace(s, disk=DiskPlace("prepared", offsets[s.name], s.nbytes, PREPARED_BLOCK))
+        for s in specs
+    ], size
+
+
+def _in_place(
+    specs: Sequence[TensorSpec], stored: Mapping[str, StoredTensor], dtype: str
+) -> dict[str, DiskPlace] | None:
+    places = {}
+    for spec in specs:
+        found = stored.get(spec.name)
+        if found is None or found.dtype != dtype or found.offset % nbytes((1,), dtype):
+            return None
+        places[spec.name] = DiskPlace(found.file, found.offset, spec.nbytes, DISK_BLOCK)
+    return places
+
+
+def _as_in_the_model(stored: Mapping[str, StoredTensor]) -> Shapes:
     """Weights only, with the experts' matrices of a layer stacked as transformers does it."""
     shapes: Shapes = {}
-    for name, shape in stored.items():
+    for name, tensor in stored.items():
+        shape = tensor.shape
         if _NOT_A_WEIGHT.search(name):
             continue
         expert = _EXPERT.search(name)

@@ -1,8 +1,9 @@
-"""Names and shapes of a checkpoint's tensors, from its safetensors headers (no torch)."""
+"""What a checkpoint's safetensors headers say of its tensors (no torch)."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import CheckpointError
@@ -15,11 +16,22 @@ Shapes = dict[str, tuple[int, ...]]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DOWNLOAD_AGAIN = "download or copy the checkpoint again; this copy is incomplete"
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def stored_shapes(directory: Path) -> Shapes | None:
-    """Shapes of all floating-point tensors; None without weight files. Raises `CheckpointError`.
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as it is stored."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: str
+    offset: int
+    """Of its first byte in the file."""
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor] | None:
+    """All floating-point tensors; None without weight files. Raises `CheckpointError`.
 
     An index whose files were all left out counts as no weight files: plans need only config.json.
     """
@@ -39,7 +51,7 @@ def stored_shapes(directory: Path) -> Shapes | None:
             )
     else:
         return None
-    return {name: shape for file in files for name, shape in _header(file).items()}
+    return {name: tensor for file in files for name, tensor in _header(file).items()}
 
 
 def _shards(index: Path) -> list[Path]:
@@ -52,7 +64,7 @@ def _shards(index: Path) -> list[Path]:
         ) from error
 
 
-def _header(path: Path) -> Shapes:
+def _header(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -62,7 +74,12 @@ def _header(path: Path) -> Shapes:
             header: dict[str, Any] = json.loads(file.read(length))
         header.pop("__metadata__", None)
         entries = {
-            name: tuple(int(n) for n in entry["shape"])
+            name: StoredTensor(
+                tuple(int(n) for n in entry["shape"]),
+                _FLOATS[entry["dtype"]],
+                str(path),
+                8 + length + int(entry["data_offsets"][0]),
+            )
             for name, entry in header.items()
             if entry["dtype"] in _FLOATS
         }

@@ -15,6 +15,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test m
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _offload_dir(tmp_path_factory: pytest.TempPathFactory):
+    """What tests prepare does not stay in the user's cache."""
+    os.environ["FLEXRUN_OFFLOAD_DIR"] = str(tmp_path_factory.mktemp("offload"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_measurements():
+    """Engines measure their links for half a second each; for these tests a few copies will do."""
+    from offload import raw_speed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(raw_speed, "SECONDS", 0.0)
+        patch.setattr(raw_speed, "_WARM_UP", 0.0)
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="run the tests marked slow as well")
 

@@ -20,6 +20,8 @@ TORCH_FREE = (
     "flexrun.zigzag",
     "flexrun.scheduler",
     "offload.tiers",
+    "offload.disk_layout",
+    "offload.prepared_layout",
     "offload.placement",
     "offload.pages",
 )

@@ -65,12 +65,12 @@ def record_plans(engine: Engine) -> list[SweepPlan]:
     return plans
 
 
-def generate(llm: LLM, prompts: list[list[int]], new_tokens: int) -> Run:
-    """Greedy completions of token prompts."""
+def generate(llm: LLM, prompts: list[list[int]], new_tokens: int, **sampling: Any) -> Run:
+    """Greedy completions of token prompts; `sampling` may say what ends them."""
     plans = record_plans(engine_of(llm))
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(temperature=0, max_tokens=new_tokens),
+        SamplingParams(temperature=0, max_tokens=new_tokens, **sampling),
         use_tqdm=False,
     )
     assert [output.error for output in outputs] == [None] * len(prompts)
@@ -82,6 +82,17 @@ def run(directory: Path, prompts: list[list[int]], new_tokens: int, **settings: 
     """Load a model, complete the prompts, close it."""
     with LLM(directory, **settings) as llm:
         return generate(llm, prompts, new_tokens)
+
+
+def run_to_the_end(
+    directory: Path, prompts: list[list[int]], new_tokens: int, **settings: Any
+) -> Run:
+    """The same with completions of `new_tokens` each: no end token ends one early.
+
+    Which sweep is the last is then known ahead, so that no weights are fetched for nothing.
+    """
+    with LLM(directory, **settings) as llm:
+        return generate(llm, prompts, new_tokens, ignore_eos=True)
 
 
 def cached_reference(

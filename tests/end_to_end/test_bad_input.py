@@ -19,6 +19,9 @@ from tests.end_to_end.reference import ragged_prompts
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 GENERATE = [sys.executable, "-m", "flexrun", "generate"]
+PREPARE = ["--weights", "disk=100", "--dtype", "float16"]
+"""The checkpoint is in float32: its weights are written to the offload directory first."""
+SLOW_DISK = ["--device", "emulated", "--emulate", "disk-read=20MB/s", "--weights", "disk=100"]
 
 
 class Job:
@@ -28,23 +31,55 @@ class Job:
         self.directory, self.model = directory, model
         self.input = directory / "in.jsonl"
         self.output = directory / "out.jsonl"
+        self.offload = directory / "offload"
         prompts = ragged_prompts(24, longest=7)
         self.input.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
 
     def command(self, *flags: str) -> list[str]:
         files = ["--model", self.model, "--input", self.input, "--output", self.output]
         fixed = ["--dtype", "float32", "--max-tokens", "12", "--max-sequences", "6"]
+        fixed += ["--offload-dir", str(self.offload)]
         return [*GENERATE, *map(str, files), *fixed, *flags]
 
-    def run(self, *flags: str, limit_blocks: int | None = None) -> subprocess.CompletedProcess[str]:
-        """Run to the end; `limit_blocks` of 512 bytes is the largest file that can be written."""
+    def run(
+        self, *flags: str, limit_blocks: int | None = None, fault: str = "", shell: str = ""
+    ) -> subprocess.CompletedProcess[str]:
+        """Run to the end; `limit_blocks` of 512 bytes is the largest file that can be written.
+
+        The Python code `fault` runs first in the process, the command `shell` before it.
+        """
         command = self.command(*flags)
         if limit_blocks is not None:
-            limit = f'ulimit -f {limit_blocks} && exec "$@"'
-            command = ["/bin/sh", "-c", limit, "sh", *command]
+            shell = f"ulimit -f {limit_blocks}"
+        if shell:
+            command = ["/bin/sh", "-c", f'{shell} && exec "$@"', "sh", *command]
+        environment = ENVIRONMENT
+        if fault:
+            (self.directory / "fault").mkdir(exist_ok=True)
+            (self.directory / "fault" / "sitecustomize.py").write_text(fault)
+            path = f"{self.directory / 'fault'}:{ROOT}"
+            environment = ENVIRONMENT | {"PYTHONPATH": path}
         return subprocess.run(
-            command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
+
+    def start_until(self, results: int, *flags: str) -> subprocess.Popen[str]:
+        """A running process that has written this many results and is not done yet."""
+        process = subprocess.Popen(
+            self.command(*flags),
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while process.poll() is None and (not self.output.exists() or len(self.lines()) < results):
+            time.sleep(0.01)
+        return process
+
+    def stores(self) -> list[str]:
+        """What the offload directory has: prepared stores, and parts of them."""
+        return sorted(path.name for path in self.offload.glob("flexrun-prepared/*"))
 
     def lines(self) -> list[bytes]:
         return self.output.read_bytes().splitlines(keepends=True)
@@ -66,6 +101,15 @@ def whole(tmp_path_factory, tiny_llama_dir) -> list[bytes]:
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["requests"], summary["failed"], summary["skipped"]) == (24, 0, 0)
+    return by_index(job.lines())
+
+
+@pytest.fixture(scope="module")
+def whole_float16(tmp_path_factory, tiny_llama_dir) -> list[bytes]:
+    """The lines of a run with weights rounded to float16 in memory."""
+    job = Job(tmp_path_factory.mktemp("whole16"), tiny_llama_dir)
+    done = job.run("--device", "cpu", "--dtype", "float16", "--weights", "device=100")
+    assert done.returncode == 0, done.stderr
     return by_index(job.lines())
 
 
@@ -117,7 +161,7 @@ def test_a_corrupt_header(job):
     [
         ("device", ["--device", "emulated", "--emulate", "capacity=400KiB"]),
         ("host", ["--device", "emulated", "--weights", "host=100", "--host-memory", "300KiB"]),
-        ("disk", ["--device", "cpu", "--weights", "disk=100", "--disk-space", "300KiB"]),
+        ("disk", ["--device", "cpu", *PREPARE, "--disk-space", "300KiB"]),
     ],
 )
 def test_a_budget_that_is_too_small(job, tier, flags):
@@ -127,19 +171,178 @@ def test_a_budget_that_is_too_small(job, tier, flags):
     assert_refused(job, done, f"on {tier}", "missing", "KiB", flag)
 
 
+def test_weights_read_in_place_take_no_disk(job, whole):
+    """A checkpoint that can be read as it is needs no budget, and no directory to write to."""
+    done = job.run("--device", "cpu", "--weights", "disk=100", "--disk-space", "0")
+    assert done.returncode == 0, done.stderr
+    assert by_index(job.lines()) == whole
+    assert not job.offload.exists()
+
+
 def test_a_disk_that_is_full(job):
-    """An offload file that the disk does not take is refused, and names the flag that helps."""
-    flags = ["--device", "cpu", "--weights", "disk=100", "--offload-dir", str(job.directory)]
-    done = job.run(*flags, limit_blocks=200)
-    assert_refused(job, done, "reserving", str(job.directory), "File too large", "--offload-dir")
-    assert sorted(path.name for path in job.directory.iterdir()) == ["in.jsonl"]
+    """Prepared weights that the disk does not take are refused; a part of them is not kept."""
+    done = job.run("--device", "cpu", *PREPARE, limit_blocks=200)
+    assert_refused(job, done, "reserving", str(job.offload), "File too large", "--offload-dir")
+    assert job.stores() == ["lock"]
+    assert sorted(path.name for path in job.directory.iterdir()) == ["in.jsonl", "offload"]
+
+
+def test_a_disk_that_is_too_small(job):
+    """A disk with less free space than the prepared weights is refused before it is written to."""
+    job.offload.mkdir()
+    mount = f"mount -t tmpfs -o size=200k none '{job.offload}'"
+    own = ["unshare", "--mount", "--propagation", "private"]
+    probe = subprocess.run([*own, "sh", "-c", mount], capture_output=True, check=False)
+    if probe.returncode != 0:
+        pytest.skip("may not mount a file system")
+    left = job.directory / "left"
+    inner = f"{mount} && trap 'find {job.offload} -type f > {left}' EXIT"
+    command = [*own, "sh", "-c", f'{inner}; "$@"', "sh", *job.command("--device", "cpu", *PREPARE)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert_refused(job, done, "missing", "KiB", "--disk-space")
+    assert "weights.bin" not in left.read_text()
 
 
 def test_an_offload_directory_that_cannot_be_written(job):
     """A directory that cannot be made is refused, and named."""
     below_a_file = str(job.input / "directory")
-    done = job.run("--device", "cpu", "--weights", "disk=100", "--offload-dir", below_a_file)
-    assert_refused(job, done, f"creating an offload file in {below_a_file}", "--offload-dir")
+    done = job.run("--device", "cpu", *PREPARE, "--offload-dir", below_a_file)
+    assert_refused(job, done, f"preparing weights in {below_a_file}", "--offload-dir")
+
+
+KILL_AT_WRITE = """
+import os, signal
+write, calls = os.pwritev, []
+def killing(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*arguments)
+os.pwritev = killing
+import offload.prepared_file
+offload.prepared_file.WRITE_BYTES = 65536
+"""
+
+
+def test_a_preparation_killed_in_the_middle(job, whole_float16):
+    """After kill -9 the next run removes what was written and does it again; the next reuses it."""
+    done = job.run("--device", "cpu", *PREPARE, fault=KILL_AT_WRITE)
+    assert done.returncode == -signal.SIGKILL
+    (_, unfinished) = sorted(job.stores(), key=lambda name: ".tmp-" in name)
+    assert ".tmp-" in unfinished
+    assert not job.output.exists() or job.lines() == []
+    done = job.run("--device", "cpu", *PREPARE)
+    assert done.returncode == 0, done.stderr
+    assert f"removing {job.offload / 'flexrun-prepared' / unfinished}" in done.stderr
+    assert by_index(job.lines()) == whole_float16
+    assert unfinished not in job.stores()
+    (store, _) = job.stores()
+    weights = job.offload / "flexrun-prepared" / store / "weights.bin"
+    written = weights.stat().st_mtime_ns
+    job.output = job.directory / "again.jsonl"
+    done = job.run("--device", "cpu", *PREPARE)
+    assert done.returncode == 0, done.stderr
+    assert by_index(job.lines()) == whole_float16
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_a_damaged_store(job):
+    """A store in which one byte changed is an error that says what to delete."""
+    assert job.run("--device", "cpu", *PREPARE).returncode == 0
+    (store,) = (job.offload / "flexrun-prepared").glob("*/weights.bin")
+    with store.open("r+b") as file:
+        file.seek(100_000)
+        byte = file.read(1)[0]
+        file.seek(100_000)
+        file.write(bytes([byte ^ 1]))
+    job.output = job.directory / "again.jsonl"
+    done = job.run("--device", "cpu", *PREPARE)
+    assert done.returncode in (1, 2)
+    assert f"{store} is damaged" in done.stderr
+    assert f"delete {store.parent}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+FAIL_IN_SWEEP = """
+import errno, os
+import flexrun.executor
+read, sweep, sweeps, reads = os.preadv, flexrun.executor.Executor.run, [], []
+def counting(*arguments, **named):
+    sweeps.append(1)
+    return sweep(*arguments, **named)
+def failing(*arguments):
+    if len(sweeps) == 20:
+        reads.append(1)
+        if len(reads) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+    return read(*arguments)
+flexrun.executor.Executor.run, os.preadv = counting, failing
+"""
+
+
+def test_a_read_error_in_the_middle(job, whole):
+    """A disk that fails once breaks the job off, and names the file; a second run does the rest."""
+    flags = ["--device", "emulated", "--weights", "disk=100"]
+    done = job.run(*flags, fault=FAIL_IN_SWEEP)
+    assert job.lines(), "it failed before anything was finished"
+    assert done.returncode == 1, done.stderr
+    assert f"reading {job.model / 'model.safetensors'} at byte" in done.stderr
+    assert "Input/output error" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert_the_rest_is_done(job, whole, *flags)
+
+
+def assert_the_rest_is_done(job: Job, whole: list[bytes], *flags: str) -> None:
+    """A second run keeps what is finished, byte for byte, and completes the job."""
+    kept = job.lines()
+    assert len(kept) < 24
+    done = job.run(*flags)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["requests"], summary["skipped"]) == (24 - len(kept), len(kept))
+    assert job.lines()[: len(kept)] == kept
+    assert by_index(job.lines()) == whole
+
+
+def test_a_checkpoint_written_to_while_it_is_read(job, whole):
+    """A job whose weights someone touches ends with that file's name; finished results are kept."""
+    weights = copied_model(job)
+    process = job.start_until(5, *SLOW_DISK)
+    os.utime(weights)
+    _, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert f"{weights} was changed while a job was reading it" in errors
+    assert "Traceback" not in errors
+    assert len(job.lines()) >= 5
+    assert_the_rest_is_done(job, whole, *SLOW_DISK)
+
+
+def test_a_checkpoint_cut_off_while_it_is_read(job, whole):
+    """A job whose weights are truncated under it ends with an error; restored, it continues."""
+    weights = copied_model(job)
+    content = weights.read_bytes()
+    process = job.start_until(5, *SLOW_DISK)
+    os.truncate(weights, len(content) // 2)
+    _, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert str(weights) in errors
+    assert "changed" in errors or "has become shorter" in errors
+    assert "Traceback" not in errors
+    weights.write_bytes(content)
+    assert_the_rest_is_done(job, whole, *SLOW_DISK)
+
+
+def test_a_checkpoint_replaced_while_it_is_read(job, whole):
+    """A new file under the old name does not disturb a job: it goes on with the one it opened."""
+    weights = copied_model(job)
+    process = job.start_until(5, *SLOW_DISK)
+    (job.directory / "other").write_bytes(b"not weights")
+    os.replace(job.directory / "other", weights)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert by_index(job.lines()) == whole
 
 
 def test_results_that_the_disk_does_not_take(job, whole):
@@ -160,15 +363,7 @@ def test_results_that_the_disk_does_not_take(job, whole):
 def test_a_job_killed_in_the_middle_continues(job, whole):
     """After kill -9 no result is lost or repeated, whatever policy the next run has."""
     slow = ["--device", "emulated", "--emulate", "host-to-device=20MB/s", "--weights", "host=100"]
-    with subprocess.Popen(
-        job.command(*slow),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as process:
-        while process.poll() is None and (not job.output.exists() or len(job.lines()) < 5):
-            time.sleep(0.01)
+    with job.start_until(5, *slow) as process:
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
     kept = [line for line in job.lines() if line.endswith(b"\n")]

@@ -18,9 +18,11 @@ from flexrun.executor import Executor
 from offload.backend import DeviceBackend
 from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend
+from offload.links import Link
 from offload.placement import TensorSpec, bytes_per_tier, place
 from offload.tiers import Split, Tier
-from tests.end_to_end.harness import SPLITS, Run, engine_of, generate, run
+from policy_search.policy import Policy
+from tests.end_to_end.harness import SPLITS, Run, engine_of, generate, run, run_to_the_end
 from tests.end_to_end.reference import ragged_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,6 +69,45 @@ def placeable(directory: Path, layers: int, value_bytes: int = 4) -> list[Tensor
     return specs
 
 
+BLOCK = 4096
+BRIDGED = 64 * 1024
+"""A gap of at most this many bytes between two weights on disk is read along."""
+
+
+def file_places(directory: Path) -> dict[str, tuple[str, int, int]]:
+    """File, first byte and end of every tensor, from the files' headers alone."""
+    places = {}
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb") as file:
+            size = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = entry["data_offsets"]
+                places[name] = (path.name, 8 + size + start, 8 + size + end)
+    return places
+
+
+def disk_padding(directory: Path, specs: list[TensorSpec], weights: str) -> dict[int, int]:
+    """Bytes that are no weights in the blocks that each unit reads of a checkpoint, per sweep."""
+    tiers, places = place(specs, Split.parse(weights)), file_places(directory)
+    padding: dict[int, int] = {}
+    for unit in {spec.unit for spec in specs if spec.unit >= 0}:
+        names = [s.name for s in specs if s.unit == unit and tiers[s.name] is Tier.DISK]
+        runs: list[tuple[str, int, int]] = []
+        for file, start, end in sorted(places[name] for name in names):
+            if runs and runs[-1][0] == file and start - runs[-1][2] <= BRIDGED:
+                runs[-1] = (file, runs[-1][1], end)
+            else:
+                runs.append((file, start, end))
+        blocks = sum(-(-end // BLOCK) - start // BLOCK for _, start, end in runs)
+        needed = sum(places[name][2] - places[name][1] for name in names)
+        padding[unit] = blocks * BLOCK - needed
+        gaps = max(0, len(names) - 1) * BRIDGED
+        assert 0 <= padding[unit] <= len(runs) * 2 * (BLOCK - 1) + gaps
+    return padding
+
+
 def streamed_bytes(specs: list[TensorSpec], weights: str, device: str) -> dict[str, int]:
     """Weight bytes that must cross each link in a sweep."""
     tiers = place(specs, Split.parse(weights))
@@ -97,43 +138,118 @@ def settings(device: str, weights: str, micro_batches: int = 1, **more: Any) -> 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", ["tiny_llama_dir", "tiny_tied_llama_dir"])
 def test_weights_cross_their_link_once_a_sweep(request, model, device, weights, micro_batches):
-    """Each weight that is not at home on the device crosses once per sweep, to the byte."""
+    """Each weight that is not at home on the device crosses once per sweep, to the byte.
+
+    So does what completes the blocks of the disk, which is counted apart.
+    """
     directory = request.getfixturevalue(model)
-    done = run(directory, PROMPTS, 4, **settings(device, weights, micro_batches))
+    done = run_to_the_end(directory, PROMPTS, 4, **settings(device, weights, micro_batches))
     assert max(done.micro_batches) >= micro_batches
     assert micro_batches > 1 or set(done.micro_batches) == {1}
     sweeps = done.summary["sweeps"]
     assert sweeps == len(done.plans) > 8
-    expected = streamed_bytes(placeable(directory, 4), weights, device)
+    assert [plan.last for plan in done.plans] == [False] * (sweeps - 1) + [True]
+    specs = placeable(directory, 4)
+    expected = streamed_bytes(specs, weights, device)
     assert counted(done, "weights") == {link: n * sweeps for link, n in expected.items()}
+    padding = sweeps * sum(disk_padding(directory, specs, weights).values())
+    links = ("disk->device",) if device == "cpu" else ("disk->host", "host->device")
+    assert counted(done, "padding") == (dict.fromkeys(links, padding) if padding else {})
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 9])
+@pytest.mark.parametrize("weights", ["disk=100", "device=25,host=50,disk=25"])
+@pytest.mark.parametrize("model", ["tiny_llama_dir", "tiny_tied_llama_dir"])
+def test_any_look_ahead_moves_the_same_bytes(request, model, weights, depth):
+    """However many layers are asked for ahead: the same tokens, each layer once per sweep."""
+    directory = request.getfixturevalue(model)
+    more = settings("emulated", weights, 3, policy=policy_of("emulated", weights, depth))
+    done = run_to_the_end(directory, PROMPTS, 4, **more)
+    assert (
+        done.tokens == run_to_the_end(directory, PROMPTS, 4, **settings("cpu", "device=100")).tokens
+    )
+    sweeps, specs = len(done.plans), placeable(directory, 4)
+    expected = streamed_bytes(specs, weights, "emulated")
+    assert counted(done, "weights") == {link: n * sweeps for link, n in expected.items()}
+
+
+def policy_of(device: str, weights: str, depth: int) -> Policy:
+    """What `settings` say, with a look-ahead that a person chose."""
+    plan = settings(device, weights, 3)
+    return Policy(
+        weights=Split.parse(weights),
+        kv_cache=Split.parse(plan["kv_cache"]),
+        micro_batch_rows=plan["micro_batch_rows"],
+        num_micro_batches=plan["num_micro_batches"],
+        max_rows=plan["max_rows"],
+        max_sequences=plan["max_sequences"],
+        prefetch_depth=depth,
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_end_that_nobody_foresaw_costs_the_layers_fetched_ahead(tiny_llama_dir, device, depth):
+    """Where the job ends early, its bytes are a sweep's times the sweeps, and the look-ahead's.
+
+    The next job of the same engine needs those layers, so that it fetches them no more.
+    """
+    prompt, weights = PROMPTS[0], "disk=100"
+    more = settings(device, weights, policy=policy_of(device, weights, depth))
+    specs = placeable(tiny_llama_dir, 4)
+    by_unit = Counter[int]()
+    for spec in specs:
+        by_unit[spec.unit] += spec.nbytes
+    a_sweep, ahead = sum(by_unit.values()) - by_unit[-1], depth - 1
+    (link, *_) = links = ("disk->device",) if device == "cpu" else ("disk->host", "host->device")
+    with LLM(tiny_llama_dir, **more) as llm:
+        transfers = engine_of(llm)._runtime.transfers
+        whole = generate(llm, [prompt], 4, ignore_eos=True)
+        assert len(whole.plans) == 4
+        assert counted(whole, "weights") == dict.fromkeys(links, 4 * a_sweep)
+        stop = whole.tokens[0][1]
+        assert stop != whole.tokens[0][0]
+        early = generate(llm, [prompt], 4, stop_token_ids=[stop])
+        assert [plan.last for plan in early.plans] == [False, False]
+        again = generate(llm, [prompt], 4, ignore_eos=True)
+        assert again.tokens == whole.tokens
+        assert counted(again, "weights") == dict.fromkeys(links, 10 * a_sweep)
+        generate(llm, [prompt], 4, stop_token_ids=[stop])
+    # After close, when nothing is on its way any more.
+    extra = sum(by_unit[unit] for unit in range(ahead))
+    assert transfers.counters[Link(link)].bytes["weights"] == 12 * a_sweep + extra
 
 
 def test_weights_of_a_real_model_cross_once_a_sweep(smollm2_dir):
     """The same holds to the byte for a model of 135M parameters on three tiers."""
     weights, prompts = "device=25,host=50,disk=25", [[i, i + 1, i + 2] for i in range(100, 108)]
     more = settings("emulated", weights, 3) | {"dtype": "bfloat16"}
-    done = run(smollm2_dir, prompts, 2, **more)
-    expected = streamed_bytes(placeable(smollm2_dir, 30, value_bytes=2), weights, "emulated")
+    done = run_to_the_end(smollm2_dir, prompts, 2, **more)
+    specs = placeable(smollm2_dir, 30, value_bytes=2)
+    expected = streamed_bytes(specs, weights, "emulated")
     assert sum(expected.values()) > 100e6
     assert done.summary["sweeps"] == 2
     assert max(done.micro_batches) == 3
     assert counted(done, "weights") == {link: 2 * n for link, n in expected.items()}
+    padding = 2 * sum(disk_padding(smollm2_dir, specs, weights).values())
+    assert counted(done, "padding") == {"disk->host": padding, "host->device": padding}
+    assert padding < 0.02 * 2 * expected["disk->host"]
 
 
 @pytest.mark.parametrize("weights", ["host=100", "disk=100"])
 @pytest.mark.parametrize("model", ["tiny_llama_dir", "tiny_tied_llama_dir"])
 def test_rows_of_the_embedding_travel_not_the_table(request, model, weights):
-    """Per micro-batch, each token id that occurs brings one row of the table, once."""
+    """Per sweep, each token id that occurs brings one row of the table, once."""
     directory = request.getfixturevalue(model)
     done = run(directory, PROMPTS, 4, **settings("emulated", weights, 3))
+    assert max(done.micro_batches) >= 3
     rows = 0
     for plan in done.plans:
-        for batch in plan.micro_batches:
-            ids = set()
-            for span in batch.spans:
-                tokens = PROMPTS[span.sequence] + done.tokens[span.sequence]
-                ids |= set(tokens[span.start : span.end])
-            rows += len(ids)
+        ids = set()
+        for span in (span for batch in plan.micro_batches for span in batch.spans):
+            tokens = PROMPTS[span.sequence] + done.tokens[span.sequence]
+            ids |= set(tokens[span.start : span.end])
+        rows += len(ids)
     expected = {"host->device": rows * 64 * 4}
     if weights == "disk=100":
         expected["disk->host"] = rows * 64 * 4
@@ -225,7 +341,9 @@ class Arena:
 def test_an_arena_is_never_larger_than_its_capacity(tiny_llama_dir, monkeypatch, weights, kv_cache):
     """All that an emulated device holds at a time is within its capacity; none is kept."""
     arena = Arena(monkeypatch, EmulatedBackend)
-    capacity = 1100 * 1024
+    padding = disk_padding(tiny_llama_dir, placeable(tiny_llama_dir, 4), weights)
+    # Working memory holds what is read, so a small model's gaps take room for two layers and head.
+    capacity = 1100 * 1024 + 2 * max(padding[layer] for layer in range(4)) + padding[4]
     more = settings("emulated", weights, 3, kv_cache=kv_cache, emulate=f"capacity={capacity}")
     done = run(tiny_llama_dir, PROMPTS, 8, **more)
     peak = done.summary["peak_bytes"]["device"]

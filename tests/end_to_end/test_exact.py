@@ -13,6 +13,7 @@ from policy_search.memory import workspace
 from policy_search.policy import Policy
 from tests.end_to_end.harness import SPLITS, engine_of, generate, run
 from tests.end_to_end.reference import greedy_tokens, ragged_prompts
+from tests.end_to_end.test_bytes import disk_padding, placeable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,6 +38,7 @@ class Tiny:
     """Settings of the tiny Llama on devices that are too small for it."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         with LLM(directory, device="cpu", weights="device=100", kv_cache="device=100") as llm:
             self.shape = engine_of(llm)._runtime.shape
 
@@ -46,15 +48,24 @@ class Tiny:
         return self.shape.weight_bytes - 20 * KIB + more
 
     def capacity(self, weights: str, **batch: int) -> int:
-        """DEVICE bytes with those for activations, which grow with the batch."""
-        return self.room(weights) + workspace(self.shape, Policy(**batch))  # type: ignore[arg-type]
+        """DEVICE bytes with those for activations, which grow with the batch.
+
+        What is read of a disk besides weights, to have whole blocks, takes working memory as well.
+        """
+        padding = disk_padding(self.directory, placeable(self.directory, 4), weights)
+        ring = 2 * max(padding[layer] for layer in range(4)) + padding[4]
+        activations = workspace(self.shape, Policy(**batch))  # type: ignore[arg-type]
+        return self.room(weights) + ring + activations
 
     def settings(self, device: str, weights: str, kv_cache: str, **changed: int) -> dict[str, Any]:
         """Ten of the sixteen prompts run at a time, in 48 rows a sweep, unless `changed`."""
         batch = {"micro_batch_rows": 48, "max_rows": 48, "max_sequences": 10} | changed
-        common = {"device": device, "weights": weights, "kv_cache": kv_cache, "dtype": "float32"}
+        common: dict[str, Any] = {"device": device, "weights": weights, "kv_cache": kv_cache}
+        common["dtype"] = "float32"
         if device == "emulated":
             common["emulate"] = f"capacity={self.capacity(weights, **batch)}"
+            # A third layer on its way would take the room of KV pages.
+            common["policy"] = Policy(prefetch_depth=2)
         return common | batch
 
 

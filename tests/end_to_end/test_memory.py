@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ import pytest
 import torch
 
 from flexrun import LLM, CapacityError, CheckpointError, SamplingParams
+from offload.direct_file import DirectFile
 from offload.errors import OffloadStoreError
-from offload.offload_file import OffloadFile
+from offload.prepared import FOLDER
+from policy_search.machine import multiplies_bfloat16
 from tests.end_to_end.harness import engine_of, generate
 from tests.end_to_end.reference import ragged_prompts
 
@@ -28,10 +32,12 @@ MIB = 2**20
 OVERHEAD = 192 * MIB
 """Most resident memory beside weights that stay in RAM, counted from the imports on.
 
-Working memory takes 72 MiB of it: one slot for the output head (54 MiB), two of 7 MiB for layers,
+Working memory takes 80 MiB of it: one slot for the output head (54 MiB), three of 7 MiB for layers,
 KV pages of 8 prompts. The rest is the tokenizer, the model's modules, what torch and transformers
 import on first use, activations, and what the allocator keeps: 70 to 90 MiB where it was measured.
 """
+HEAD_IN_FLOAT32 = 49152 * 576 * 4
+"""A CPU without fast bfloat16 products has the largest unit's weights, the head's, once more."""
 
 # Prints memory right after the imports, then at its peak.
 CHILD = """
@@ -50,19 +56,23 @@ model, weights = sys.argv[1:]
 with LLM(model, device="cpu", dtype="bfloat16", weights=weights, kv_cache="device=100") as llm:
     prompts = [f"{i}: The river" + " runs" * i for i in range(8)]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
-    sizes = {"weights": llm._engine._runtime.shape.weight_bytes}
+    shape = llm._engine._runtime.shape
+    sizes = {"weights": shape.weight_bytes, "expanded": shape.expanded_bytes}
 tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
 print(json.dumps(sizes | {"growth": memory("VmHWM") - before, "tokens": tokens}))
 """
 
 
 def measure(model: Path, weights: str) -> dict[str, int]:
-    """Bytes of a child process that runs 8 prompts."""
+    """Bytes of a child process that runs 8 prompts; its growth without the expanded weights."""
     command = [sys.executable, "-c", CHILD, str(model), weights]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["expanded"] == (0 if multiplies_bfloat16() else HEAD_IN_FLOAT32)
+    found["growth"] -= found["expanded"]
+    return found
 
 
 def test_weights_on_disk_are_not_in_memory(smollm2_dir):
@@ -95,10 +105,21 @@ class Traces:
                 found[name] = os.readlink(f"/proc/self/fd/{name}")
         return found
 
-    def assert_gone(self) -> None:
+    def opened(self) -> list[str]:
+        """Files that descriptors from now are open on, besides those from before."""
+        now = self.open_files().items() - self.descriptors.items()
+        return [target for _, target in now]
+
+    def files(self) -> list[str]:
+        """All that lies in the offload directory."""
+        paths = self.directory.rglob("*")
+        return sorted(str(path.relative_to(self.directory)) for path in paths)
+
+    def assert_gone(self, *kept: str) -> None:
+        """Nothing is left but the files `kept`."""
         assert set(threading.enumerate()) - self.threads == set()
         assert self.open_files() == self.descriptors
-        assert list(self.directory.iterdir()) == []
+        assert self.files() == sorted(kept)
 
 
 @pytest.fixture
@@ -129,22 +150,67 @@ PROMPTS = [list(text.encode()) for text in ragged_prompts(12, longest=7)]
 both_devices = pytest.mark.parametrize("device", ["cpu", "emulated"])
 
 
+PREPARE = {"dtype": "float16"}
+"""The checkpoint is in float32, so that its weights cannot be read as they are."""
+LOCK = f"{FOLDER}/lock"
+
+
+def store_files(directory: Path) -> list[str]:
+    """The lock, and the one prepared store in an offload directory."""
+    (store,) = [path.name for path in (directory / FOLDER).iterdir() if path.is_dir()]
+    names = ("weights.bin", "checksums.bin", "index.json")
+    inside = [f"{FOLDER}/{store}/{name}" for name in names]
+    return [FOLDER, LOCK, f"{FOLDER}/{store}", *inside]
+
+
 @both_devices
-def test_a_run_shows_its_traces(tiny_llama_dir, traces, device):
-    """A running engine has a thread per link and one unnamed offload file."""
-    with LLM(tiny_llama_dir, **settings(device, traces.directory)):
-        names = {thread.name for thread in set(threading.enumerate()) - traces.threads}
-        expected = {"flexrun host->disk"}
-        expected |= (
-            {"flexrun disk->device"}
-            if device == "cpu"
-            else {"flexrun disk->host", "flexrun host->device", "flexrun device->host"}
-        )
-        assert names == expected
-        opened = traces.open_files().items() - traces.descriptors.items()
-        assert len(opened) == 1
-        assert all(str(traces.directory) in target for _, target in opened)
-        assert list(traces.directory.iterdir()) == []
+@pytest.mark.parametrize("prepared", [False, True], ids=["in-place", "prepared"])
+def test_a_run_shows_its_traces(tiny_llama_dir, traces, device, prepared):
+    """A running engine has its links' threads, and only the files that weights are read from."""
+    more = PREPARE if prepared else {}
+    with LLM(tiny_llama_dir, **settings(device, traces.directory) | more) as llm:
+        started = [thread.name for thread in set(threading.enumerate()) - traces.threads]
+        reading = "flexrun disk->device" if device == "cpu" else "flexrun disk->host"
+        others = ["host->disk"]
+        others += [] if device == "cpu" else ["host->device", "device->host"]
+        assert Counter(started) == {reading: 4} | {f"flexrun {link}": 2 for link in others}
+        generate(llm, PROMPTS, 4)
+        read = tiny_llama_dir / "model.safetensors"
+        if prepared:
+            files = store_files(traces.directory)
+            assert traces.files() == sorted(files)
+            (read,) = [traces.directory / name for name in files if name.endswith("weights.bin")]
+        else:
+            assert traces.files() == []
+        # One descriptor past the page cache, one for rows of the embedding, which are no blocks.
+        assert 1 <= len(traces.opened()) <= 2
+        assert set(traces.opened()) == {str(read)}
+
+
+@both_devices
+def test_a_prepared_store_is_all_that_stays(tiny_llama_dir, traces, device):
+    """After close the store, its lock and nothing else is there; later runs leave them as is."""
+    for _ in range(2):
+        llm = LLM(tiny_llama_dir, **settings(device, traces.directory) | PREPARE)
+        engine = weakref.ref(engine_of(llm))
+        generate(llm, PROMPTS, 4)
+        llm.close()
+        traces.assert_gone(*store_files(traces.directory))
+        gc.collect()
+        assert engine() is None
+
+
+@both_devices
+@pytest.mark.parametrize("write", [1, 2])
+def test_an_error_while_preparing_leaves_nothing(
+    tiny_llama_dir, traces, monkeypatch, device, write
+):
+    """A disk that fails while weights are prepared leaves the lock file and no part of a store."""
+    monkeypatch.setattr("offload.prepared_file.WRITE_BYTES", 64 * 1024)
+    fail_at(monkeypatch, "write", write)
+    with pytest.raises(OffloadStoreError, match="the disk is gone"):
+        LLM(tiny_llama_dir, **settings(device, traces.directory) | PREPARE)
+    traces.assert_gone(FOLDER, LOCK)
 
 
 @both_devices
@@ -161,30 +227,34 @@ def test_close_leaves_nothing(tiny_llama_dir, traces, device):
 
 
 @both_devices
+@pytest.mark.parametrize("prepared", [False, True], ids=["in-place", "prepared"])
 @pytest.mark.parametrize("read", [40, 43])
-def test_an_error_in_a_sweep_leaves_nothing(tiny_llama_dir, traces, monkeypatch, device, read):
+def test_an_error_in_a_sweep_leaves_nothing(
+    tiny_llama_dir, traces, monkeypatch, device, read, prepared
+):
     """A disk that fails within a sweep ends the run with its error, and all is given back."""
-    llm = LLM(tiny_llama_dir, **settings(device, traces.directory))
-    fail_at_read(monkeypatch, read)
+    more = PREPARE if prepared else {}
+    llm = LLM(tiny_llama_dir, **settings(device, traces.directory) | more)
+    fail_at(monkeypatch, "read", read)
     with pytest.raises(OffloadStoreError, match="the disk is gone"):
         llm.generate(
             [{"prompt_token_ids": prompt} for prompt in PROMPTS],
             SamplingParams(temperature=0, max_tokens=8),
             use_tqdm=False,
         )
-    traces.assert_gone()
+    traces.assert_gone(*(store_files(traces.directory) if prepared else ()))
 
 
-def fail_at_read(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    read, calls = OffloadFile.read, []
+def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
+    """The `number`th request to `read` or `write` a file from now on fails."""
+    original, calls = getattr(DirectFile, name), itertools.count(1)
 
-    def failing(file: OffloadFile, offset: int, target: torch.Tensor) -> None:
-        calls.append(offset)
-        if len(calls) == number:
+    def failing(file: DirectFile, offset: int, data: torch.Tensor) -> None:
+        if next(calls) == number:
             raise OffloadStoreError("the disk is gone")
-        read(file, offset, target)
+        original(file, offset, data)
 
-    monkeypatch.setattr(OffloadFile, "read", failing)
+    monkeypatch.setattr(DirectFile, name, failing)
 
 
 @both_devices

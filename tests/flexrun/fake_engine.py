@@ -87,6 +87,9 @@ class FakeEngine:
     def summary(self) -> dict[str, Any]:
         return {"generated_tokens": self._progress.generated_tokens}
 
+    def write_trace(self) -> None:
+        """There is nothing to trace."""
+
     def describe(self) -> str:
         return "a fake engine"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.gptj import modeling_gptj
 
 from flexrun import LLM, UnsupportedModelError, architecture_check, cli, twin, twin_run
 from flexrun.architecture_check import Verdict, cached_verdict, check_architecture
@@ -34,7 +34,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon with ALiBi": ("falcon", {"alibi": True}, "uses ALiBi position biases"),
     "bloom": ("bloom", {}, "uses ALiBi position biases"),
     "mpt": ("mpt", {}, "uses ALiBi position biases"),
-    "gptj": ("gptj", {}, INTERFACE),
     "gpt_neo": ("gpt_neo", {}, INTERFACE),
     "openai-gpt": ("openai-gpt", {}, "layers [0, 1, 2, 3] do not go through"),
     "mamba": ("mamba", {}, STATE),
@@ -96,6 +95,16 @@ def twin_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(architecture_check, "compare_with_twin", compare)
     monkeypatch.setenv("FLEXRUN_CACHE", str(tmp_path / "cache"))
     return runs
+
+
+def test_a_family_that_moves_to_the_interface_is_exact():
+    """GPT-J goes through the attention interface from some version of transformers on."""
+    verdict = check_architecture(config_of("gptj"))
+    if hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"):
+        assert verdict.status == "exact"
+    else:
+        assert verdict.status == "refused"
+        assert INTERFACE in verdict.detail
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -214,7 +223,7 @@ def test_verdict_is_kept(twin_runs):
 def test_verdict_is_of_one_version_of_transformers(twin_runs, monkeypatch):
     """After an update of transformers the twin runs again."""
     cached_verdict(config_of("llama"))
-    monkeypatch.setattr(transformers, "__version__", "99.0")
+    monkeypatch.setattr("flexrun.architecture_check.transformers.__version__", "99.0")
     cached_verdict(config_of("llama"))
     assert len(twin_runs) == 2
 

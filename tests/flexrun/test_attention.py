@@ -17,7 +17,7 @@ from offload.backend_cpu import CpuBackend
 from offload.kv_cache import KVCache
 from offload.pages import PagePools
 from offload.tiers import MemoryAccount, Tier
-from offload.transfer import TransferEngine
+from offload.transfer_engine import TransferEngine
 
 KEY_DIM, VALUE_DIM = 6, 5
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from flexrun.errors import UsageError
-from flexrun.model_files import cache_dir, resolve_model
+from flexrun.model_files import resolve_model
+from policy_search.machine import cache_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -50,8 +50,8 @@ def commit(scheduler: Scheduler, plan: SweepPlan, ending: tuple[int, ...] = ()) 
 
 
 def test_nothing_to_do_is_an_empty_plan():
-    """Without sequences the plan has no micro-batches."""
-    assert make_scheduler().next_sweep() == SweepPlan(())
+    """Without sequences the plan has no micro-batches, and no sweep follows."""
+    assert make_scheduler().next_sweep() == SweepPlan((), last=True)
 
 
 def test_a_prompt_is_computed_then_one_row_per_token():
@@ -227,3 +227,88 @@ def test_any_job_computes_every_position_once(seed):
     assert computed == {number: most - 1 for number, (_, most) in jobs.items()}
     assert len(joined) == len(jobs)
     assert {tier: scheduler.pools.free_pages(tier) for tier in Tier} == free
+
+
+def test_a_plan_is_last_when_every_sequence_gets_its_last_token():
+    """The sweep that brings all running sequences to their most tokens is marked, no other is."""
+    scheduler = make_scheduler()
+    scheduler.add(0, 5, 7)
+    scheduler.add(1, 3, 6)
+    lasts = []
+    for ending in ((), (0,), (1,)):
+        plan = scheduler.next_sweep()
+        lasts.append(plan.last)
+        commit(scheduler, plan, ending)
+    assert lasts == [False, False, True]
+    assert scheduler.next_sweep().empty
+
+
+def test_a_plan_is_not_last_while_sequences_wait():
+    """A sequence that waits for a place has a sweep to come, whatever the running ones do."""
+    scheduler = make_scheduler(max_sequences=1)
+    scheduler.add(0, 5, 6)
+    scheduler.add(1, 5, 6)
+    first = scheduler.next_sweep()
+    commit(scheduler, first, (0,))
+    second = scheduler.next_sweep()
+    assert (first.last, second.last) == (False, True)
+
+
+def test_a_plan_is_not_last_while_a_sequence_sits_out():
+    """A running sequence without a row in this sweep has a sweep to come."""
+    scheduler = make_scheduler(max_sequences=2)
+    for number in range(2):
+        scheduler.add(number, 1, 3)
+    commit(scheduler, scheduler.next_sweep())
+    scheduler.max_rows = 1
+    lasts = []
+    for _ in range(2):
+        plan = scheduler.next_sweep()
+        lasts.append(plan.last)
+        commit(scheduler, plan, tuple(span.sequence for span in spans_of(plan)))
+    assert lasts == [False, True]
+
+
+def test_a_chunk_of_a_prompt_is_not_last():
+    """A prompt of which rows are left has a sweep to come, although one token is wanted."""
+    scheduler = make_scheduler(micro_batch_rows=4)
+    scheduler.add(0, 10, 11)
+    lasts = []
+    for _ in range(3):
+        plan = scheduler.next_sweep()
+        lasts.append(plan.last)
+        commit(scheduler, plan)
+    assert lasts == [False, False, True]
+
+
+@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("early", [0.0, 0.3], ids=["full-length", "end-tokens"])
+def test_after_a_last_plan_nothing_is_left(seed, early):
+    """Nothing follows a plan marked last; without end tokens the final plan always is marked.
+
+    With them sequences end early, waiting ones are given up and new ones come: a plan that was not
+    marked may be the final one, but one that was marked is.
+    """
+    draw = random.Random(seed)
+    scheduler, jobs = random_run(draw)
+    lasts, number = [], len(jobs)
+    while not (plan := scheduler.next_sweep()).empty:
+        lasts.append(plan.last)
+        scheduler.commit(plan)
+        for span in spans_of(plan):
+            if span.sequence not in scheduler.running or not span.wants_logits:
+                continue
+            scheduler.grow(span.sequence)
+            progress = scheduler.running[span.sequence]
+            if progress.tokens == progress.most_tokens or draw.random() < early:
+                scheduler.finish(span.sequence)
+            if scheduler.waiting and draw.random() < early / 3:
+                scheduler.finish(scheduler.waiting[-1].sequence)
+        # A job's next lines come while others still wait.
+        if scheduler.waiting and number < 30 and draw.random() < early:
+            scheduler.add(number, 3, 4 + draw.randint(0, 3))
+            number += 1
+    assert not any(lasts[:-1])
+    assert lasts[-1] or early
+    assert not scheduler.running
+    assert not scheduler.waiting

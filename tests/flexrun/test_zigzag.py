@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pytest
 
@@ -25,8 +26,9 @@ def places(steps: list[Step], action: Action) -> dict[tuple[int, int], int]:
 
 
 def test_the_smallest_sweep():
-    """One layer, one micro-batch, no look-ahead: weights, KV, layer, KV, then the head."""
+    """One layer, one micro-batch, no look-ahead: only the head is asked for ahead of its turn."""
     assert list(zigzag(1, 1, depth=1)) == [
+        Step(Action.PREFETCH, 1),
         Step(Action.START, micro_batch=0),
         Step(Action.PREFETCH, 0),
         Step(Action.BIND, 0),
@@ -34,7 +36,6 @@ def test_the_smallest_sweep():
         Step(Action.COMPUTE, 0, 0),
         Step(Action.STORE_KV, 0, 0),
         Step(Action.RELEASE, 0),
-        Step(Action.PREFETCH, 1),
         Step(Action.BIND, 1),
         Step(Action.COMPUTE, 1, 0),
         Step(Action.RELEASE, 1),
@@ -74,17 +75,137 @@ def test_weights_travel_once_per_sweep(layers, batches, depth):
 
 @every_size
 def test_prefetch_looks_ahead_as_far_as_the_ring(layers, batches, depth):
-    """When a unit computes, the next `depth - 1` units are asked for, and never more."""
+    """When a unit computes, exactly the layers `depth - 1` ahead and the head are asked for."""
     held: set[int] = set()
     for step in zigzag(layers, batches, depth):
         if step.action is Action.PREFETCH:
             held.add(step.unit)
-            assert len(held) <= depth
+            assert len(held - {layers}) <= depth
         elif step.action is Action.RELEASE:
             held.remove(step.unit)
         elif step.action is Action.COMPUTE:
-            last = min(step.unit + depth, layers + 1)
-            assert held == set(range(step.unit, last))
+            ahead = range(step.unit, min(step.unit + depth, layers))
+            assert held == {*ahead, layers}
+    assert held == set()
+
+
+@every_size
+def test_the_head_is_asked_for_before_anything_computes(layers, batches, depth):
+    """The head has working memory of its own, so it may travel during the whole sweep."""
+    for warm, last in itertools.product((False, True), repeat=2):
+        steps = list(zigzag(layers, batches, depth, warm=warm, last=last))
+        start = next(i for i, step in enumerate(steps) if step.action is Action.START)
+        assert Step(Action.PREFETCH, layers) in steps[:start]
+
+
+def test_two_sweeps_overlap():
+    """Two layers and a look-ahead of one: the first layer of the next sweep travels meanwhile."""
+    first = list(zigzag(2, 1, depth=2, last=False))
+    second = list(zigzag(2, 1, depth=2, warm=True))
+
+    def weights(steps: list[Step]) -> list[tuple[str, int]]:
+        wanted = (Action.PREFETCH, Action.BIND, Action.RELEASE)
+        return [(step.action.value, step.unit) for step in steps if step.action in wanted]
+
+    layers = [
+        ("prefetch", 1),
+        ("bind", 0),
+        ("release", 0),
+        ("bind", 1),
+        ("release", 1),
+    ]
+    assert weights(first) == [
+        ("prefetch", 0),
+        ("prefetch", 2),
+        *layers,
+        ("prefetch", 0),
+        ("bind", 2),
+        ("release", 2),
+    ]
+    assert weights(second) == [("prefetch", 2), *layers, ("bind", 2), ("release", 2)]
+
+
+LASTS = [
+    lasts for length in (1, 2, 3, 4) for lasts in itertools.product((False, True), repeat=length)
+]
+"""Of several sweeps one after another, which are known to be the last."""
+
+
+def sweeps(layers: int, batches: int, depth: int, lasts: tuple[bool, ...]) -> list[list[Step]]:
+    """A sweep after one that is not known to be the last is warm."""
+    warms = (False, *(not last for last in lasts[:-1]))
+    return [
+        list(zigzag(layers, batches, depth, warm=warm, last=last))
+        for warm, last in zip(warms, lasts)
+    ]
+
+
+@every_size
+def test_over_several_sweeps_a_unit_is_asked_for_once_a_sweep(layers, batches, depth):
+    """Every bind has one prefetch of its own, since the last release; none is left after the end.
+
+    A last sweep that is not known to be one has asked for the first layers for nothing.
+    """
+    for lasts in LASTS:
+        asked: set[int] = set()
+        prefetches = Counter[int]()
+        for step in itertools.chain(*sweeps(layers, batches, depth, lasts)):
+            if step.action is Action.PREFETCH:
+                assert step.unit not in asked
+                asked.add(step.unit)
+                prefetches[step.unit] += 1
+            elif step.action is Action.BIND:
+                assert step.unit in asked
+            elif step.action is Action.RELEASE:
+                asked.remove(step.unit)
+        ahead = set() if lasts[-1] else set(range(min(depth - 1, layers)))
+        assert asked == ahead
+        assert prefetches == {unit: len(lasts) + (unit in ahead) for unit in range(layers + 1)}
+
+
+@every_size
+def test_over_several_sweeps_the_ring_is_large_enough(layers, batches, depth):
+    """No more than `depth` layers besides the head are held at a time, across sweeps too."""
+    for lasts in LASTS:
+        held: set[int] = set()
+        for step in itertools.chain(*sweeps(layers, batches, depth, lasts)):
+            if step.action is Action.PREFETCH:
+                held.add(step.unit)
+                assert len(held - {layers}) <= depth
+            elif step.action is Action.RELEASE:
+                held.remove(step.unit)
+
+
+@every_size
+def test_over_several_sweeps_prefetch_is_never_idle(layers, batches, depth):
+    """When a unit computes, all that is used within the next `depth - 1` units is on its way."""
+    units, ahead = layers + 1, min(depth, layers + 1)
+    for lasts in LASTS:
+        held: set[int] = set()
+        for number, steps in enumerate(sweeps(layers, batches, depth, lasts)):
+            for step in steps:
+                if step.action is Action.PREFETCH:
+                    held.add(step.unit)
+                elif step.action is Action.RELEASE:
+                    held.remove(step.unit)
+                elif step.action is Action.COMPUTE:
+                    end = units if lasts[number] else 2 * units
+                    soon = range(step.unit, min(step.unit + ahead, end))
+                    layers_soon = {unit % units for unit in soon} - {layers}
+                    assert held == {*layers_soon, layers}
+
+
+@every_size
+def test_only_weights_travel_across_the_end_of_a_sweep(layers, batches, depth):
+    """A warm sweep, or one that others follow, computes and moves KV like any other."""
+
+    def without_prefetch(**kind: bool) -> list[Step]:
+        steps = zigzag(layers, batches, depth, **kind)
+        return [step for step in steps if step.action is not Action.PREFETCH]
+
+    plain = without_prefetch()
+    for warm, last in itertools.product((False, True), repeat=2):
+        assert without_prefetch(warm=warm, last=last) == plain
 
 
 @every_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -287,3 +288,76 @@ def test_quantized_checkpoint_is_refused(llama_dir: Path, llama_meta):
     llama_meta.config.quantization_config = {"quant_method": "fp8"}
     with pytest.raises(CheckpointError, match="method fp8"):
         Checkpoint(llama_dir, llama_meta, torch.float32)
+
+
+def test_tensors_that_are_stored_as_used_can_be_read_in_place(llama_dir: Path, llama_meta):
+    """The bytes at the given places are the model's tensors, tied names' too."""
+    expected = AutoModelForCausalLM.from_pretrained(llama_dir, dtype=torch.float32).state_dict()
+    places = Checkpoint(llama_dir, llama_meta, torch.float32).in_place(list(expected))
+    assert places is not None
+    assert places.keys() == expected.keys()
+    for name, stored in places.items():
+        with stored.path.open("rb") as file:
+            file.seek(stored.offset)
+            data = bytearray(file.read(stored.nbytes))
+        read = torch.frombuffer(data, dtype=stored.dtype).view(stored.shape)
+        assert torch.equal(read, expected[name]), name
+
+
+def test_tied_names_are_in_one_place(tmp_path: Path):
+    """A tied head that is not stored is read where the embedding lies."""
+    config = AutoConfig.for_model("opt")
+    write(tmp_path, random_twin(config, seed=1))
+    names = ["lm_head.weight", "model.decoder.embed_tokens.weight"]
+    places = Checkpoint(tmp_path, meta_model(config), torch.float32).in_place(names)
+    assert places is not None
+    assert places[names[0]] == places[names[1]]
+
+
+def test_another_type_or_a_conversion_cannot_be_read_in_place(llama_dir: Path, tmp_path: Path):
+    """A cast, or one converted tensor among the names, rules reading in place out."""
+    model = meta_model(AutoConfig.for_model("llama"), torch.bfloat16)
+    assert Checkpoint(llama_dir, model, torch.bfloat16).in_place(["model.norm.weight"]) is None
+    config = AutoConfig.for_model("mixtral")
+    write(tmp_path, random_twin(config, seed=1))
+    checkpoint = Checkpoint(tmp_path, meta_model(config), torch.float32)
+    experts = "model.layers.0.mlp.experts.down_proj"
+    assert checkpoint.in_place(["model.norm.weight"]) is not None
+    assert checkpoint.in_place(["model.norm.weight", experts]) is None
+
+
+def test_a_tensor_at_an_odd_offset_cannot_be_read_in_place(llama_dir: Path, llama_meta):
+    """A file whose header shifts the tensors off their type's boundary is not used in place."""
+    path = llama_dir / SINGLE_FILE
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    shifted = (size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :]
+    path.write_bytes(shifted)
+    checkpoint = Checkpoint(llama_dir, llama_meta, torch.float32)
+    assert checkpoint.in_place(["model.norm.weight"]) is None
+    assert dict(checkpoint.load(["model.norm.weight"])).keys() == {"model.norm.weight"}
+
+
+def test_the_fingerprint_changes_with_the_files(llama_dir: Path, llama_meta):
+    """Equal files give equal fingerprints; a new time stamp alone gives another one."""
+    checkpoint = Checkpoint(llama_dir, llama_meta, torch.float32)
+    same = Checkpoint(llama_dir, llama_meta, torch.float32)
+    assert checkpoint.fingerprint() == same.fingerprint()
+    checkpoint.check_unchanged()
+    os.utime(llama_dir / SINGLE_FILE, ns=(0, 1))
+    changed = Checkpoint(llama_dir, llama_meta, torch.float32)
+    assert checkpoint.fingerprint() != changed.fingerprint()
+    with pytest.raises(CheckpointError, match="was changed while it was being read"):
+        checkpoint.check_unchanged()
+
+
+def test_the_fingerprint_of_converted_tensors_is_of_a_version(tmp_path: Path, monkeypatch):
+    """Where transformers converts tensors, another version of it counts as another source."""
+    for family in ("mixtral", "llama"):
+        config = AutoConfig.for_model(family)
+        write(tmp_path / family, random_twin(config, seed=1))
+        checkpoint = Checkpoint(tmp_path / family, meta_model(config), torch.float32)
+        before = checkpoint.fingerprint()
+        with monkeypatch.context() as patch:
+            patch.setattr("offload.checkpoint.transformers.__version__", "other")
+            assert (checkpoint.fingerprint() == before) == (family == "llama")

@@ -20,7 +20,7 @@ from offload.links import Link
 from offload.paged_kv import PagedKV
 from offload.pages import PagePools
 from offload.tiers import MemoryAccount, Tier
-from offload.transfer import TransferEngine
+from offload.transfer_engine import TransferEngine
 
 
 @dataclass
@@ -214,7 +214,7 @@ def test_a_page_holds_keys_then_values():
 class BrokenBackend(EmulatedBackend):
     """Fails to copy anything back to HOST."""
 
-    def copy(self, link, source, target, after):
+    def copy(self, link, source, target, after, **how):
         if link is Link.DEVICE_TO_HOST:
             raise OffloadStoreError("the link is broken")
         return super().copy(link, source, target, after)
@@ -230,6 +230,20 @@ def test_a_lost_row_is_not_silent():
     rig.sweep([[RowSpan(0, 0, 1, True)]])
     with pytest.raises(OffloadStoreError, match="the link is broken"):
         rig.sweep([[RowSpan(0, 1, 1, True)]])
+    rig.close()
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 5])
+def test_rows_on_their_way_to_host_keep_apart(micro_batches):
+    """On a slow link the rows of several micro-batches wait for their staging; none is mixed up."""
+    sequences = range(micro_batches)
+    rig = Rig("emulated", {Tier.HOST: 9 * micro_batches}, page_tokens=4)
+    assert isinstance(rig.backend, EmulatedBackend)
+    rig.backend.machine = EmulatedMachine(speeds={Link.DEVICE_TO_HOST: 100_000})
+    for sequence in sequences:
+        rig.pools.allocate(sequence, 20)
+    for start, length in ((0, 9), (9, 1), (10, 1), (11, 3)):
+        rig.sweep([[RowSpan(sequence, start, length, True)] for sequence in sequences])
     rig.close()
 
 

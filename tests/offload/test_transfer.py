@@ -10,11 +10,13 @@ import torch
 
 from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
+from offload.direct_file import DirectFile
 from offload.errors import OffloadStoreError
 from offload.links import FileExtent, FileRows, Link, PageSlots, TensorRows
-from offload.offload_file import OffloadFile
-from offload.tiers import MemoryAccount, Tier
-from offload.transfer import TransferEngine
+from offload.ram import map_memory
+from offload.staging import StagingBuffers
+from offload.tiers import REQUEST_BYTES, MemoryAccount, Tier
+from offload.transfer_engine import TransferEngine
 
 IN, OUT, READ = Link.HOST_TO_DEVICE, Link.DEVICE_TO_HOST, Link.DISK_TO_HOST
 
@@ -28,11 +30,17 @@ class GatedBackend(EmulatedBackend):
         self.log: list[tuple[Link, int]] = []
         self.events: list[list[Any]] = []
 
-    def copy(self, link: Link, source: Any, target: Any, after: Any) -> Any:
+    def requests_in_flight(self, link: Link) -> int:
+        return 1  # so that the order is that of the queue
+
+    def marks_of(self, event: Any) -> tuple[Any, Any]:
+        return 0.0, 0.0
+
+    def copy(self, link: Link, source: Any, target: Any, after: Any, **how: Any) -> Any:
         self.gates[link].wait()
         self.log.append((link, int(source[0])))
         self.events.append(list(after))
-        super().copy(link, source, target, after)
+        super().copy(link, source, target, after, **how)
         return f"copied {int(source[0])}"
 
 
@@ -74,13 +82,38 @@ def test_bytes_arrive():
 def test_a_link_works_in_order_of_priority_and_submission(engine, backend):
     """Urgent copies overtake waiting ones; equal ones keep the order they were submitted in."""
     send(engine, IN, 0)  # taken at once, held by the gate
-    while engine._queues[IN].qsize():
+    while len(engine._lanes[IN]):
         threading.Event().wait(0.001)
     transfers = [send(engine, IN, n, priority=p) for n, p in ((1, 1), (2, 0), (3, 1), (4, 0))]
     backend.gates[IN].set()
     for transfer in transfers:
         transfer.synchronize()
     assert [number for _, number in backend.log] == [0, 2, 4, 1, 3]
+
+
+def test_what_cannot_run_yet_holds_up_nothing(engine, backend):
+    """A copy overtakes an earlier and more urgent one that still waits for another link."""
+    backend.gates[IN].set()
+    read = send(engine, READ, 1)
+    waiting = send(engine, IN, 2, after=[read], priority=0)
+    send(engine, IN, 3).synchronize()
+    assert not waiting.issued
+    backend.gates[READ].set()
+    waiting.synchronize()
+    assert [number for link, number in backend.log if link is IN] == [3, 2]
+
+
+def test_an_urgent_copy_gets_between_the_requests_of_a_large_one(engine, backend):
+    """A large copy is cut into requests; what is more urgent waits for one of them at most."""
+    slab = map_memory(3 * REQUEST_BYTES + 5)
+    large = engine.submit(IN, slab, torch.empty_like(slab), kind="weights", priority=5)
+    while len(engine._lanes[IN]) > 3:
+        threading.Event().wait(0.001)
+    urgent = send(engine, IN, 7, priority=0)
+    backend.gates[IN].set()
+    large.synchronize()
+    urgent.synchronize()
+    assert [number for _, number in backend.log] == [0, 7, 0, 0, 0]
 
 
 def test_links_do_not_wait_for_each_other(engine, backend):
@@ -101,17 +134,23 @@ def test_a_copy_waits_for_what_it_depends_on(engine, backend):
     backend.gates[READ].set()
     moved.synchronize()
     assert backend.log == [(READ, 1), (IN, 2)]
-    assert backend.events[1] == ["copied 1", "an event", None]
-    assert moved.event == "copied 2"
+    assert backend.events[1] == ["an event", "copied 1"]
+    assert moved.events == ["copied 2"]
 
 
 class BrokenBackend(EmulatedBackend):
     """Its disk cannot be read."""
 
-    def copy(self, link: Link, source: Any, target: Any, after: Any) -> Any:
+    def requests_in_flight(self, link: Link) -> int:
+        return 1  # so that the order is that of the queue
+
+    def marks_of(self, event: Any) -> tuple[Any, Any]:
+        return 0.0, 0.0
+
+    def copy(self, link: Link, source: Any, target: Any, after: Any, **how: Any) -> Any:
         if link is READ:
             raise OffloadStoreError("the disk is gone")
-        return super().copy(link, source, target, after)
+        return super().copy(link, source, target, after, **how)
 
 
 def test_an_error_reaches_the_waiter():
@@ -151,7 +190,7 @@ def test_close_finishes_what_is_queued():
     """After close every submitted copy is over and no thread is left."""
     before = set(threading.enumerate())
     engine = TransferEngine(EmulatedBackend(MemoryAccount(), EmulatedMachine()))
-    assert len(set(threading.enumerate()) - before) == len(Link) - 1
+    assert len(set(threading.enumerate()) - before) == 4 + 2 + 2 + 2
     transfers = [send(engine, IN, number) for number in range(50)]
     engine.close()
     assert all(transfer.issued for transfer in transfers)
@@ -162,7 +201,7 @@ def test_everything_that_can_be_moved(tmp_path):
     """Memory to file and back, rows of a file and of a tensor, and rows into pages."""
     backend = CpuBackend(MemoryAccount())
     engine = TransferEngine(backend)
-    file = OffloadFile(tmp_path, 8192)
+    file = DirectFile.create(tmp_path / "file", 8192)
     extent = FileExtent(file, 4096, 60)
     table = torch.arange(60, dtype=torch.uint8)
     engine.submit(Link.HOST_TO_DISK, table, extent, kind="x").synchronize()
@@ -182,6 +221,73 @@ def test_everything_that_can_be_moved(tmp_path):
     assert keys[4, :, 1].flatten().tolist() + values[4, :, 1].flatten().tolist() == [1, 2, 3, 4, 5]
     assert keys[0, :, 0].flatten().tolist() + values[0, :, 0].flatten().tolist() == [6, 7, 8, 9, 10]
     assert int((keys != 0).sum() + (values != 0).sum()) == 10
+    engine.close()
+    file.close()
+
+
+def numbers(nbytes: int) -> torch.Tensor:
+    """A page-aligned pattern that differs from one request to the next."""
+    tensor = map_memory(nbytes)
+    tensor.copy_(torch.arange(nbytes) % 251)
+    return tensor
+
+
+@pytest.mark.parametrize("unified", [True, False], ids=["unified", "over-host"])
+def test_large_extents_come_from_disk_whole(tmp_path, unified):
+    """Reads of many requests, through few staging buffers where HOST lies between, are complete."""
+    account = MemoryAccount()
+    backend = CpuBackend(account) if unified else EmulatedBackend(account, EmulatedMachine())
+    engine = TransferEngine(backend)
+    engine.use_staging(StagingBuffers([map_memory(REQUEST_BYTES) for _ in range(3)], backend))
+    pattern = numbers(11 * REQUEST_BYTES + 4096)
+    file = DirectFile.create(tmp_path / "file", pattern.nbytes)
+    extent = FileExtent(file, 0, pattern.nbytes)
+    engine.submit(Link.HOST_TO_DISK, pattern, extent, kind="x").synchronize()
+    targets = [map_memory(pattern.nbytes) for _ in range(2)]
+    reads = [
+        engine.submit_from_disk(extent, target, kind="weights", padding=96, priority=priority)
+        for target, priority in zip(targets, (9, 1))
+    ]
+    for read, target in zip(reads, targets):
+        read.synchronize()
+        assert torch.equal(target, pattern)
+    links = [backend.disk_in] if unified else [READ, IN]
+    for link in links:
+        expected = {"weights": 2 * (pattern.nbytes - 96), "padding": 2 * 96}
+        assert engine.counters[link].bytes == expected
+        assert engine.timeline.busy_seconds(str(link)) > 0
+    engine.close()
+    file.close()
+
+
+class FailingReads(EmulatedBackend):
+    """Its disk fails at the fourth request."""
+
+    reads = 0
+
+    def copy(self, link: Link, source: Any, target: Any, after: Any, **how: Any) -> Any:
+        if link is READ:
+            self.reads += 1
+            if self.reads == 4:
+                raise OffloadStoreError("the disk is gone")
+        return super().copy(link, source, target, after, **how)
+
+
+def test_a_read_that_fails_half_way_ends_the_transfer(tmp_path):
+    """The error reaches the waiter, buffers are given back, and later transfers run."""
+    backend = FailingReads(MemoryAccount(), EmulatedMachine())
+    engine = TransferEngine(backend)
+    engine.use_staging(StagingBuffers([map_memory(REQUEST_BYTES) for _ in range(2)], backend))
+    nbytes = 9 * REQUEST_BYTES
+    file = DirectFile.create(tmp_path / "file", nbytes)
+    for error in (True, False):
+        target = map_memory(nbytes)
+        read = engine.submit_from_disk(FileExtent(file, 0, nbytes), target, kind="weights")
+        if error:
+            with pytest.raises(OffloadStoreError, match="the disk is gone"):
+                read.synchronize()
+        else:
+            read.synchronize()
     engine.close()
     file.close()
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import random
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,30 +16,37 @@ from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.embedding import EmbeddingTable
 from offload.errors import CapacityError
-from offload.links import Link
-from offload.offload_file import OffloadFile
+from offload.links import FileExtent, Link
+from offload.prepared import PreparedStore, prepare
+from offload.slabs import DiskSlab, Slab, Weight
 from offload.tiers import MemoryAccount, Tier
-from offload.transfer import TransferEngine
-from offload.weights import Slab, Weight, WeightStore
+from offload.transfer_engine import TransferEngine
+from offload.weights import WeightStore
 
 LAYERS = 5
 
 
-def make_weight(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Weight:
-    return Weight(name, torch.Size(shape), dtype, ((torch.nn.Module(), name),))
+def make_weight(
+    name: str,
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    compute: torch.dtype | None = None,
+) -> Weight:
+    return Weight(name, torch.Size(shape), dtype, ((torch.nn.Module(), name),), compute)
 
 
-def make_units(draw: random.Random) -> list[list[Weight]]:
+def make_units(draw: random.Random, compute: torch.dtype | None = None) -> list[list[Weight]]:
     """Layers of odd sizes and a larger head; a norm is float32, the rest bfloat16."""
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "compute": compute}
     units = [
         [
             make_weight(f"{layer}.norm", 7),
-            make_weight(f"{layer}.up", draw.randint(1, 9), 33, dtype=torch.bfloat16),
-            make_weight(f"{layer}.down", 33, 5, dtype=torch.bfloat16),
+            make_weight(f"{layer}.up", draw.randint(1, 9), 33, **half),
+            make_weight(f"{layer}.down", 33, 5, **half),
         ]
         for layer in range(LAYERS)
     ]
-    return [*units, [make_weight("head", 101, 33, dtype=torch.bfloat16)]]
+    return [*units, [make_weight("head", 101, 33, **half)]]
 
 
 def make_backend(name: str, limits: dict[Tier, int | None] | None = None) -> DeviceBackend:
@@ -45,18 +54,38 @@ def make_backend(name: str, limits: dict[Tier, int | None] | None = None) -> Dev
     return CpuBackend(account) if name == "cpu" else EmulatedBackend(account, EmulatedMachine())
 
 
+class Memory:
+    """Tensors in memory, read like a checkpoint."""
+
+    def __init__(self, values: dict[str, torch.Tensor]) -> None:
+        self.values = values
+
+    def load(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, self.values[name]) for name in names)
+
+
 class Rig:
     """A weight store with random values at home."""
 
-    def __init__(self, backend: DeviceBackend, directory: Path, seed: int, depth: int = 2) -> None:
+    def __init__(
+        self,
+        backend: DeviceBackend,
+        directory: Path,
+        seed: int,
+        depth: int = 2,
+        compute: torch.dtype | None = None,
+    ) -> None:
         draw = random.Random(seed)
-        self.backend, self.units = backend, make_units(draw)
+        self.backend, self.units = backend, make_units(draw, compute)
         self.norm, self.table = make_weight("norm", 33), make_weight("table", 101, 33)
         everything = [*(w for unit in self.units for w in unit), self.norm, self.table]
         self.values = {w.name: torch.randn(w.shape).to(w.dtype) for w in everything}
         self.tiers = {w.name: draw.choice(list(Tier)) for w in everything}
         self.transfers = TransferEngine(backend)
-        self.file = OffloadFile(directory, 2**20)
+        source = Memory(self.values)
+        self.disk: PreparedStore = prepare(
+            directory, "test", source, [[self.norm, self.table], *self.units]
+        )
         self.store = WeightStore(
             self.units,
             [self.norm],
@@ -64,11 +93,12 @@ class Rig:
             self.tiers,
             backend,
             self.transfers,
-            self.file,
+            self.disk,
             depth,
         )
         for name, value in self.values.items():
             self.store.load(name, value)
+        self.store.finish_loading()
 
     def bound(self, weight: Weight) -> torch.Tensor:
         module, attribute = weight.users[0]
@@ -77,12 +107,13 @@ class Rig:
         return parameter
 
     def is_right(self, weight: Weight) -> bool:
-        return torch.equal(self.bound(weight), self.values[weight.name])
+        wanted = self.values[weight.name].to(weight.compute_dtype or weight.dtype)
+        return self.bound(weight).dtype == wanted.dtype and torch.equal(self.bound(weight), wanted)
 
     def close(self) -> None:
         self.transfers.close()
         self.store.close()
-        self.file.close()
+        self.disk.close()
 
 
 @pytest.mark.parametrize("name", ["cpu", "emulated"])
@@ -98,6 +129,7 @@ def test_bound_weights_have_the_loaded_values(tmp_path, name, seed, depth):
         for unit in range(units):
             if unit + depth - 1 < units:
                 rig.store.prefetch(unit + depth - 1)
+            rig.store.arrive(unit)
             rig.store.bind(unit)
             assert all(rig.is_right(weight) for weight in rig.units[unit])
             assert rig.is_right(rig.norm)
@@ -116,26 +148,46 @@ def test_streamed_bytes_cross_their_link_once(tmp_path, name, seed):
     rig = Rig(make_backend(name), tmp_path, seed)
     for unit in range(LAYERS + 1):
         rig.store.prefetch(unit)
+        assert rig.store.prefetch(unit) == []  # it is on its way already
+        rig.store.arrive(unit)
         rig.store.bind(unit)
         rig.store.release(unit)
     weights = [weight for unit in rig.units for weight in unit]
-    on = {t: sum(padded(w.nbytes) for w in weights if rig.tiers[w.name] is t) for t in Tier}
-    moved = {link: counters.total_bytes for link, counters in rig.transfers.counters.items()}
+    host = sum(padded(w.nbytes) for w in weights if rig.tiers[w.name] is Tier.HOST)
+    disk = sum(w.nbytes for w in weights if rig.tiers[w.name] is Tier.DISK)
+    counted = {link: c.bytes.get("weights", 0) for link, c in rig.transfers.counters.items()}
+    blocks = sum(disk_slab(unit, rig).nbytes for unit in rig.units)
+    link = rig.backend.disk_in
+    assert counted[link] == disk
+    assert rig.transfers.counters[link].total_bytes == blocks
     if name == "cpu":
-        assert moved == {Link.DISK_TO_DEVICE: on[Tier.DISK], Link.HOST_TO_DISK: 0}
-        assert rig.store.streamed_bytes == on[Tier.DISK]
+        assert rig.store.streamed_bytes == blocks
     else:
-        assert moved[Link.DISK_TO_HOST] == on[Tier.DISK]
-        assert moved[Link.HOST_TO_DEVICE] == on[Tier.DISK] + on[Tier.HOST]
-        assert rig.store.streamed_bytes == on[Tier.DISK] + on[Tier.HOST]
-    slabs = {
-        (number, rig.tiers[weight.name])
-        for number, unit in enumerate(rig.units)
-        for weight in unit
-        if rig.tiers[weight.name] is Tier.DISK
-    }
-    assert rig.transfers.counters[rig.backend.disk_in].transfers == len(slabs)
+        assert counted[Link.HOST_TO_DEVICE] == disk + host
+        assert rig.store.streamed_bytes == blocks + host
+    slabs = sum(any(rig.tiers[w.name] is Tier.DISK for w in unit) for unit in rig.units)
+    assert rig.transfers.counters[link].transfers == slabs
     rig.close()
+
+
+def disk_slab(unit: list[Weight], rig: Rig) -> DiskSlab:
+    on_disk = [w for w in unit if rig.tiers[w.name] is Tier.DISK]
+    return DiskSlab(on_disk, {w.name: rig.disk.extent(w.name) for w in on_disk})
+
+
+@pytest.mark.parametrize("name", ["cpu", "emulated"])
+@pytest.mark.parametrize("seed", range(5))
+def test_weights_are_expanded_once_a_sweep(tmp_path, name, seed):
+    """Wherever 16-bit weights live, what is bound is their exact value in the computed type."""
+    rig = Rig(make_backend(name), tmp_path, seed, depth=3, compute=torch.float32)
+    for unit in (*range(LAYERS + 1), *range(LAYERS + 1)):
+        rig.store.prefetch(unit)
+        rig.store.arrive(unit)
+        rig.store.bind(unit)
+        assert all(rig.is_right(weight) for weight in rig.units[unit])
+        rig.store.release(unit)
+    rig.close()
+    assert set(rig.backend.account.used.values()) == {0}
 
 
 @pytest.mark.parametrize("name", ["cpu", "emulated"])
@@ -145,7 +197,8 @@ def test_homes_are_charged_and_given_back(tmp_path, name):
     stays = (Tier.DEVICE,) if name == "emulated" else (Tier.DEVICE, Tier.HOST)
 
     def streamed(unit: list[Weight]) -> int:
-        return sum(padded(w.nbytes) for w in unit if rig.tiers[w.name] not in stays)
+        host = sum(padded(w.nbytes) for w in unit if rig.tiers[w.name] is Tier.HOST)
+        return disk_slab(unit, rig).nbytes + (0 if Tier.HOST in stays else host)
 
     everything = [*(w for unit in rig.units for w in unit), rig.table]
     at_home = sum(padded(w.nbytes) for w in everything if rig.tiers[w.name] is Tier.DEVICE)
@@ -163,7 +216,7 @@ def test_a_tied_weight_is_bound_everywhere():
     users = ((modules[0], "weight"), (modules[1], "table"))
     weight = Weight("head", torch.Size((3, 4)), torch.float32, users)
     data = torch.arange(12, dtype=torch.float32).view(torch.uint8).flatten()
-    weight.bind(data)
+    weight.bind(weight.parameter(data))
     bound = modules[0]._parameters["weight"]
     assert bound is modules[1]._parameters["table"]
     assert bound is not None
@@ -200,15 +253,11 @@ def test_embedding_rows_travel_instead_of_the_table(tmp_path, name, tier):
     """Only the distinct rows that occur cross the link, and lookups give the table's own rows."""
     backend = make_backend(name)
     rig = Rig(backend, tmp_path, seed=0)
-    home = rig.file.extent(rig.table.nbytes) if tier is Tier.DISK else None
-    memory = None if home else backend.allocate(Tier.HOST, rig.table.nbytes, "table")
-    data = rig.values["table"].view(-1).view(torch.uint8)
-    if home:
-        rig.file.write(home.offset, data)
-    else:
-        assert memory is not None
-        memory.copy_(data)
-    table = EmbeddingTable(rig.table, home or memory, backend, rig.transfers)  # type: ignore[arg-type]
+    home: torch.Tensor | FileExtent = rig.disk.extent("table")
+    if tier is Tier.HOST:
+        home = backend.allocate(Tier.HOST, rig.table.nbytes, "table")
+        home.copy_(rig.values["table"].view(-1).view(torch.uint8))
+    table = EmbeddingTable(rig.table, home, tier, backend, rig.transfers, rows=101)
     module = torch.nn.Embedding(101, 33, padding_idx=5, device="meta")
     for ids in ([5, 100, 5, 0], list(range(101)), [7]):
         local = table.bind(torch.tensor(ids), module)
@@ -217,7 +266,7 @@ def test_embedding_rows_travel_instead_of_the_table(tmp_path, name, tier):
     link = backend.disk_in if tier is Tier.DISK else Link.HOST_TO_DEVICE
     assert rig.transfers.counters[link].bytes == {"embedding": (3 + 101 + 1) * 132}
     table.close()
-    if memory is not None:
-        backend.free(Tier.HOST, memory)
+    if isinstance(home, torch.Tensor):
+        backend.free(Tier.HOST, home)
     rig.close()
     assert set(backend.account.used.values()) == {0}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from offload.errors import CapacityError
 from offload.placement import TensorSpec
 from offload.tiers import Split, Tier
-from policy_search.automatic import ENOUGH_KV, automatic_policy
+from policy_search.automatic import ENOUGH_KV, WORTH_A_SLOT, automatic_policy, with_depth
 from policy_search.memory import memory_of
 from policy_search.model_shape import ModelShape
 from policy_search.policy import Policy
@@ -118,7 +119,8 @@ def test_kv_gets_a_share_wherever_weights_can_move(seed):
     assert sum(used.kv for used in memory.values()) + page >= min(wanted, beside * ENOUGH_KV / 2.1)
 
 
-def even_shape(layers: int = 8) -> ModelShape:
+def even_shape(layers: int = 8, *, in_place: bool = False) -> ModelShape:
+    """Layers of 4 MiB and a head; on DISK, a copy of all weights or the model's own files."""
     tensors = [
         *(TensorSpec(f"{layer}.{part}", layer, MIB) for layer in range(layers) for part in "abcd"),
         TensorSpec("head", layers, 4 * MIB),
@@ -132,6 +134,7 @@ def even_shape(layers: int = 8) -> ModelShape:
         vocab_size=100,
         kv_bytes_per_token=(128,) * layers,
         value_bytes=2,
+        prepared_bytes=0 if in_place else sum(t.nbytes for t in tensors),
         tensors=tuple(tensors),
     )
 
@@ -161,16 +164,76 @@ def test_weights_from_disk_need_buffers_on_host():
 
 def test_a_disk_that_is_too_small_is_named():
     """What is missing on disk is said, with every flag that helps."""
-    limits = {Tier.DEVICE: 20 * MIB, Tier.HOST: 0, Tier.DISK: 2 * MIB}
+    limits = {Tier.DEVICE: 20 * MIB, Tier.HOST: 0, Tier.DISK: 35 * MIB}
     with pytest.raises(CapacityError, match="missing on disk") as caught:
         automatic_policy(even_shape(), limits, Policy(), 2048, unified=True)
     assert "--disk-space, or --device-memory" in str(caught.value)
 
 
-def test_kv_makes_way_where_weights_have_nowhere_else_to_go():
-    """A disk that takes a little is used, and the KV cache shrinks to what is then left."""
-    limits = {Tier.DEVICE: 52 * MIB, Tier.HOST: 0, Tier.DISK: 33 * MIB}
-    policy = automatic_policy(even_shape(16), limits, Policy(), 131_072, unified=True)
-    memory = memory_of(even_shape(16), policy, limits, 131_072, unified=True)
+@pytest.mark.parametrize("unified", [True, False])
+def test_weights_in_the_models_own_files_need_no_disk_space(unified):
+    """A model whose files can be read in place is offloaded to DISK under any budget for it."""
+    limits = {Tier.DEVICE: 30 * MIB, Tier.HOST: 36 * MIB, Tier.DISK: 0}
+    shape = even_shape(16, in_place=True)
+    policy = automatic_policy(shape, limits, Policy(max_rows=64), 2048, unified=unified)
+    memory = memory_of(shape, policy, limits, 2048, unified=unified)
+    assert memory[Tier.DISK].weights == memory[Tier.DISK].elsewhere > 0
+    assert memory[Tier.DISK].free == 0
+
+
+@pytest.mark.parametrize("disk", [67, 68])
+def test_a_prepared_store_holds_all_weights(disk):
+    """However few weights are read from it, the disk has to take the whole model."""
+    limits = {Tier.DEVICE: 52 * MIB, Tier.HOST: 0, Tier.DISK: disk * MIB}
+    shape = even_shape(16)
+    if disk < 68:
+        with pytest.raises(CapacityError, match="missing on disk"):
+            automatic_policy(shape, limits, Policy(), 131_072, unified=True)
+        return
+    policy = automatic_policy(shape, limits, Policy(), 131_072, unified=True)
+    memory = memory_of(shape, policy, limits, 131_072, unified=True)
     assert memory[Tier.DISK].weights > 0
+    assert memory[Tier.DISK].free == 0
     assert memory[Tier.DEVICE].kv > 0
+
+
+def kv_bytes(shape: ModelShape, policy: Policy, limits: dict[Tier, int]) -> int:
+    memory = memory_of(shape, policy, limits, 2048, unified=False)
+    return sum(tier.kv for tier in memory.values())
+
+
+@pytest.mark.parametrize("kv_cache", ["device=100", "host=100"])
+@pytest.mark.parametrize("room", range(0, 30, 3))
+def test_a_third_slot_comes_before_nothing_that_is_needed(kv_cache, room):
+    """Depth 3 is chosen where it fits and leaves most of the KV cache; else depth 2."""
+    shape = even_shape(in_place=True)
+    limits = {Tier.DEVICE: (20 + room) * MIB, Tier.HOST: 200 * MIB, Tier.DISK: 0}
+    base = Policy(weights=Split(host=100), kv_cache=Split.parse(kv_cache), max_rows=64)
+    policy = with_depth(shape, base, limits, 2048, unified=False)
+    try:
+        deep = kv_bytes(shape, replace(base, prefetch_depth=3), limits)
+    except CapacityError:
+        assert policy.prefetch_depth == 2
+        return
+    flat = kv_bytes(shape, replace(base, prefetch_depth=2), limits)
+    assert (policy.prefetch_depth == 3) == (deep >= WORTH_A_SLOT * flat)
+    given = replace(base, prefetch_depth=5)
+    assert with_depth(shape, given, limits, 2048, unified=False) is given
+
+
+def test_staging_that_does_not_fit_is_refused():
+    """A device too small for the staging of KV pages is refused when it is planned."""
+    shape = even_shape(in_place=True)
+    base = Policy(weights=Split(host=100), kv_cache=Split(host=100), max_rows=64)
+
+    def what_is_short(kib: int) -> str:
+        limits = {Tier.DEVICE: kib * 1024, Tier.HOST: 200 * MIB, Tier.DISK: 0}
+        try:
+            memory = memory_of(shape, base, limits, 2048, unified=False)
+        except CapacityError as error:
+            return error.message
+        assert memory[Tier.DEVICE].free >= 0
+        return ""
+
+    first = next(kib for kib in range(8_000, 64_000, 64) if not what_is_short(kib))
+    assert any("staging of KV pages" in what_is_short(kib) for kib in range(first - 64, first))

@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
+from flexrun.disk_weights import plan_disk
 from flexrun.loading import find_weights, model_shape
 from flexrun.model import build_model, load_config
+from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError
 from policy_search.errors import PolicyError
 from policy_search.model_config import ModelConfig
@@ -55,9 +57,25 @@ FAMILIES = (
 )
 
 
-def engine_shape(directory, dtype=torch.float32):
-    model = build_model(load_config(directory), dtype, torch.device("cpu"))
-    return model_shape(model, find_weights(model), dtype)
+class NoFiles:
+    """A checkpoint of which only the config is there."""
+
+    def in_place(self, names):
+        return None
+
+    def fingerprint(self):
+        return b""
+
+
+def engine_shape(directory, dtype=torch.float32, computed=None):
+    computed = computed or dtype
+    model = build_model(load_config(directory), computed, torch.device("cpu"), dtype)
+    checkpoint: Any = NoFiles()
+    if any(directory.glob("*.safetensors")):
+        checkpoint = Checkpoint(directory, model.module, dtype, model.stored_dtypes)
+    weights = find_weights(model)
+    disk = plan_disk(checkpoint, weights.units, directory / "offload")
+    return model_shape(model, weights, computed, disk)
 
 
 def planned_shape(directory, dtype="float32"):
@@ -65,8 +83,9 @@ def planned_shape(directory, dtype="float32"):
 
 
 def numbers(shape):
-    """All but the tensors' names, which a formula makes up."""
-    names = [name for name in shape.__dataclass_fields__ if name != "tensors"]
+    """All but what only the files tell: the tensors' names, and where they lie on disk."""
+    unknown = ("tensors", "prepared_bytes")
+    names = [name for name in shape.__dataclass_fields__ if name not in unknown]
     tensors = sorted((tensor.unit, tensor.nbytes) for tensor in shape.tensors)
     return {name: getattr(shape, name) for name in names} | {"tensors": tensors}
 
@@ -84,10 +103,22 @@ def test_headers_and_formula_agree_with_the_built_model(name, dtype, request, tm
     directory = request.getfixturevalue(name)
     expected = engine_shape(directory, getattr(torch, dtype))
     from_headers = planned_shape(directory, dtype)
-    assert set(from_headers.tensors) == set(expected.tensors)
+    if dtype == "float32":  # as it is stored, so that it is read in place
+        assert set(from_headers.tensors) == set(expected.tensors)
+    assert from_headers.prepared_bytes == expected.prepared_bytes
+    assert (expected.prepared_bytes == 0) == (dtype == "float32")
     assert numbers(from_headers) == numbers(expected)
     bare = without_weights(directory, tmp_path / "bare")
     assert numbers(planned_shape(bare, dtype)) == numbers(expected)
+
+
+def test_expanded_bytes_are_those_of_the_built_model(tiny_llama_dir):
+    """Where 16-bit weights are computed in float32, room for the largest unit is planned."""
+    expected = engine_shape(tiny_llama_dir, torch.bfloat16, torch.float32)
+    config = ModelConfig.load(tiny_llama_dir)
+    assert numbers(shape_from_config(config, "bfloat16", "float32")) == numbers(expected)
+    assert expected.expanded_bytes > 0
+    assert expected.value_bytes == 4
 
 
 def test_experts_count_as_the_model_stacks_them(tmp_path):
@@ -145,6 +176,6 @@ def test_float16_is_computed_in_float32_on_a_cpu(tmp_path):
     """The type is the engine's choice: the checkpoint's, except for float16 on a CPU."""
     (tmp_path / "config.json").write_text('{"torch_dtype": "float16"}')
     config = ModelConfig.load(tmp_path)
-    assert config.compute_dtype("auto", unified=True) == "float32"
-    assert config.compute_dtype("auto", unified=False) == "float16"
-    assert config.compute_dtype("bfloat16", unified=True) == "bfloat16"
+    assert config.types("auto", unified=True) == ("float16", "float32")
+    assert config.types("auto", unified=False) == ("float16", "float16")
+    assert config.types("float32", unified=True) == ("float32", "float32")

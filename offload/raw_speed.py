@@ -1,0 +1,88 @@
+"""What each link reaches when nothing else runs: the measure that a job's transfers are held to."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from offload.links import Link
+from offload.transfer_engine import TransferEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from offload.backend import DeviceBackend, Source, Target
+    from offload.transfer import Transfer
+
+SECONDS = 0.2
+"""For one link."""
+_WARM_UP = 0.1
+AT_LEAST = 8
+"""Copies, however long they take: the first ones find the links cold."""
+_QUEUED = 6
+
+
+@dataclass(frozen=True, slots=True)
+class RawCopy:
+    """One piece of a job's bytes and where it may be copied to."""
+
+    source: Source
+    target: Target
+    buffer: int
+    """Copies to the same buffer follow each other."""
+
+
+def raw_speeds(
+    backend: DeviceBackend, copies: Iterable[tuple[Link, list[RawCopy]]]
+) -> dict[Link, float]:
+    """Bytes per second of each link, from copies of a job's own bytes between its own buffers.
+
+    `copies` gives pieces to copy again and again, with as many under way as in a job.
+    """
+    transfers = TransferEngine(backend)
+    try:
+        return {
+            link: _plain_speed(backend, link, pieces) or _speed(transfers, link, pieces)
+            for link, pieces in copies
+            if pieces
+        }
+    finally:
+        transfers.close()
+
+
+def _plain_speed(backend: DeviceBackend, link: Link, pieces: list[RawCopy]) -> float | None:
+    if link is not Link.HOST_TO_DEVICE:
+        return None
+    pairs = [(piece.source, piece.target) for piece in pieces]
+    tensors = [p for p in pairs if all(isinstance(side, torch.Tensor) for side in p)]
+    return backend.raw_speed(tensors)  # type: ignore[arg-type]
+
+
+def _speed(transfers: TransferEngine, link: Link, pieces: list[RawCopy]) -> float:
+    _copy_for(transfers, link, pieces, _WARM_UP)  # memory is slow when it is first written
+    start = time.perf_counter()
+    nbytes = _copy_for(transfers, link, pieces, SECONDS)
+    return nbytes / (time.perf_counter() - start)
+
+
+def _copy_for(transfers: TransferEngine, link: Link, pieces: list[RawCopy], seconds: float) -> int:
+    start = time.perf_counter()
+    nbytes, number = 0, 0
+    waiting: list[Transfer] = []
+    last: dict[int, Transfer] = {}
+    while number < AT_LEAST or time.perf_counter() - start < seconds:
+        piece = pieces[number % len(pieces)]
+        after = [last.get(piece.buffer)]
+        transfer = transfers.submit(link, piece.source, piece.target, kind="raw", after=after)
+        last[piece.buffer] = transfer
+        waiting.append(transfer)
+        nbytes += piece.source.nbytes
+        number += 1
+        if len(waiting) > _QUEUED:  # always something queued, so that the link is never idle
+            waiting.pop(0).synchronize()
+    for transfer in waiting:
+        transfer.synchronize()
+    return nbytes

@@ -1,0 +1,37 @@
+"""Pinned buffers that bytes pass through on their way from disk to the device."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from offload.backend import DeviceBackend
+
+
+class StagingBuffers:
+    """A few buffers of one request each; whoever needs one waits until one is free."""
+
+    def __init__(self, buffers: list[torch.Tensor], backend: DeviceBackend) -> None:
+        self._backend = backend
+        self._free: list[tuple[torch.Tensor, Any]] = [(buffer, None) for buffer in buffers]
+        self._changed = threading.Condition()
+        self.nbytes = buffers[0].nbytes if buffers else 0
+        """Of one buffer."""
+
+    def acquire(self) -> torch.Tensor:
+        """A buffer whose last copy to the device is over."""
+        with self._changed:
+            while not self._free:
+                self._changed.wait()
+            buffer, event = self._free.pop(0)
+        self._backend.synchronize(event)
+        return buffer
+
+    def release(self, buffer: torch.Tensor, event: Any) -> None:
+        """The buffer is free after `event`."""
+        with self._changed:
+            self._free.append((buffer, event))
+            self._changed.notify()

@@ -1,0 +1,251 @@
+"""The transfer engine: the only place that copies bytes between tiers.
+
+Every link has a queue, threads and counters of its own. A copy is cut into requests of a few MiB,
+which wait outside the queue until what they depend on has happened and are then taken by deadline:
+a small urgent copy overtakes a layer's weights, and nothing ever waits behind a copy that cannot
+run. The thread that computes never waits for a copy it does not need.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from offload.lane import Lane
+from offload.links import FileExtent, FileRows, Link
+from offload.timeline import Timeline
+from offload.transfer import URGENT, LinkCounters, Part, Transfer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from offload.backend import DeviceBackend, Source, Target
+    from offload.staging import StagingBuffers
+
+ROWS_PER_REQUEST = 64
+"""Of a table on disk, whose rows are read one by one."""
+
+
+class TransferEngine:
+    """Queues, threads and counters of every link of a backend."""
+
+    def __init__(self, backend: DeviceBackend, timeline: Timeline | None = None) -> None:
+        self._backend = backend
+        self.timeline = timeline or Timeline(backend)
+        self._numbers = itertools.count()
+        self._staging: StagingBuffers | None = None
+        self._under_way = 0
+        self._closing = False
+        self._all_done = threading.Condition()
+        self.counters = {link: LinkCounters() for link in backend.links}
+        self._lanes = {
+            link: Lane(f"flexrun {link}", backend.requests_in_flight(link), self._run)
+            for link in backend.links
+        }
+
+    def use_staging(self, staging: StagingBuffers) -> None:
+        """Let what goes from disk to a separate device pass through these buffers."""
+        self._staging = staging
+
+    def submit(
+        self,
+        link: Link,
+        source: Source,
+        target: Target,
+        *,
+        kind: str,
+        after: Sequence[Any] = (),
+        priority: int = 1,
+        padding: int = 0,
+    ) -> Transfer:
+        """Queue a copy of `source` to `target`; `after` holds transfers and device events.
+
+        Lower `priority` goes first. A transfer may only depend on ones submitted before it. Of the
+        bytes, `padding` are counted as such and not as `kind`.
+        """
+        requests = self._requests(link, source, target)
+        return self._submit(link, requests, kind, after, priority, padding)
+
+    def submit_from_disk(
+        self,
+        source: FileExtent,
+        target: torch.Tensor,
+        *,
+        kind: str,
+        after: Sequence[Any] = (),
+        priority: int = 1,
+        padding: int = 0,
+    ) -> Transfer:
+        """Read an extent into DEVICE memory, over HOST where that is a memory of its own."""
+        link, relayed = self._backend.disk_in, not self._backend.unified
+        requests = self._requests(link, source, target)
+        return self._submit(link, requests, kind, after, priority, padding, relayed)
+
+    def _requests(self, link: Link, source: Source, target: Target) -> list[tuple[Source, Target]]:
+        """Large plain copies and many rows of a file in pieces; anything else as it is."""
+        if isinstance(source, FileRows) and isinstance(target, torch.Tensor):
+            return list(_row_requests(source, target))
+        size = self._backend.request_bytes(link)
+        plain = all(
+            isinstance(side, FileExtent)
+            or (isinstance(side, torch.Tensor) and side.dtype is torch.uint8 and side.dim() == 1)
+            for side in (source, target)
+        )
+        if not plain or source.nbytes <= size:
+            return [(source, target)]
+        starts = range(0, source.nbytes, size)
+        return [(_piece(source, start, size), _piece(target, start, size)) for start in starts]
+
+    def _submit(
+        self,
+        link: Link,
+        requests: list[tuple[Source, Target]],
+        kind: str,
+        after: Sequence[Any],
+        priority: int,
+        padding: int,
+        relayed: bool = False,
+    ) -> Transfer:
+        transfer = Transfer(self._backend, len(requests))
+        self.counters[link].transfers += 1
+        waits = [each for each in after if isinstance(each, Transfer)]
+        events = [each for each in after if each is not None and not isinstance(each, Transfer)]
+        parts = [
+            Part(priority, next(self._numbers), link, *request, kind, events, transfer)
+            for request in requests
+        ]
+        parts[0].padding = padding
+        for part in parts:
+            part.relayed = relayed
+        with self._all_done:
+            self._under_way += 1
+        transfer.when_issued(self._one_done)
+        _when_all_issued(waits, lambda: self._start(parts, waits))
+        return transfer
+
+    def _start(self, parts: list[Part], waits: list[Transfer]) -> None:
+        error = next((each.error for each in waits if each.error is not None), None)
+        if error is not None:
+            for part in parts:
+                part.transfer.finish_part(error=error)
+            return
+        arrived = [event for each in waits for event in each.events]
+        for part in parts:
+            part.after = [*part.after, *arrived]
+        self._lanes[parts[0].link].put(parts)
+
+    def _run(self, part: Part) -> None:
+        """In a link's thread: one request."""
+        event = None
+        try:
+            if part.transfer.error is not None:
+                raise part.transfer.error  # the rest of a copy that failed
+            if part.relayed:
+                self._relay(part)
+                return
+            event = self._copy(part)
+        except BaseException as error:  # handed to whoever waits for the bytes
+            part.transfer.finish_part(error=error)
+        else:
+            part.transfer.finish_part(event)
+        finally:
+            if part.staged is not None:
+                assert self._staging is not None
+                self._staging.release(part.staged, event)
+
+    def _relay(self, part: Part) -> None:
+        """Read into a staging buffer, then queue its copy to the device."""
+        assert self._staging is not None
+        buffer = self._staging.acquire()
+        part.staged = buffer
+        nbytes = part.source.nbytes
+        target, part.target = part.target, buffer[:nbytes]
+        after, part.after = part.after, ()
+        self._copy(part)
+        part.staged = None  # now the next part's
+        onward = Part(
+            part.priority,
+            part.number,
+            Link.HOST_TO_DEVICE,
+            buffer[:nbytes],
+            target,
+            part.kind,
+            after,
+            part.transfer,
+            padding=part.padding,
+            staged=buffer,
+        )
+        self._lanes[Link.HOST_TO_DEVICE].put([onward])
+
+    def _copy(self, part: Part) -> Any:
+        start = time.perf_counter()
+        urgent = part.priority == URGENT
+        event = self._backend.copy(part.link, part.source, part.target, part.after, urgent=urgent)
+        nbytes, link = part.source.nbytes, str(part.link)
+        if event is None:
+            self.timeline.add(link, part.kind, start, time.perf_counter(), nbytes)
+        else:
+            self.timeline.add_marks(link, part.kind, *self._backend.marks_of(event), nbytes)
+        counters = self.counters[part.link]
+        counters.count(part.kind, nbytes - part.padding)
+        if part.padding:
+            counters.count("padding", part.padding)
+        return event
+
+    def _one_done(self) -> None:
+        with self._all_done:
+            self._under_way -= 1
+            if not self._under_way:
+                self._all_done.notify_all()
+
+    def drain(self) -> None:
+        """Wait until nothing is queued or under way."""
+        with self._all_done:
+            while self._under_way and not (self._closing and self._stuck()):
+                self._all_done.wait(0.5)
+
+    def _stuck(self) -> bool:
+        """Whether nothing can run: what is under way was lost when an interrupt hit `submit`."""
+        return all(lane.idle for lane in self._lanes.values())
+
+    def close(self) -> None:
+        """Finish what is queued and end the threads; may be called again."""
+        self._closing = True
+        self.drain()
+        for lane in self._lanes.values():
+            lane.close()
+
+
+def _row_requests(source: FileRows, target: torch.Tensor) -> Iterator[tuple[Source, Target]]:
+    """Rows lie apart on the disk: what counts is how many reads are under way."""
+    rows = target.view(-1, source.row_bytes)
+    for start in range(0, len(source.indices), ROWS_PER_REQUEST):
+        places = slice(start, start + ROWS_PER_REQUEST)
+        yield replace(source, indices=source.indices[places]), rows[places]
+
+
+def _piece(whole: Any, start: int, size: int) -> Any:
+    if isinstance(whole, FileExtent):
+        nbytes = min(size, whole.nbytes - start)
+        return FileExtent(whole.file, whole.offset + start, nbytes)
+    return whole[start : start + size]
+
+
+def _when_all_issued(transfers: Sequence[Transfer], then: Callable[[], None]) -> None:
+    """Call `then` once, when the last of `transfers` is issued; at once if all are."""
+    left = itertools.count(len(transfers), -1)
+    next(left)
+
+    def one_less() -> None:
+        if next(left) == 0:
+            then()
+
+    if not transfers:
+        then()
+    for transfer in transfers:
+        transfer.when_issued(one_less)

@@ -22,7 +22,7 @@ from offload.tiers import DISK_BLOCK, REQUEST_BYTES, MemoryAccount, Tier, padded
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-REQUEST_SECONDS = 0.002
+REQUEST_SECONDS = 0.005
 """Of one request on an emulated link."""
 _SPEED_NAMES = {
     "host-to-device": Link.HOST_TO_DEVICE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -50,6 +50,8 @@ class _Staging:
     device: torch.Tensor
     pinned_in: torch.Tensor
     pinned_out: torch.Tensor
+    pools: dict[tuple[int, int, int], PagedKV] = field(default_factory=dict)
+    """The device copies as pages of each shape of layer."""
     free: Any = None
     arrived: Transfer | None = None
     stored: Transfer | None = None
@@ -141,6 +143,13 @@ class KVCache:
         values = raw[:, split:].unflatten(1, (shape.kv_heads, tokens, shape.value_dim))
         return PagedKV(keys, values, raw)
 
+    def _staged_pool(self, staging: _Staging, layer: int) -> PagedKV:
+        shape = self._shapes[layer]
+        sizes = (shape.kv_heads, shape.key_dim, shape.value_dim)
+        if sizes not in staging.pools:
+            staging.pools[sizes] = self._paged(staging.device, shape)
+        return staging.pools[sizes]
+
     def _make_staging(self, pages: int) -> _Staging:
         elements = pages * max(self._page_elements(shape) for shape in self._shapes)
         what = "staging for KV pages"
@@ -189,7 +198,7 @@ class KVCache:
         assert group.fetched is not None
         if len(group.fetched):
             home = self._layers[Tier.HOST][layer]
-            target = self._paged(staging.device, self._shapes[layer]).raw[: len(group.fetched)]
+            target = self._staged_pool(staging, layer).raw[: len(group.fetched)]
             staging.arrived = self._transfers.submit(
                 Link.HOST_TO_DEVICE,
                 TensorRows(home.raw, group.fetched, staging.pinned_in),
@@ -218,8 +227,7 @@ class KVCache:
             keys, values = key.transpose(0, 1), value.transpose(0, 1)
             if len(group.rows) != keys.shape[0]:
                 keys, values = keys[group.rows], values[group.rows]
-            pool.keys[group.pages, :, group.offsets] = keys
-            pool.values[group.pages, :, group.offsets] = values
+            pool.store(group.pages, group.offsets, keys, values, group.slots)
             if group.staged:
                 assert staging is not None
                 self._keep(
@@ -231,8 +239,7 @@ class KVCache:
         result = []
         for group in self._batches[number]:
             if group.staged:
-                staging = self._staged[layer, number]
-                pool = self._paged(staging.device, self._shapes[layer])
+                pool = self._staged_pool(self._staged[layer, number], layer)
             else:
                 pool = self._layers[group.tier][layer]
             result.append((group, pool))

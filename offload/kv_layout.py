@@ -64,6 +64,8 @@ class KVGroup:
     home_pages: torch.Tensor | None = None
     """Staged only, [n]: the same page in the HOST pool."""
     home_offsets: torch.Tensor | None = None
+    slots: dict[Any, torch.Tensor] = field(default_factory=dict)
+    """By shape of a layer's pages: the rows of the pool that the new keys and values go to."""
     fetched: torch.Tensor | None = None
     """Staged only: HOST pages to copy to places 0, 1, … of the staging pool."""
     num_staged: int = 0
@@ -101,22 +103,26 @@ def build_group(
         renumbered, group.fetched = _renumber(spans, home, page_tokens)
         tables = list(renumbered)
         group.num_staged = sum(map(len, tables))
-    rows, pages, home_pages, offsets = [], [], [], []
+    rows: list[int] = []
+    pages: list[int] = []
+    home_pages: list[int] = []
+    offsets: list[int] = []
     for span, table, own in zip(spans, tables, home):
         count = span.end - span.start
-        positions = torch.arange(span.start, span.end)
-        rows.append(torch.arange(span.row, span.row + count))
-        offsets.append(positions % page_tokens)
-        pages.append(torch.tensor(table)[positions // page_tokens])
-        home_pages.append(torch.tensor(own)[positions // page_tokens])
+        rows += range(span.row, span.row + count)
+        for position in range(span.start, span.end):
+            page, offset = divmod(position, page_tokens)
+            pages.append(table[page])
+            home_pages.append(own[page])
+            offsets.append(offset)
         if count > 1:
             place = slice(span.row, span.row + count)
             group.chunks.append(Chunk(place, span.start, torch.tensor(table, device=device)))
-    group.rows, group.pages = torch.cat(rows).to(device), torch.cat(pages).to(device)
-    all_offsets = torch.cat(offsets)
-    group.offsets = all_offsets.to(device)
+    # Few tensors for all rows: this runs between two sweeps, when nothing else does.
+    packed = torch.tensor([rows, pages, offsets])
+    group.rows, group.pages, group.offsets = packed.to(device)
     if staged:
-        group.home_pages, group.home_offsets = torch.cat(home_pages), all_offsets
+        group.home_pages, group.home_offsets = torch.tensor(home_pages), packed[2]
     singles = [(s, t) for s, t in zip(spans, tables) if s.end - s.start == 1]
     group.decodes = [
         _decode_batch(batch, device)

@@ -43,3 +43,28 @@ class PagedKV:
         shape = (len(pages), kv_heads, -1, dim)
         keys, values = (table.index_select(0, rows).view(shape) for rows in memo[kv_heads])
         return keys, values
+
+    def store(
+        self,
+        pages: torch.Tensor,
+        offsets: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        memo: dict[Any, torch.Tensor],
+    ) -> None:
+        """Put `keys` [n, kv_heads, key_dim] and `values` in slots `offsets` [n] of `pages` [n].
+
+        `memo` keeps the row numbers for the other layers whose rows go to the same slots.
+        """
+        if self.keys.shape != self.values.shape:
+            self.keys[pages, :, offsets] = keys
+            self.values[pages, :, offsets] = values
+            return
+        _, kv_heads, page_tokens, dim = self.keys.shape
+        if kv_heads not in memo:
+            heads = torch.arange(2 * kv_heads, device=pages.device).view(2, 1, -1)
+            first = (pages * (2 * kv_heads)).view(-1, 1) + heads
+            memo[kv_heads] = (first * page_tokens + offsets.view(-1, 1)).view(2, -1)
+        table = self.raw.view(-1, dim)
+        for rows, new in zip(memo[kv_heads], (keys, values)):
+            table.index_copy_(0, rows, new.reshape(-1, dim))

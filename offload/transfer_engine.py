@@ -169,7 +169,8 @@ class TransferEngine:
         self._copy(part)
         part.staged = None  # now the next part's
         onward = Part(
-            part.priority,
+            # Before anything else: while it waits it holds a buffer that the disk could fill.
+            URGENT,
             part.number,
             Link.HOST_TO_DEVICE,
             buffer[:nbytes],
@@ -184,7 +185,7 @@ class TransferEngine:
 
     def _copy(self, part: Part) -> Any:
         start = time.perf_counter()
-        urgent = part.priority == URGENT
+        urgent = part.priority == URGENT and part.staged is None
         event = self._backend.copy(part.link, part.source, part.target, part.after, urgent=urgent)
         nbytes, link = part.source.nbytes, str(part.link)
         if event is None:

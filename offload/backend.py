@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from offload.tiers import REQUEST_BYTES, MemoryAccount, Tier
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
+SWITCH_SECONDS = 2e-5
+"""How long one thread may keep the interpreter from others. With Python's 5 ms, the thread that
+computes waits after most operations for one that feeds a link, and the other way round."""
 Source = torch.Tensor | FileExtent | FileRows | TensorRows
 Target = torch.Tensor | FileExtent | PageSlots
 
@@ -42,6 +46,8 @@ class DeviceBackend(ABC):
 
     def __init__(self, account: MemoryAccount) -> None:
         self.account = account
+        self._switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
 
     @property
     def disk_in(self) -> Link:
@@ -123,6 +129,7 @@ class DeviceBackend(ABC):
 
     def close(self) -> None:
         """Give everything back."""
+        sys.setswitchinterval(self._switch_seconds)
 
 
 def copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:

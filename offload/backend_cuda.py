@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections import deque
@@ -26,8 +25,6 @@ that an urgent one does not wait behind a whole layer's weights."""
 
 TO_DEVICE_BYTES = 16 * 2**20
 """Of one copy to the device: two of them outlast the wait of a thread for the interpreter."""
-SWITCH_SECONDS = 5e-4
-"""How long a thread that computes may keep the interpreter from those that feed the links."""
 RAW_SECONDS = 0.2
 """That the raw speed of the link to the device is measured for."""
 _EPOCH_SECONDS = 60.0
@@ -89,8 +86,6 @@ class CudaBackend(DeviceBackend):
         self._epoch.synchronize()
         self._epoch_seconds = time.perf_counter()
         self._epoch_lock = threading.Lock()
-        self._switch_seconds = sys.getswitchinterval()
-        sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
 
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
         try:
@@ -261,7 +256,7 @@ class CudaBackend(DeviceBackend):
 
     def close(self) -> None:
         """Unpin host memory once its copies are over, and give device memory back to CUDA."""
-        sys.setswitchinterval(self._switch_seconds)
+        super().close()
         self._finish_copies()
         self._bounce_buffers.clear()
         self._pinned.close()

@@ -218,13 +218,6 @@ class DirectFile:
                 os.close(descriptor)
 
 
-def aligned_buffer(nbytes: int) -> torch.Tensor:
-    """Uninitialised RAM, uint8 [nbytes], that starts where direct I/O wants it."""
-    memory = torch.empty(nbytes + DISK_BLOCK, dtype=torch.uint8)
-    start = -memory.data_ptr() % DISK_BLOCK
-    return memory[start : start + nbytes]
-
-
 def file_error(error: OSError, what: str) -> OffloadStoreError:
     """The error of a failed system call, with the next step."""
     reason = os.strerror(error.errno) if error.errno else str(error)

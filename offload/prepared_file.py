@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import xxhash
 
-from offload.direct_file import DirectFile, aligned_buffer
+from offload.direct_file import DirectFile
 from offload.errors import OffloadStoreError
 from offload.prepared_layout import PREPARED_BLOCK
+from offload.ram import map_memory
 from offload.tiers import padded
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class PreparedFile(DirectFile):
     def _read_part(self, offset: int, target: torch.Tensor) -> None:
         """Fill `target` with bytes of a single block, which has to be read whole to be verified."""
         start = offset // self.block * self.block
-        whole = aligned_buffer(self.block)
+        whole = map_memory(self.block)
         super().read(start, whole)
         self._verify(start, whole)
         target.copy_(whole[offset - start :][: target.nbytes])
@@ -94,7 +95,7 @@ class PreparedFileWriter:
 
     def __init__(self, path: Path, nbytes: int) -> None:
         self._file = DirectFile.create(path, nbytes)
-        self._buffer = aligned_buffer(min(WRITE_BYTES, nbytes))
+        self._buffer = map_memory(min(WRITE_BYTES, nbytes))
         self._filled = 0
         self._written = 0
         self._checksums: list[int] = []

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from offload.direct_file import aligned_buffer
 from offload.prepared import FOLDER, PreparedStore
+from offload.ram import map_memory
 from offload.tiers import padded
 
 KEY = "0123abcd"
@@ -66,7 +66,7 @@ def read(store: PreparedStore, name: str) -> torch.Tensor:
     """A tensor's bytes as a sweep reads them: whole blocks into aligned memory."""
     extent, block = store.extent(name), store.file.block
     start = extent.offset // block * block
-    target = aligned_buffer(padded(extent.offset + extent.nbytes, block) - start)
+    target = map_memory(padded(extent.offset + extent.nbytes, block) - start)
     extent.file.read(start, target)
     return target[extent.offset - start :][: extent.nbytes]
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from offload import direct_file
-from offload.direct_file import DirectFile, aligned_buffer
+from offload.direct_file import DirectFile
 from offload.errors import OffloadStoreError
+from offload.ram import map_memory
 
 SIZE = 5 * 4096 + 1234
 BLOCK = DirectFile.block
@@ -26,7 +27,7 @@ def random_bytes(nbytes: int) -> torch.Tensor:
 
 
 def aligned_copy(data: torch.Tensor) -> torch.Tensor:
-    return aligned_buffer(len(data)).copy_(data)
+    return map_memory(len(data)).copy_(data)
 
 
 def descriptors() -> list[str]:
@@ -84,7 +85,7 @@ def flags_used(monkeypatch: pytest.MonkeyPatch, name: str = "preadv") -> list[bo
 def test_aligned_reads_go_past_the_page_cache(file, content, monkeypatch):
     """Whole blocks into aligned memory are one direct request; the last may reach past the end."""
     used = flags_used(monkeypatch)
-    target = aligned_buffer(6 * BLOCK).zero_()
+    target = map_memory(6 * BLOCK).zero_()
     file.read(0, target)
     assert torch.equal(target[:SIZE], content)
     assert not target[SIZE:].any()
@@ -98,7 +99,7 @@ def test_aligned_reads_go_past_the_page_cache(file, content, monkeypatch):
 def test_other_reads_are_served_too(file, content, monkeypatch, start, stop):
     """Any offset, length and address gives the bytes, by way of a buffered descriptor."""
     used = flags_used(monkeypatch)
-    target = aligned_buffer(stop - start + 1)[1:]
+    target = map_memory(stop - start + 1)[1:]
     file.read(start, target)
     assert torch.equal(target, content[start:stop])
     assert used == [False] * bool(len(target))
@@ -129,7 +130,7 @@ def test_interrupted_requests_are_continued(file, content, tmp_path, monkeypatch
 
         monkeypatch.setattr(os, name, few)
     plain = os.open(file.path, os.O_RDONLY)
-    target = aligned_buffer(6 * BLOCK)
+    target = map_memory(6 * BLOCK)
     file.read(0, target)
     assert torch.equal(target[:SIZE], content)
     os.close(plain)
@@ -167,7 +168,7 @@ def test_threads_share_a_file(tmp_path):
         start = number * BLOCK + number % 2  # every other one through the page cache
         piece = content[start : (number + 1) * BLOCK]
         file.write(start, aligned_copy(piece))
-        target = aligned_buffer(len(piece))
+        target = map_memory(len(piece))
         file.read(start, target)
         return torch.equal(target, piece)
 
@@ -186,7 +187,7 @@ def test_refused_direct_io_is_warned_of_once(refused, path, content, tmp_path, c
         created.sync()
         for each in (file, created):
             assert not each.direct
-            target = aligned_buffer(6 * BLOCK)
+            target = map_memory(6 * BLOCK)
             each.read(0, target)
             assert torch.equal(target[:SIZE], content)
             each.close()
@@ -207,7 +208,7 @@ def test_direct_io_refused_by_the_first_read(file, content, monkeypatch, caplog)
 
     monkeypatch.setattr(os, "preadv", refuse)
     for start in (0, BLOCK):
-        target = aligned_buffer(2 * BLOCK)
+        target = map_memory(2 * BLOCK)
         file.read(start, target)
         assert torch.equal(target, content[start : start + 2 * BLOCK])
     assert not file.direct
@@ -220,7 +221,7 @@ def test_a_file_that_became_shorter_is_an_error(path, aligned, left):
     """Reading what was cut off is an error that names file and place; what is left can be read."""
     file = DirectFile.open(path)
     os.truncate(path, left)
-    target = aligned_buffer(6 * BLOCK + 1)[0 if aligned else 1 :][: 6 * BLOCK]
+    target = map_memory(6 * BLOCK + 1)[0 if aligned else 1 :][: 6 * BLOCK]
     with pytest.raises(OffloadStoreError, match=rf"file\.bin stopped at byte {left}: .* shorter"):
         file.read(0, target)
     with pytest.raises(OffloadStoreError, match="was changed while a job was reading it"):
@@ -262,7 +263,7 @@ def test_errors_of_the_system_are_explained(tmp_path, monkeypatch, name, verb, n
 
     monkeypatch.setattr(os, name, fail)
     with pytest.raises(OffloadStoreError) as caught:
-        (file.read if name == "preadv" else file.write)(BLOCK, aligned_buffer(BLOCK))
+        (file.read if name == "preadv" else file.write)(BLOCK, map_memory(BLOCK))
     assert f"{verb} {file.path} at byte {BLOCK} failed: {os.strerror(number)}" in str(caught.value)
     assert hint in str(caught.value)
     file.close()

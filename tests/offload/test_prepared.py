@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.direct_file import aligned_buffer
 from offload.errors import OffloadStoreError
 from offload.placement import TensorSpec
 from offload.prepared import PreparedStore, find_prepared, model_key, prepare
 from offload.prepared_file import PreparedFile
 from offload.prepared_layout import PREPARED_BLOCK, layout, prepared_bytes
+from offload.ram import map_memory
 from offload.tiers import CACHE_LINE
 from tests.offload.prepared_parts import (
     KEY,
@@ -143,7 +143,7 @@ def test_a_flipped_bit_is_found_where_it_is(tmp_path, units, store, aligned):
     flip(store.path / "weights.bin", PREPARED_BLOCK + 77)
     opened = find_prepared(tmp_path, KEY)
     assert opened is not None
-    target = aligned_buffer(PREPARED_BLOCK) if aligned else torch.empty(10, dtype=torch.uint8)
+    target = map_memory(PREPARED_BLOCK) if aligned else torch.empty(10, dtype=torch.uint8)
     for _ in range(2):
         for block in (0, 2, 3):
             opened.file.read(block * PREPARED_BLOCK, target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from flexrun.plan import SweepPlan
     from flexrun.request import CompletionOutput, Request
     from flexrun.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -204,7 +207,10 @@ class Engine:
     def write_trace(self) -> None:
         """Write the trace that the configuration asks for, if it does. Raises `UsageError`."""
         if self._config.trace is not None:
-            write_trace(self._config.trace, self._runtime.timeline.finish())
+            timeline = self._runtime.timeline
+            write_trace(self._config.trace, timeline.finish())
+            if timeline.dropped:
+                logger.warning("the trace has the job's first part only: it was full")
 
     def close(self) -> None:
         """Give all memory, threads and files back."""

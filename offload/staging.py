@@ -18,8 +18,6 @@ class StagingBuffers:
         self._backend = backend
         self._free: list[tuple[torch.Tensor, Any]] = [(buffer, None) for buffer in buffers]
         self._changed = threading.Condition()
-        self.nbytes = buffers[0].nbytes if buffers else 0
-        """Of one buffer."""
 
     def acquire(self) -> torch.Tensor:
         """A buffer whose last copy to the device is over."""

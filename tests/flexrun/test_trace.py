@@ -9,6 +9,7 @@ import pytest
 from flexrun import LLM, SamplingParams
 from flexrun.errors import UsageError
 from flexrun.trace import check_writable, write_trace
+from offload import timeline
 from offload.timeline import Interval
 from tests.end_to_end.harness import engine_of
 
@@ -71,3 +72,15 @@ def test_a_trace_that_cannot_be_written_is_refused_at_once(tmp_path):
     with pytest.raises(UsageError, match="nowhere") as caught:
         check_writable(tmp_path / "nowhere" / "trace.json")
     assert "--trace" in str(caught.value)
+
+
+def test_a_trace_that_is_cut_off_says_so(tiny_llama_dir, tmp_path, monkeypatch, caplog):
+    """Beyond the most intervals that are kept, the trace is written and a warning tells of it."""
+    monkeypatch.setattr(timeline, "MOST_TRACED", 5)
+    path = tmp_path / "trace.json"
+    with LLM(tiny_llama_dir, device="cpu", weights="disk=100", trace=path) as llm:
+        params = SamplingParams(temperature=0, max_tokens=2)
+        llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
+        engine_of(llm).write_trace()
+    assert len(events_of(path)) == 5
+    assert "first part only" in caplog.text

@@ -119,9 +119,9 @@ class Executor:
                     self._start(number)
                 self._settle([self._wait_for(0, number)])
             case Action.FETCH_KV:
-                self._settle([self._kv.fetch(unit, number), self._activations.fetch(number)])
+                self._settle([*self._kv.fetch(unit, number), self._activations.fetch(number)])
             case Action.STORE_KV:
-                self._settle([self._kv.store(unit, number), self._wait_for(unit + 1, number)])
+                self._settle([*self._kv.store(unit, number), self._wait_for(unit + 1, number)])
             case Action.COMPUTE:
                 running = self._micro_batches[number]
                 assert running.forward is not None
@@ -148,10 +148,11 @@ class Executor:
         start, row, name = self._since
         self._timeline.add_marks(row, name, start, self._backend.mark())
 
-    def _wait(self, transfer: Transfer) -> None:
+    def _wait(self, transfers: Sequence[Transfer]) -> None:
         """In the middle of compute, wait for bytes without counting it as compute."""
         self._stop_clock()
-        transfer.wait()
+        for transfer in transfers:
+            transfer.wait()
         self._since = self._backend.mark(), *self._since[1:]
 
     def _settle(self, transfers: Sequence[Transfer | None]) -> None:
@@ -203,7 +204,7 @@ class Executor:
     ) -> torch.Tensor:
         forward = self._micro_batches[number].forward
         assert forward is not None
-        if (arriving := self._kv.arriving(forward.unit, number)) is not None:
+        if arriving := self._kv.arriving(forward.unit, number):
             self._wait(arriving)
         self._kv.append(forward.unit, number, key, value)
         groups = self._kv.view(forward.unit, number)

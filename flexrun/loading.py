@@ -149,6 +149,7 @@ def load_weights(
     disk: DiskPlan,
     depth: int,
     max_rows: int,
+    smallest_relay: int = 0,
 ) -> LoadedWeights:
     """Allocate every home, then fill them unit by unit: memory that is short is known at once."""
     specs = [TensorSpec(w.name, unit, w.nbytes) for unit, w in weights.placeable]
@@ -168,6 +169,7 @@ def load_weights(
             transfers,
             source,
             depth,
+            smallest_relay,
         )
         closing.callback(store.close)
         _fill(model, weights, checkpoint, store, tiers)

@@ -26,7 +26,7 @@ from offload.tiers import Tier, format_size
 from offload.timeline import Timeline
 from offload.transfer_engine import TransferEngine
 from policy_search.automatic import automatic_policy, with_depth
-from policy_search.memory import kv_pages, kv_room, parked_rows, workspace
+from policy_search.memory import kv_pages, kv_room, parked_rows, smallest_relay, workspace
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class Runtime:
             self.directory, self.model.module, self.stored, self.model.stored_dtypes
         )
         weights = find_weights(self.model)
-        disk = plan_disk(checkpoint, weights.units, offload_directory(config))
+        self._offload_directory = offload_directory(config)
+        disk = plan_disk(checkpoint, weights.units, self._offload_directory)
         self.shape = model_shape(self.model, weights, self.dtype, disk)
         self.policy = self._choose_policy(config)
         activations = workspace(self.shape, self.policy)
@@ -85,6 +86,7 @@ class Runtime:
             disk,
             self.policy.depth,
             self.policy.max_rows,
+            smallest_relay(self.policy),
         )
         closing.callback(self.weights.close)
         self.activations = self._add_activations(closing)
@@ -149,8 +151,10 @@ class Runtime:
             shape, policy, free, context, unified=backend.unified, lazy=backend.lazy
         )
         pages = kv_pages(shape, policy, room, context)
-        limits = {Tier.HOST: staging} if staging else {}
-        self.pools = PagePools(pages, policy.page_tokens, limits)
+        away = (Tier.DISK,) if backend.unified else (Tier.HOST, Tier.DISK)
+        limits = {tier: staging for tier in away if pages[tier]}
+        tails = policy.max_sequences if pages[Tier.DISK] else 0
+        self.pools = PagePools(pages, policy.page_tokens, limits, tails)
         self.kv_cache = KVCache(
             self.model.attention,
             self.dtype,
@@ -159,6 +163,7 @@ class Runtime:
             self.transfers,
             staging,
             policy.gathered_tokens,
+            self._offload_directory,
         )
         closing.callback(self.kv_cache.close)
         self.scheduler = Scheduler(

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offload.tiers import Tier
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from offload.tiers import Tier
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,40 @@ class DecodeBatch:
     """What attention derives from the batch alone: made in the first layer, used in all."""
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` neighbouring pages on DISK, from `page` on, at neighbouring `place`s in staging."""
+
+    page: int
+    place: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class DiskPages:
+    """How the pages of a micro-batch come from DISK and get there.
+
+    Staging holds [full pages | the last pages that were not full | fresh pages]. Only full pages
+    are on DISK; each sequence's last one waits in RAM, at its *tail*, until it is full, too.
+    """
+
+    read: list[Run]
+    """The full pages."""
+    tails: torch.Tensor
+    """Tails of the pages that are not full."""
+    written: list[Run]
+    """Pages that this sweep's rows complete."""
+    kept_tails: torch.Tensor
+    """Tails of the pages that are not full after this sweep, …"""
+    kept_places: torch.Tensor
+    """… and the places in staging of these pages."""
+
+    @property
+    def num_full(self) -> int:
+        """Pages that come from DISK; from this place on, staging changes in this sweep."""
+        return sum(run.count for run in self.read)
+
+
 @dataclass(slots=True)
 class KVGroup:
     """The rows of a micro-batch whose pages lie in one pool."""
@@ -62,12 +96,16 @@ class KVGroup:
     offsets: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     """[n] slot in that page."""
     home_pages: torch.Tensor | None = None
-    """Staged only, [n]: the same page in the HOST pool."""
+    """HOST pages only, [n]: the same page in the HOST pool."""
     home_offsets: torch.Tensor | None = None
     slots: dict[Any, torch.Tensor] = field(default_factory=dict)
     """By shape of a layer's pages: the rows of the pool that the new keys and values go to."""
-    fetched: torch.Tensor | None = None
-    """Staged only: HOST pages to copy to places 0, 1, … of the staging pool."""
+    fetched: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    """HOST pages only: those to copy to places 0, 1, … of the staging pool."""
+    on_disk: DiskPages | None = None
+    """DISK pages only: what is read and written."""
+    num_filled: int = 0
+    """Places of the staging pool that are fetched, with tokens of earlier sweeps in them."""
     num_staged: int = 0
     """Places of the staging pool that the group uses; those after the fetched ones are fresh."""
 
@@ -80,6 +118,7 @@ class SpanPages:
     start: int
     end: int
     pages: Sequence[int]
+    tail: int | None = None
 
 
 def build_group(
@@ -91,7 +130,7 @@ def build_group(
     staged: bool,
     gathered_tokens: int = 16384,
 ) -> KVGroup:
-    """Index tensors of `spans`. Staged pages are renumbered: those with content come first.
+    """Index tensors of `spans`. Staged pages are renumbered: full ones, others with content, fresh.
 
     A decode batch has at most `gathered_tokens` positions, padding included, if it has several
     sequences: that bounds the copy which attention makes of its keys and values.
@@ -100,8 +139,8 @@ def build_group(
     tables: list[Sequence[int]] = [span.pages[: -(-span.end // page_tokens)] for span in spans]
     home = tables
     if staged:
-        renumbered, group.fetched = _renumber(spans, home, page_tokens)
-        tables = list(renumbered)
+        tables = _renumber(spans, home, page_tokens)
+        group.num_filled = sum(-(-span.start // page_tokens) for span in spans)
         group.num_staged = sum(map(len, tables))
     rows: list[int] = []
     pages: list[int] = []
@@ -121,8 +160,15 @@ def build_group(
     # Few tensors for all rows: this runs between two sweeps, when nothing else does.
     packed = torch.tensor([rows, pages, offsets])
     group.rows, group.pages, group.offsets = packed.to(device)
-    if staged:
+    if tier is Tier.DISK:
+        group.on_disk = _disk_pages(spans, home, tables, page_tokens)
+    elif staged:
         group.home_pages, group.home_offsets = torch.tensor(home_pages), packed[2]
+        fetched = [0] * group.num_filled
+        for span, table, own in zip(spans, tables, home):
+            for page, there in zip(own[: -(-span.start // page_tokens)], table):
+                fetched[there] = page
+        group.fetched = torch.tensor(fetched, dtype=torch.long)
     singles = [(s, t) for s, t in zip(spans, tables) if s.end - s.start == 1]
     group.decodes = [
         _decode_batch(batch, device)
@@ -133,16 +179,51 @@ def build_group(
 
 def _renumber(
     spans: Sequence[SpanPages], tables: Sequence[Sequence[int]], page_tokens: int
-) -> tuple[list[list[int]], torch.Tensor]:
-    filled = [-(-span.start // page_tokens) for span in spans]
-    fetched = [page for table, count in zip(tables, filled) for page in table[:count]]
-    place, fresh = 0, len(fetched)
-    renumbered = []
-    for table, count in zip(tables, filled):
-        new = len(table) - count
-        renumbered.append([*range(place, place + count), *range(fresh, fresh + new)])
-        place, fresh = place + count, fresh + new
-    return renumbered, torch.tensor(fetched, dtype=torch.long)
+) -> list[Sequence[int]]:
+    full = [span.start // page_tokens for span in spans]
+    begun = [int(span.start % page_tokens > 0) for span in spans]
+    place, tail, fresh = 0, sum(full), sum(full) + sum(begun)
+    renumbered: list[Sequence[int]] = []
+    for table, old, last in zip(tables, full, begun):
+        new = len(table) - old - last
+        parts = range(place, place + old), range(tail, tail + last), range(fresh, fresh + new)
+        renumbered.append([each for part in parts for each in part])
+        place, tail, fresh = place + old, tail + last, fresh + new
+    return renumbered
+
+
+def _disk_pages(
+    spans: Sequence[SpanPages],
+    home: Sequence[Sequence[int]],
+    tables: Sequence[Sequence[int]],
+    page_tokens: int,
+) -> DiskPages:
+    read: list[tuple[int, int]] = []
+    written: list[tuple[int, int]] = []
+    kept: list[tuple[int, int]] = []
+    for span, own, table in zip(spans, home, tables):
+        pairs = list(zip(own, table))
+        full, complete = span.start // page_tokens, span.end // page_tokens
+        read += pairs[:full]
+        written += pairs[full:complete]
+        if span.end % page_tokens:
+            assert span.tail is not None
+            kept.append((span.tail, table[complete]))
+    tails = torch.tensor([s.tail for s in spans if s.start % page_tokens], dtype=torch.long)
+    kept_tails, kept_places = torch.tensor(kept, dtype=torch.long).view(-1, 2).T
+    return DiskPages(_runs(read), tails, _runs(written), kept_tails, kept_places)
+
+
+def _runs(pairs: Sequence[tuple[int, int]]) -> list[Run]:
+    """What can be read or written at once, of pairs (page, place)."""
+    runs: list[Run] = []
+    for page, place in sorted(pairs, key=lambda pair: pair[1]):
+        last = runs[-1] if runs else Run(-1, -1, 0)
+        if (page, place) == (last.page + last.count, last.place + last.count) and runs:
+            runs[-1] = Run(last.page, last.place, last.count + 1)
+        else:
+            runs.append(Run(page, place, 1))
+    return runs
 
 
 def _similar_lengths(

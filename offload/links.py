@@ -101,6 +101,23 @@ class PageSlots:
         self.values[self.pages, :, self.offsets] = values.reshape(len(rows), heads, -1)
 
 
+@dataclass(frozen=True, slots=True)
+class SomeRows:
+    """A table in RAM that takes some of the rows that arrive: row `chosen[i]` becomes `rows[i]`.
+
+    All that arrives stays in `staging`, until the next copy that passes through it.
+    """
+
+    table: torch.Tensor
+    rows: torch.Tensor
+    chosen: torch.Tensor
+    staging: torch.Tensor | None = None
+
+    def scatter(self, arrived: torch.Tensor) -> None:
+        """Store the chosen ones of `arrived` [n, *row]."""
+        self.table[self.rows] = arrived[self.chosen]
+
+
 def io_error(error: OSError, what: str) -> OffloadStoreError:
     """The error of a failed operation on the offload file, with the next step."""
     reason = os.strerror(error.errno) if error.errno else str(error)

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class LayerShape(Protocol):
+    """What one layer stores per token."""
+
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def key_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +32,16 @@ class PagedKV:
     values: torch.Tensor
     raw: torch.Tensor
     """[pages, elements of one page]."""
+
+    @classmethod
+    def of(cls, data: torch.Tensor, shape: LayerShape, page_tokens: int) -> PagedKV:
+        """As many pages of a layer of `shape` as fit into `data` (flat)."""
+        size = page_elements(shape, page_tokens)
+        raw = data[: data.numel() // size * size].view(-1, size)
+        split = page_tokens * shape.kv_heads * shape.key_dim
+        keys = raw[:, :split].unflatten(1, (shape.kv_heads, page_tokens, shape.key_dim))
+        values = raw[:, split:].unflatten(1, (shape.kv_heads, page_tokens, shape.value_dim))
+        return cls(keys, values, raw)
 
     def gather(
         self, pages: torch.Tensor, memo: dict[Any, torch.Tensor] | None = None
@@ -68,3 +89,8 @@ class PagedKV:
         table = self.raw.view(-1, dim)
         for rows, new in zip(memo[kv_heads], (keys, values)):
             table.index_copy_(0, rows, new.reshape(-1, dim))
+
+
+def page_elements(shape: LayerShape, page_tokens: int) -> int:
+    """Values in one page of a layer of `shape`."""
+    return page_tokens * shape.kv_heads * (shape.key_dim + shape.value_dim)

@@ -16,6 +16,8 @@ class StagingBuffers:
 
     def __init__(self, buffers: list[torch.Tensor], backend: DeviceBackend) -> None:
         self._backend = backend
+        self.size = min(buffer.nbytes for buffer in buffers)
+        """Most bytes of one request."""
         self._free: list[tuple[torch.Tensor, Any]] = [(buffer, None) for buffer in buffers]
         self._changed = threading.Condition()
 

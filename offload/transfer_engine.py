@@ -71,19 +71,31 @@ class TransferEngine:
         requests = self._requests(link, source, target)
         return self._submit(link, requests, kind, after, priority, padding)
 
+    def submit_to_disk(
+        self,
+        copies: Sequence[tuple[torch.Tensor, FileExtent]],
+        *,
+        kind: str,
+        after: Sequence[Any] = (),
+        priority: int = 1,
+    ) -> Transfer:
+        """Write pieces of RAM (uint8, at least one) to a file."""
+        link = Link.HOST_TO_DISK
+        requests = [part for pair in copies for part in self._requests(link, *pair)]
+        return self._submit(link, requests, kind, after, priority, padding=0)
+
     def submit_from_disk(
         self,
-        source: FileExtent,
-        target: torch.Tensor,
+        copies: Sequence[tuple[FileExtent, torch.Tensor]],
         *,
         kind: str,
         after: Sequence[Any] = (),
         priority: int = 1,
         padding: int = 0,
     ) -> Transfer:
-        """Read an extent into DEVICE memory, over HOST where that is a memory of its own."""
+        """Read extents (at least one) into DEVICE memory, over HOST where that is another one."""
         link, relayed = self._backend.disk_in, not self._backend.unified
-        requests = self._requests(link, source, target)
+        requests = [part for pair in copies for part in self._requests(link, *pair)]
         return self._submit(link, requests, kind, after, priority, padding, relayed)
 
     def _requests(self, link: Link, source: Source, target: Target) -> list[tuple[Source, Target]]:
@@ -91,6 +103,8 @@ class TransferEngine:
         if isinstance(source, FileRows) and isinstance(target, torch.Tensor):
             return list(_row_requests(source, target))
         size = self._backend.request_bytes(link)
+        if link is Link.DISK_TO_HOST and self._staging is not None:
+            size = min(size, self._staging.size)
         plain = all(
             isinstance(side, FileExtent)
             or (isinstance(side, torch.Tensor) and side.dtype is torch.uint8 and side.dim() == 1)

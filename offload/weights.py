@@ -72,7 +72,11 @@ class WeightStore:
         transfers: TransferEngine,
         disk: DiskSource | None,
         depth: int,
+        smallest_relay: int = 0,
     ) -> None:
+        """`smallest_relay`: bytes of one buffer between disk and a separate device that others
+        want, too; without any, there are buffers if weights come that way.
+        """
         self._backend = backend
         self._transfers = transfers
         self._disk = disk
@@ -92,6 +96,7 @@ class WeightStore:
                 self._views |= {w.name: view for w, view in unit.host.views(unit.host_home)}
         self._staging: list[torch.Tensor] = []
         self._make_rings(depth)
+        self._make_relay(smallest_relay)
         self._expanded = self._make_expanded()
         for unit in (*self._units, table):
             self._bind_what_stays(unit)
@@ -129,10 +134,13 @@ class WeightStore:
                 ring = [_Slot(self._allocate(Tier.DEVICE, size, what)) for _ in range(count)]
                 for unit in units:
                     unit.ring = ring
-        largest = max(unit.disk.nbytes for unit in self._units)
+
+    def _make_relay(self, smallest: int) -> None:
+        largest = max(smallest, *(unit.disk.nbytes for unit in self._units))
         if largest and not self._backend.unified:
             size = staging_buffer_bytes(largest)
-            slab = self._allocate(Tier.HOST, STAGING_BUFFERS * size, "staging for weights")
+            what = "staging between disk and device"
+            slab = self._allocate(Tier.HOST, STAGING_BUFFERS * size, what)
             self._staging = list(slab.split(size))
             self._transfers.use_staging(StagingBuffers(self._staging, self._backend))
 
@@ -192,8 +200,9 @@ class WeightStore:
         unit.transfers = []
         for extent, place, padding in unit.disk.segments:
             target = slot.data[place : place + extent.nbytes]
+            read = [(extent, target)]
             unit.transfers.append(
-                self._transfers.submit_from_disk(extent, target, padding=padding, **options)
+                self._transfers.submit_from_disk(read, padding=padding, **options)
             )
         if unit.host_home is not None:
             target = slot.data[unit.disk.nbytes : unit.streamed_bytes]

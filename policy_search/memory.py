@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from offload.disk_layout import DiskPlace, lay_out
 from offload.errors import CapacityError
+from offload.pages import kv_file_layout
 from offload.placement import place
 from offload.tiers import (
     BUDGET_FLAG,
@@ -104,10 +105,11 @@ def memory_of(
     room, staging = kv_room(shape, policy, free, context_length, unified=unified, lazy=lazy)
     pages = kv_pages(shape, policy, room, context_length)
     page_bytes = shape.kv_token_bytes * policy.page_tokens
-    buffer = staging * max(shape.kv_bytes_per_token) * policy.page_tokens
-    working[Tier.DEVICE] += 2 * buffer
-    working[Tier.HOST] += 4 * buffer + _embedding_rows(shape, policy, unified)
+    for tier, nbytes in _kv_working(shape, policy, staging, unified).items():
+        working[tier] += nbytes
+    working[Tier.HOST] += _embedding_rows(shape, policy, unified)
     kv = {tier: pages.get(tier, 0) * page_bytes for tier in Tier}
+    working[Tier.DISK] += _kv_file_bytes(shape, policy, pages[Tier.DISK]) - kv[Tier.DISK]
     result = {t: TierMemory(weights[t], kv[t], working[t], limits[t], elsewhere[t]) for t in Tier}
     for tier in (Tier.HOST, Tier.DEVICE):
         if result[tier].free < 0:
@@ -139,22 +141,47 @@ def kv_room(
 ) -> tuple[dict[Tier, int], int]:
     """Bytes per tier that KV pages may take of `free`, and the pages of one staging buffer.
 
-    Pages on a HOST that is not the device's memory pass through two buffers on the device, each
-    with two on HOST. The buffers take at most half of what is free on the device. Pages on `lazy`
-    tiers, whose memory is taken when it is first written, leave a part of it to other programs.
+    Pages on DISK, or on a HOST that is not the device's memory, pass through two buffers on the
+    device, each with two on HOST. The buffers take at most half of what is free on the device.
+    Pages on `lazy` tiers, whose memory is taken when it is first written, leave a part of it to
+    other programs.
     """
     room = dict(free)
     room[Tier.HOST] -= _embedding_rows(shape, policy, unified)
     staging = 0
-    if policy.kv_cache.host and not unified:
+    if staged := _staged_tiers(policy, unified):
         layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
         whole_sequence = -(-context_length // policy.page_tokens)
-        staging = max(1, min(whole_sequence, room[Tier.DEVICE] // 4 // layer_page_bytes))
-        room[Tier.DEVICE] -= 2 * staging * layer_page_bytes
-        room[Tier.HOST] -= 4 * staging * layer_page_bytes
+        most = room[Tier.DEVICE] // (4 * staged) // layer_page_bytes
+        staging = max(1, min(whole_sequence, most))
+        for tier, nbytes in _kv_working(shape, policy, staging, unified).items():
+            room[tier] -= nbytes
     for tier in lazy:
         room[tier] = int(room[tier] * LAZY_FILL)
     return {tier: max(0, nbytes) for tier, nbytes in room.items()}, staging
+
+
+def _staged_tiers(policy: Policy, unified: bool) -> int:
+    return int(policy.kv_cache.disk > 0) + int(policy.kv_cache.host > 0 and not unified)
+
+
+def _kv_working(shape: ModelShape, policy: Policy, staging: int, unified: bool) -> dict[Tier, int]:
+    """What moving KV pages takes: staging of so many pages, and pages that are not full for DISK.
+
+    Of those there is one for every sequence.
+    """
+    buffers = _staged_tiers(policy, unified) * staging
+    buffers *= max(shape.kv_bytes_per_token) * policy.page_tokens
+    working = {Tier.DEVICE: 2 * buffers, Tier.HOST: 0 if unified else 4 * buffers}
+    if policy.kv_cache.disk:
+        tails = policy.max_sequences * policy.page_tokens * shape.kv_token_bytes
+        working[Tier.DEVICE if unified else Tier.HOST] += tails
+    return working
+
+
+def _kv_file_bytes(shape: ModelShape, policy: Policy, pages: int) -> int:
+    page_bytes = [nbytes * policy.page_tokens for nbytes in shape.kv_bytes_per_token]
+    return kv_file_layout(page_bytes, pages)[1] if pages else 0
 
 
 def kv_pages(
@@ -165,11 +192,14 @@ def kv_pages(
     Raises `CapacityError` where a tier that is to hold KV has not the room for one page.
     """
     page_bytes = shape.kv_token_bytes * policy.page_tokens
-    used = [tier for tier in (Tier.DEVICE, Tier.HOST) if policy.kv_cache.fraction(tier)]
+    used = [tier for tier in Tier if policy.kv_cache.fraction(tier)]
+    room = dict(room)
+    if policy.kv_cache.disk:
+        room[Tier.DISK] -= shape.num_layers * DISK_BLOCK  # each layer's pages start a block
     total = float(policy.max_sequences * -(-context_length // policy.page_tokens))
     for tier in used:
         total = min(total, room[tier] // page_bytes / policy.kv_cache.fraction(tier))
-    pages = {t: int(total * policy.kv_cache.fraction(t)) for t in (Tier.DEVICE, Tier.HOST)}
+    pages = {tier: max(0, int(total * policy.kv_cache.fraction(tier))) for tier in Tier}
     for tier in used:
         # At least one, where rounding alone took it away.
         pages[tier] = max(pages[tier], min(1, room[tier] // page_bytes))
@@ -177,7 +207,7 @@ def kv_pages(
             raise CapacityError(
                 f"no room for the KV cache on {tier}: one page of {policy.page_tokens} tokens "
                 f"needs {format_size(page_bytes)}, {format_size(max(0, room[tier]))} is left",
-                hint="raise --device-memory or --host-memory, move the KV cache (--kv-cache) or "
+                hint=f"raise {BUDGET_FLAG[tier]}, move the KV cache (--kv-cache) or "
                 "weights (--weights) to another tier, or lower --micro-batch and --max-rows",
             )
     return pages
@@ -197,7 +227,7 @@ def _weights(
         homes = {t: int(shape.weight_bytes * policy.weights.fraction(t)) for t in Tier}
         ring = shape.working_bytes(policy.depth)
         working[Tier.DEVICE] += ring if any(homes[tier] for tier in away) else 0
-        if homes[Tier.DISK] and not unified:
+        if (homes[Tier.DISK] or policy.kv_cache.disk) and not unified:
             working[Tier.HOST] = STAGING_BUFFERS * REQUEST_BYTES
         working[Tier.DISK] = _store_overhead(shape, homes)
         return homes, working
@@ -217,10 +247,16 @@ def _weights(
         for slab, unit in zip(slabs, shape.by_unit())
     ]
     working[Tier.DEVICE] += policy.depth * max(streamed[:-1]) + streamed[-1]
-    if max(slabs) and not unified:
-        working[Tier.HOST] += STAGING_BUFFERS * staging_buffer_bytes(max(slabs))
+    largest = max(smallest_relay(policy), *slabs)
+    if largest and not unified:
+        working[Tier.HOST] += STAGING_BUFFERS * staging_buffer_bytes(largest)
     working[Tier.DISK] = _store_overhead(shape, homes)
     return homes, working
+
+
+def smallest_relay(policy: Policy) -> int:
+    """Bytes that a buffer between disk and a separate device has at least, for KV pages."""
+    return REQUEST_BYTES if policy.kv_cache.disk else 0
 
 
 def _store_overhead(shape: ModelShape, homes: Mapping[Tier, int]) -> int:

@@ -30,7 +30,7 @@ class Policy:
     weights: Split = Split(device=100)
     """Percent of the weight bytes on each tier."""
     kv_cache: Split = Split(device=100)
-    """Percent of the KV cache pages on each tier (DEVICE and HOST)."""
+    """Percent of the KV cache pages on each tier."""
     activations: Split = Split(device=100)
     """Percent of the waiting micro-batches' activations on each tier (DEVICE and HOST)."""
     micro_batch_rows: int = 512
@@ -57,10 +57,6 @@ class Policy:
         if self.activations.disk:
             raise PolicyError(
                 "activations cannot live on disk", hint="use --activations device=A,host=B"
-            )
-        if self.kv_cache.disk:
-            raise PolicyError(
-                "the KV cache cannot live on disk", hint="use --kv-cache device=A,host=B"
             )
 
     def with_batch(self, **given: int | None) -> Policy:

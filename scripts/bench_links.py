@@ -168,7 +168,7 @@ class Bench:
         def start(number: int) -> Transfer:
             extent, target = self._extent(self.read, number, nbytes), targets[number % queued]
             if relayed:
-                return self.transfers.submit_from_disk(extent, target, kind="raw")
+                return self.transfers.submit_from_disk([(extent, target)], kind="raw")
             return self.transfers.submit(link, extent, target, kind="raw")
 
         return Flow(name or str(link), [nbytes], start, link, queued)

@@ -1,4 +1,4 @@
-"""Runs the GPU tests and a short benchmark, and writes what was found to one dated JSON file."""
+"""Runs the GPU tests and short benchmarks, and writes what was found to one dated JSON file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHMARK = ROOT / "scripts" / "bench_inmemory.py"
+ON_GPU = ["--device", "cuda"]
 
 
 def run(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[str]:
@@ -64,16 +64,39 @@ def run_tests() -> dict[str, Any]:
     return summary
 
 
-def run_benchmark() -> dict[str, Any] | None:
-    """The benchmark's report, which is its last line; None where there is no benchmark yet."""
-    if not BENCHMARK.is_file():
-        return None
-    arguments = [str(BENCHMARK.relative_to(ROOT)), "--device", "cuda", "--quick"]
+def run_report(arguments: list[str]) -> dict[str, Any]:
+    """A command of this project whose last line on stdout is its report."""
     done = run([sys.executable, *arguments], stdout=subprocess.PIPE)
     lines = done.stdout.strip().splitlines()
     report = json.loads(lines[-1]) if done.returncode == 0 and lines else None
     command = " ".join(["python", *arguments])
     return {"command": command, "exit_code": done.returncode, "report": report}
+
+
+def run_benchmarks(directory: Path) -> dict[str, dict[str, Any]]:
+    """Speed in memory, raw links, and a job whose weights come from pinned RAM, then from disk."""
+    demo = run([sys.executable, "scripts/get_demo_model.py"], stdout=subprocess.PIPE)
+    model = demo.stdout.strip().splitlines()[-1]
+    random_model, prompts = directory / "1.1b", directory / "prompts.jsonl"
+    run([sys.executable, "scripts/make_random_model.py", "1.1b", str(random_model)], check=True)
+    lines = (
+        json.dumps({"prompt_token_ids": [3 + (7 * i + k * k) % 30_000 for k in range(64 + i)]})
+        for i in range(128)
+    )
+    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    reports = {
+        "in memory": run_report(
+            ["scripts/bench_inmemory.py", "--model", model, *ON_GPU, "--quick"]
+        ),
+        "links": run_report(["scripts/bench_links.py", *ON_GPU]),
+    }
+    for name, weights in (("from RAM", "host=100"), ("from disk", "disk=100")):
+        job = ["-m", "flexrun", "generate", "--model", str(random_model), "--input", str(prompts)]
+        job += ["--output", str(directory / f"{weights}.jsonl"), "--max-tokens", "32"]
+        job += ["--weights", weights, "--kv-cache", "device=100", "--ignore-eos", *ON_GPU]
+        job += ["--offload-dir", str(directory)]
+        reports[name] = run_report(job)
+    return reports
 
 
 def main() -> int:
@@ -86,21 +109,22 @@ def main() -> int:
         return 2
     now = datetime.now(timezone.utc)
     machine = describe_machine()
-    tests, benchmark = run_tests(), run_benchmark()
+    tests = run_tests()
+    with tempfile.TemporaryDirectory(prefix="flexrun-gpu-check-") as directory:
+        benchmarks = run_benchmarks(Path(directory))
     result = {
         "command": "scripts/gpu_check.sh",
         "date": now.isoformat(timespec="seconds"),
         "machine": machine,
         "tests": tests,
-        "benchmark": benchmark,
+        "benchmarks": benchmarks,
     }
     gpu = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
     path = args.output_dir / f"gpu_check_{gpu}_{now:%Y-%m-%d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(path)
-    failed = tests["exit_code"] != 0 or (benchmark is not None and benchmark["exit_code"] != 0)
-    return int(failed)
+    return int(any(part["exit_code"] != 0 for part in (tests, *benchmarks.values())))
 
 
 if __name__ == "__main__":

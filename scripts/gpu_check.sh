@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests that need a GPU, and a short benchmark; writes one dated file to scripts/results/.
+# Runs the tests that need a GPU, and short benchmarks; writes one dated file to scripts/results/.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_install.sh"
 

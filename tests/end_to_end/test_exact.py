@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEW_TOKENS = 6
 TINY_PROMPTS = [list(text.encode()) for text in ragged_prompts(16, longest=7)]
-KV_SPLITS = ("device=100", "host=100", "device=50,host=50")
+KV_SPLITS = ("device=100", "host=100", "device=50,host=50", "disk=100", "device=40,host=30,disk=30")
 KIB = 1024
 
 
@@ -178,9 +178,10 @@ def test_a_tied_embedding(tiny_tied_llama_dir, tiny, device, weights):
     assert max(done.micro_batches) >= 3
 
 
-def test_long_texts_through_small_staging(tiny_llama_dir, tiny):
-    """Texts on HOST are exact although the device's staging holds only one of them at a time."""
-    settings = tiny.settings("emulated", "host=100", "host=100")
+@pytest.mark.parametrize("kv_cache", ["host=100", "disk=100"])
+def test_long_texts_through_small_staging(tiny_llama_dir, tiny, kv_cache):
+    """Texts away are exact although the device's staging holds only one of them at a time."""
+    settings = tiny.settings("emulated", "host=100", kv_cache)
     with LLM(tiny_llama_dir, **settings) as llm:
         (staging,) = engine_of(llm)._runtime.pools.largest_table.values()
         lengths = (16 * staging - 50, 16 * staging - 30)

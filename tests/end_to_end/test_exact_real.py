@@ -16,6 +16,8 @@ CHOSEN = [
     ("cpu", "device=25,host=50,disk=25", "device=50,host=50", 1),
     ("emulated", "device=25,host=50,disk=25", "host=100", 3),
     ("emulated", "host=100", "device=50,host=50", 4),
+    ("cpu", "device=100", "device=50,disk=50", 3),
+    ("emulated", "device=25,host=50,disk=25", "device=30,host=30,disk=40", 4),
 ]
 
 

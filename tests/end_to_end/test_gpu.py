@@ -39,7 +39,10 @@ def settings(weights: str, kv_cache: str, micro_batches: int = 3, **more: Any) -
 
 @pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no-overlap"])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("kv_cache", ["device=100", "host=100", "device=50,host=50"])
+@pytest.mark.parametrize(
+    "kv_cache",
+    ["device=100", "host=100", "device=50,host=50", "disk=100", "device=30,host=30,disk=40"],
+)
 @pytest.mark.parametrize("weights", SPLITS)
 def test_every_placement(tiny_llama_dir, tiny_reference, weights, kv_cache, micro_batches, overlap):
     """Wherever weights and KV live: the tokens of transformers, from several micro-batches."""
@@ -49,7 +52,17 @@ def test_every_placement(tiny_llama_dir, tiny_reference, weights, kv_cache, micr
     assert max(done.micro_batches) >= micro_batches
 
 
-@pytest.mark.parametrize("kv_cache", ["device=100", "host=100"])
+@pytest.mark.parametrize("activations", ["host=100", "device=50,host=50"])
+@pytest.mark.parametrize("kv_cache", ["device=100", "host=50,disk=50"])
+def test_activations_that_wait_on_host(tiny_llama_dir, tiny_reference, activations, kv_cache):
+    """Hidden states come and go while others compute: the tokens of transformers."""
+    more = settings("device=25,host=75", kv_cache, 4, activations=activations)
+    done = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **more)
+    assert done.tokens == tiny_reference
+    assert done.summary["bytes_by_kind"]["host->device"]["activations"] > 0
+
+
+@pytest.mark.parametrize("kv_cache", ["device=100", "host=100", "disk=100"])
 @pytest.mark.parametrize("weights", SPLITS)
 def test_a_real_model(smollm2_dir, pytestconfig, weights, kv_cache):
     """A model of 135M parameters gives the tokens of transformers from every tier."""
@@ -108,7 +121,7 @@ def warm_up() -> None:
         (square @ square).sum().item()
 
 
-@pytest.mark.parametrize("kv_cache", ["device=100", "host=100"])
+@pytest.mark.parametrize("kv_cache", ["device=100", "host=100", "disk=100"])
 @pytest.mark.parametrize("weights", ["device=25,host=75", "host=50,disk=50", "disk=100"])
 def test_the_budget_of_the_device_holds(smollm2_dir, weights, kv_cache):
     """What torch allocates at its peak, activations included, is within --device-memory."""

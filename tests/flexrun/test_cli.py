@@ -211,7 +211,6 @@ def test_a_killed_run_continues(command):
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
         (["--weights", "device=20,host=70"], "--weights: split"),
         (["--weights", "gpu=100"], "--weights: cannot read 'gpu=100'"),
-        (["--kv-cache", "disk=100"], "the KV cache cannot live on disk"),
         (["--micro-batch", "0"], "--micro-batch must be a whole number of at least 1"),
         (["--num-micro-batches", "-1"], "--num-micro-batches must be"),
         (["--max-rows", "0"], "--max-rows must be"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -19,7 +21,9 @@ from offload.kv_layout import KVGroup, SpanPages, build_group
 from offload.links import Link
 from offload.paged_kv import PagedKV
 from offload.pages import PagePools
-from offload.tiers import MemoryAccount, Tier
+from offload.ram import map_memory
+from offload.staging import StagingBuffers
+from offload.tiers import DISK_BLOCK, MemoryAccount, Tier
 from offload.transfer_engine import TransferEngine
 
 
@@ -33,6 +37,7 @@ class Shape:
 SHAPES = [Shape(2, 4, 4), Shape(1, 6, 2), Shape(3, 2, 5)]
 TOKEN_BYTES = sum(4 * s.kv_heads * (s.key_dim + s.value_dim) for s in SHAPES)
 STAGING = 9
+TAILS = 40
 
 
 class Rig:
@@ -43,11 +48,23 @@ class Rig:
         self.backend = (
             CpuBackend(account) if name == "cpu" else EmulatedBackend(account, EmulatedMachine())
         )
-        staged = name == "emulated" and pages.get(Tier.HOST, 0) > 0
-        self.pools = PagePools(pages, page_tokens, {Tier.HOST: STAGING} if staged else {})
+        self.staged = [t for t in (Tier.HOST, Tier.DISK) if pages.get(t)]
+        if name == "cpu" and Tier.HOST in self.staged:
+            self.staged.remove(Tier.HOST)
+        self.pools = PagePools(pages, page_tokens, dict.fromkeys(self.staged, STAGING), TAILS)
         self.transfers = TransferEngine(self.backend)
+        if name == "emulated":
+            buffers = [map_memory(DISK_BLOCK) for _ in range(3)]
+            self.transfers.use_staging(StagingBuffers(buffers, self.backend))
+        self.directory = TemporaryDirectory()
         self.cache = KVCache(
-            SHAPES, torch.float32, self.pools, self.backend, self.transfers, STAGING
+            SHAPES,
+            torch.float32,
+            self.pools,
+            self.backend,
+            self.transfers,
+            STAGING,
+            directory=Path(self.directory.name),
         )
         self.lengths: Counter[int] = Counter()
         self.truth: dict[tuple[int, int], torch.Tensor] = {}
@@ -69,11 +86,21 @@ class Rig:
                 self.cache.store(step.unit, step.micro_batch)
         for span in (span for spans in micro_batches for span in spans):
             self.lengths[span.sequence] = span.end
-            if self.pools.tables[span.sequence].tier is Tier.HOST:
-                pages = self.pools.pages_for(span.start)
-                tokens = pages * self.pools.page_tokens
-                self.expected[Link.HOST_TO_DEVICE] += tokens * TOKEN_BYTES
-                self.expected[Link.DEVICE_TO_HOST] += span.length * TOKEN_BYTES
+            tokens = self.pools.page_tokens
+            content = self.pools.pages_for(span.start) * tokens
+            full, complete = span.start // tokens * tokens, span.end // tokens * tokens
+            touched = self.pools.pages_for(span.end) * tokens - full
+            tier, expect = self.pools.tables[span.sequence].tier, self._expect
+            if tier is Tier.HOST and tier in self.staged:
+                expect({Link.HOST_TO_DEVICE: content, Link.DEVICE_TO_HOST: span.length})
+            elif tier is Tier.DISK:
+                expect({self.backend.disk_in: full, Link.HOST_TO_DISK: complete - full})
+                if not self.backend.unified:
+                    expect({Link.HOST_TO_DEVICE: content, Link.DEVICE_TO_HOST: touched})
+
+    def _expect(self, tokens: dict[Link, int]) -> None:
+        for link, count in tokens.items():
+            self.expected[link] += count * TOKEN_BYTES
 
     def append_and_check(self, layer: int, number: int, spans: list[RowSpan]) -> None:
         shape, rows = SHAPES[layer], sum(span.length for span in spans)
@@ -95,6 +122,8 @@ class Rig:
     def close(self) -> None:
         self.transfers.close()
         self.cache.close()
+        assert not list(Path(self.directory.name).iterdir()), "a file was left behind"
+        self.directory.cleanup()
 
 
 def check_group(group: KVGroup, pool: PagedKV, by_row: dict[int, RowSpan], truth) -> list[int]:
@@ -126,26 +155,30 @@ CAPACITIES = [
     ("emulated", {Tier.DEVICE: 40}),
     ("emulated", {Tier.HOST: 40}),
     ("emulated", {Tier.DEVICE: 20, Tier.HOST: 20}),
+    ("cpu", {Tier.DISK: 40}),
+    ("cpu", {Tier.DEVICE: 20, Tier.DISK: 20}),
+    ("emulated", {Tier.DISK: 40}),
+    ("emulated", {Tier.DEVICE: 20, Tier.HOST: 20, Tier.DISK: 20}),
 ]
 every_capacity = pytest.mark.parametrize(
-    ("name", "pages"), CAPACITIES, ids=["cpu", "cpu-both", "device", "host", "both"]
+    ("name", "pages"), CAPACITIES, ids=[f"{n}-{'-'.join(p)}" for n, p in CAPACITIES]
 )
 
 
 def random_batches(rig: Rig) -> list[list[RowSpan]]:
     """Some running sequences get a row or a chunk, cut into micro-batches that staging can hold."""
     batches: list[list[RowSpan]] = [[]]
-    staged = 0
+    staged: Counter[Tier] = Counter()
     for sequence, table in sorted(rig.pools.tables.items()):
         start, room = rig.lengths[sequence], len(table.pages) * rig.pools.page_tokens
         length = min(rig.draw.choice([0, 1, 1, 1, 2, 7]), room - start)
         if not length:
             continue
-        pages = rig.pools.pages_for(start + length) if table.tier is Tier.HOST else 0
-        if (staged + pages > STAGING or rig.draw.random() < 0.3) and batches[-1]:
+        pages = rig.pools.pages_for(start + length) if table.tier in rig.staged else 0
+        if (staged[table.tier] + pages > STAGING or rig.draw.random() < 0.3) and batches[-1]:
             batches.append([])
-            staged = 0
-        staged += pages
+            staged.clear()
+        staged[table.tier] += pages
         batches[-1].append(RowSpan(sequence, start, length, wants_logits=True))
     return [batch for batch in batches if batch]
 
@@ -168,29 +201,36 @@ def test_attention_reads_what_was_appended(name, pages, page_tokens, seed):
             sweeps += 1
     rig.close()
     moved = {link: counters.total_bytes for link, counters in rig.transfers.counters.items()}
-    if name == "cpu":
-        assert set(moved.values()) == {0}
-    else:
-        assert {link: n for link, n in moved.items() if n} == rig.expected
-        assert bool(rig.expected) == (Tier.HOST in pages)
+    assert {link: n for link, n in moved.items() if n} == rig.expected
+    assert bool(rig.expected) == bool(rig.staged)
     assert set(rig.backend.account.used.values()) == {0}
 
 
 @every_capacity
 def test_pools_are_charged(name, pages):
-    """DEVICE pools of an accelerator are charged whole; pages in RAM when a sequence takes them."""
+    """DEVICE pools of an accelerator are charged whole; pages in RAM when a sequence takes them.
+
+    A file for pages on DISK is charged whole, and so are staging and pages that are not full.
+    """
     rig = Rig(name, pages, page_tokens=4)
     page_bytes, account = 4 * TOKEN_BYTES, rig.backend.account
     widest = 4 * 4 * max(s.kv_heads * (s.key_dim + s.value_dim) for s in SHAPES)
-    staging = STAGING * widest if name == "emulated" and Tier.HOST in pages else 0
-    whole = 0 if name == "cpu" else pages.get(Tier.DEVICE, 0) * page_bytes
-    assert account.used[Tier.DEVICE] == whole + 2 * staging
-    assert account.used[Tier.HOST] == 4 * staging
+    staging = STAGING * widest * len(rig.staged)
+    empty = dict.fromkeys(Tier, 0)
+    empty[Tier.DEVICE] = 2 * staging
+    if name == "emulated":
+        empty[Tier.DEVICE] += pages.get(Tier.DEVICE, 0) * page_bytes
+        empty[Tier.HOST] = 4 * staging
+    if Tier.DISK in pages:
+        empty[Tier.HOST if name == "emulated" else Tier.DEVICE] += TAILS * page_bytes
+        sizes = [4 * 4 * s.kv_heads * (s.key_dim + s.value_dim) for s in SHAPES]
+        blocks = sum(-(-pages[Tier.DISK] * size // DISK_BLOCK) for size in sizes)
+        empty[Tier.DISK] = blocks * DISK_BLOCK
+    assert account.used == empty
     assert rig.pools.allocate(0, 9)
     tier = rig.pools.tables[0].tier
-    taken = 3 * page_bytes if tier in rig.backend.lazy else 0
-    empty = {Tier.DEVICE: whole + 2 * staging, Tier.HOST: 4 * staging}
-    assert account.used[tier] == empty[tier] + taken
+    empty[tier] += 3 * page_bytes if tier in rig.backend.lazy else 0
+    assert account.used == empty
     rig.close()
     assert set(account.used.values()) == {0}
 
@@ -225,7 +265,7 @@ def test_a_lost_row_is_not_silent():
     rig = Rig("emulated", {Tier.HOST: 9}, page_tokens=4)
     rig.transfers.close()
     rig.transfers = TransferEngine(BrokenBackend(MemoryAccount(), EmulatedMachine()))
-    rig.cache._transfers = rig.transfers
+    rig.cache._staged[Tier.HOST]._transfers = rig.transfers
     rig.pools.allocate(0, 9)
     rig.sweep([[RowSpan(0, 0, 1, True)]])
     with pytest.raises(OffloadStoreError, match="the link is broken"):
@@ -276,7 +316,7 @@ def test_what_staging_held_before_is_not_read():
     """Values that are no numbers, left in staging, are gone from the pages in use."""
     rig = Rig("emulated", {Tier.HOST: 9}, page_tokens=4)
     rig.pools.allocate(0, 9)
-    for staging in rig.cache._staging:
+    for staging in rig.cache._staged[Tier.HOST].stagings:
         staging.device.fill_(float("nan"))
     for start, length in ((0, 3), (3, 1), (4, 1), (5, 4)):
         span = RowSpan(0, start, length, True)

@@ -245,7 +245,7 @@ def test_large_extents_come_from_disk_whole(tmp_path, unified):
     engine.submit(Link.HOST_TO_DISK, pattern, extent, kind="x").synchronize()
     targets = [map_memory(pattern.nbytes) for _ in range(2)]
     reads = [
-        engine.submit_from_disk(extent, target, kind="weights", padding=96, priority=priority)
+        engine.submit_from_disk([(extent, target)], kind="weights", padding=96, priority=priority)
         for target, priority in zip(targets, (9, 1))
     ]
     for read, target in zip(reads, targets):
@@ -282,7 +282,7 @@ def test_a_read_that_fails_half_way_ends_the_transfer(tmp_path):
     file = DirectFile.create(tmp_path / "file", nbytes)
     for error in (True, False):
         target = map_memory(nbytes)
-        read = engine.submit_from_disk(FileExtent(file, 0, nbytes), target, kind="weights")
+        read = engine.submit_from_disk([(FileExtent(file, 0, nbytes), target)], kind="weights")
         if error:
             with pytest.raises(OffloadStoreError, match="the disk is gone"):
                 read.synchronize()

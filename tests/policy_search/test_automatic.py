@@ -7,7 +7,7 @@ import random
 import pytest
 
 from offload.errors import CapacityError
-from offload.tiers import REQUEST_BYTES, STAGING_BUFFERS, Split, Tier
+from offload.tiers import DISK_BLOCK, REQUEST_BYTES, STAGING_BUFFERS, Split, Tier
 from policy_search.automatic import SMALLEST_DEPTH, automatic_policy
 from policy_search.memory import kv_pages, workspace
 from policy_search.model_shape import ModelShape
@@ -150,6 +150,8 @@ def test_a_device_too_small_for_one_layer_is_refused():
         ("device=50,host=50", 10, 99, {Tier.DEVICE: 10, Tier.HOST: 10}),
         ("device=25,host=75", 10, 12, {Tier.DEVICE: 4, Tier.HOST: 12}),
         ("device=100", 10**6, 0, {Tier.DEVICE: 256 * 4, Tier.HOST: 0}),
+        ("device=25,disk=75", 10, 0, {Tier.DEVICE: 10, Tier.HOST: 0, Tier.DISK: 30}),
+        ("host=50,disk=50", 0, 99, {Tier.DEVICE: 0, Tier.HOST: 50, Tier.DISK: 50}),
     ],
 )
 def test_kv_pages_follow_the_split_and_the_room(kv_cache, device_room, host_room, expected):
@@ -157,13 +159,15 @@ def test_kv_pages_follow_the_split_and_the_room(kv_cache, device_room, host_room
     policy = Policy(kv_cache=Split.parse(kv_cache))
     page = SHAPE.kv_token_bytes * policy.page_tokens
     room = {Tier.DEVICE: device_room * page, Tier.HOST: host_room * page + 1}
-    assert kv_pages(SHAPE, policy, room, context_length=64) == expected
+    room[Tier.DISK] = 50 * page + SHAPE.num_layers * DISK_BLOCK
+    pages = kv_pages(SHAPE, policy, room, context_length=64)
+    assert pages == {Tier.DISK: 0} | expected
 
 
-@pytest.mark.parametrize("kv_cache", ["device=100", "host=100"])
+@pytest.mark.parametrize("kv_cache", ["device=100", "host=100", "disk=100"])
 def test_no_room_for_a_page_is_refused(kv_cache):
     """A tier that cannot hold one page is named, with what is left and the flags that help."""
-    room = {Tier.DEVICE: 1000, Tier.HOST: 1000}
+    room = {Tier.DEVICE: 1000, Tier.HOST: 1000, Tier.DISK: 1000 + SHAPE.num_layers * DISK_BLOCK}
     policy = Policy(kv_cache=Split.parse(kv_cache))
     with pytest.raises(
         CapacityError, match=f"no room for the KV cache on {kv_cache[:-4]}"

@@ -14,6 +14,7 @@ from flexrun.engine import Engine
 from offload.tiers import Tier
 from policy_search import __main__ as command
 from policy_search.__main__ import main
+from policy_search.memory import memory_of
 from policy_search.policy import Policy
 
 SMALL = ["--max-rows", "64", "--micro-batch", "16", "--max-sequences", "8"]
@@ -78,6 +79,33 @@ def test_the_engine_allocates_what_was_planned(tiny_llama_dir, capsys, memory, d
             assert used[tier] == predicted
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("weights", ["device=100", "device=50,disk=50"])
+@pytest.mark.parametrize("kv_cache", ["disk=100", "device=20,host=30,disk=50", "host=50,disk=50"])
+def test_the_engine_allocates_what_is_predicted(tiny_llama_dir, weights, kv_cache, device):
+    """With KV pages on disk, too: what staging and pages that are not full take is foreseen."""
+    given = ["--weights", weights, "--kv-cache", kv_cache, "--disk-space", "4MiB"]
+    words = ["generate", "--input", "i", "--output", "o", "--device", device, *SMALL, *given]
+    parsed = build_parser("0").parse_args([*words, "--model", str(tiny_llama_dir)])
+    engine = Engine(engine_config(vars(parsed)), None)
+    runtime = engine._runtime
+    try:
+        limits, context = runtime._limits(), runtime.model.context_length
+        unified, account = runtime.backend.unified, runtime.backend.account
+        memory = memory_of(runtime.shape, runtime.policy, limits, context, unified=unified)
+        for tier in Tier:
+            parts = memory[tier]
+            lazy = parts.kv if tier in runtime.backend.lazy else 0
+            # Rows of an embedding table that may not be on the device are always counted.
+            rows = 64 * runtime.shape.hidden_size * 4 if tier is Tier.HOST else 0
+            unused = parts.capacity - parts.free - lazy - account.used[tier]
+            assert unused in (0, rows)
+        assert memory[Tier.DISK].kv > 0
+    finally:
+        engine.close()
+    assert account.used == dict.fromkeys(Tier, 0)
 
 
 def test_the_written_policy_can_be_read(tiny_llama_dir, capsys, tmp_path):

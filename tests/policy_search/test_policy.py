@@ -63,7 +63,6 @@ def test_missing_fields_have_their_defaults():
         ('{"max_rows": null}', "must be a whole number of at least 1, not None"),
         ('{"overlap": 1}', "overlap must be true or false"),
         ('{"weights": 100}', "policy field weights must be a split such as"),
-        ('{"kv_cache": "host=50,disk=50"}', "the KV cache cannot live on disk"),
     ],
 )
 def test_a_bad_policy_is_explained(text, words):

@@ -86,7 +86,8 @@ class Engine:
             raise RequestError(
                 "kv_cache_too_small",
                 f"{tokens} tokens of prompt and completion do not fit into the KV cache",
-                hint="lower max_tokens, or raise --device-memory or --host-memory",
+                hint="lower max_tokens, or raise --device-memory, --host-memory or "
+                "--disk-space (whichever the KV cache is on)",
             )
 
     def _most_tokens(self, request: Request) -> int:

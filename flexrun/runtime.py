@@ -122,6 +122,7 @@ class Runtime:
                 policy,
                 self.model.context_length,
                 unified=self.backend.unified,
+                kv_cache=changed.get("kv_cache"),
             )
         return with_depth(
             self.shape,

@@ -79,6 +79,8 @@ class CudaBackend(DeviceBackend):
         self._pinned = PinnedMemory()
         # Weights in, KV and embedding rows in, everything out: none waits behind another.
         self._weights_in, self._rows_in, self._out = (_CopyStream(device) for _ in range(3))
+        self._gathers: dict[int, _Copied] = {}
+        """By address of pinned staging for rows: the last copy out of it."""
         self._bounce = threading.local()
         self._bounce_buffers: list[torch.Tensor] = []
         self._epoch = _event()
@@ -123,10 +125,13 @@ class CudaBackend(DeviceBackend):
                 self.synchronize(event)
             move(source, target)
             return None
+        gathered: int | None = None
         if isinstance(source, TensorRows):
+            assert source.staging is not None
+            gathered = source.staging.data_ptr()
             # This thread gathers into pinned staging that an earlier copy may still be reading.
-            for event in after:
-                self.synchronize(event)
+            # For the rest, `after`, the stream waits: the thread is needed for other copies.
+            self.synchronize(self._gathers.get(gathered))
             source = self._gathered(source, target)
         else:
             source = self._through_pinned(source)
@@ -134,7 +139,10 @@ class CudaBackend(DeviceBackend):
         copies = incoming if link is Link.HOST_TO_DEVICE else self._out
         copies.make_room()
         with torch.cuda.device(self.device), torch.cuda.stream(copies.stream):
-            return self._issue(copies, source, target, after)
+            copied = self._issue(copies, source, target, after)
+        if gathered is not None:
+            self._gathers[gathered] = copied
+        return copied
 
     def _issue(
         self, copies: _CopyStream, source: Source, target: Target, after: Sequence[Any]
@@ -258,6 +266,7 @@ class CudaBackend(DeviceBackend):
         """Unpin host memory once its copies are over, and give device memory back to CUDA."""
         super().close()
         self._finish_copies()
+        self._gathers.clear()
         self._bounce_buffers.clear()
         self._pinned.close()
         torch.cuda.empty_cache()  # what torch keeps for itself is not free for the next engine

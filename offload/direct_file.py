@@ -45,7 +45,7 @@ class DirectFile:
     block: int = DISK_BLOCK
     """Callers round offsets and lengths to multiples of it."""
 
-    def __init__(self, path: Path, nbytes: int | None = None) -> None:
+    def __init__(self, path: Path, nbytes: int | None = None, *, nameless: bool = False) -> None:
         """Open the file to read it, or create it with `nbytes` reserved to write and read it."""
         self.path = path
         self._access = os.O_RDONLY if nbytes is None else os.O_RDWR
@@ -56,7 +56,7 @@ class DirectFile:
             if nbytes is None:
                 self._open_existing()
             else:
-                self._create(nbytes)
+                self._create(nbytes, nameless)
             status = os.fstat(self._any())
             if not stat.S_ISREG(status.st_mode):
                 raise OffloadStoreError(f"{path} is not a file", hint=_CHECK_DISK)
@@ -77,9 +77,13 @@ class DirectFile:
         return DirectFile(path)
 
     @staticmethod
-    def create(path: Path, nbytes: int) -> DirectFile:
-        """A new file of `nbytes`, all of them reserved: a full disk is an error now, not later."""
-        return DirectFile(path, nbytes)
+    def create(path: Path, nbytes: int, *, nameless: bool = False) -> DirectFile:
+        """A new file of `nbytes`, all of them reserved: a full disk is an error now, not later.
+
+        A `nameless` one is unlinked before it takes space: nothing is left of it when it is closed,
+        or when the process is killed.
+        """
+        return DirectFile(path, nbytes, nameless=nameless)
 
     def _open_existing(self) -> None:
         try:
@@ -89,12 +93,14 @@ class DirectFile:
         except OSError as error:
             raise file_error(error, f"opening {self.path}") from error
 
-    def _create(self, nbytes: int) -> None:
+    def _create(self, nbytes: int, nameless: bool) -> None:
         try:
             self._cached = os.open(self.path, self._access | os.O_CREAT | os.O_EXCL, 0o666)
         except OSError as error:
             raise file_error(error, f"creating {self.path}") from error
         try:
+            if nameless:
+                os.unlink(self.path)
             if nbytes:
                 # Where the file system cannot reserve, the C library writes a byte into every
                 # block, which O_DIRECT would refuse: hence the other descriptor.

@@ -62,11 +62,6 @@ class KVCache:
         """Pages in memory."""
         self._staged: dict[Tier, StagedPages] = {}
         """Those that attention does not read where they are."""
-        pools.on_change = self._charge_pages
-        for tier, pages in pools.capacity.items():
-            if pages and tier is not Tier.DISK:
-                self._layers[tier] = [self._pool(tier, pages, shape) for shape in shapes]
-        self._add_staged(staging_pages, directory)
         self._batches: list[list[KVGroup]] = []
         self._arriving: dict[tuple[int, int], list[Transfer]] = {}
         """By layer and micro-batch."""
@@ -75,6 +70,18 @@ class KVCache:
         self._last_store: dict[int, list[Transfer]] = {}
         self._earlier_store: dict[int, list[Transfer]] = {}
         """By layer, before this sweep: within one, no sequence reads what another one stores."""
+        pools.on_change = self._charge_pages
+        try:
+            self._add_pools()
+            self._add_staged(staging_pages, directory)
+        except BaseException:
+            self.close()
+            raise
+
+    def _add_pools(self) -> None:
+        for tier, pages in self._pools.capacity.items():
+            if pages and tier is not Tier.DISK:
+                self._layers[tier] = [self._pool(tier, pages, shape) for shape in self._shapes]
 
     def _add_staged(self, pages: int, directory: Path | None) -> None:
         tokens, capacity = self._pools.page_tokens, self._pools.capacity
@@ -211,11 +218,13 @@ class KVCache:
                 self._staged[group.tier].release(self._turn(layer, number))
         stored = self._new.pop((layer, number), [])
         if stored:
-            earlier = self._last_store.get(layer, [])
-            for transfer in earlier:
+            under_way = []
+            for transfer in self._last_store.get(layer, []):
                 if transfer.issued:
                     transfer.wait()  # raises what the copy raised
-            self._last_store[layer] = [*(t for t in earlier if not t.issued), *stored]
+                else:
+                    under_way.append(transfer)
+            self._last_store[layer] = [*under_way, *stored]
         return stored
 
     def close(self) -> None:

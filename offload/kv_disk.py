@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from pathlib import Path
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +12,12 @@ from offload.kv_staging import StagedPages
 from offload.links import FileExtent, Link, SomeRows, TensorRows
 from offload.paged_kv import PagedKV, page_elements
 from offload.pages import kv_file_layout
-from offload.tiers import Tier
+from offload.tiers import DISK_BLOCK, Tier
 from offload.transfer import URGENT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from offload.kv_layout import DiskPages, KVGroup, Run
     from offload.transfer import Transfer
@@ -28,7 +27,8 @@ class DiskKV(StagedPages):
     """One file for all layers, read ahead and appended in whole pages.
 
     The file has no name, so that nothing is left of it however the process ends. A sequence's pages
-    are neighbours as far as the pool allows it, and are read as one.
+    are neighbours as far as the pool allows it, and are read as one. Nothing in the file has to be
+    erased: a page is only read after all of it was written by its owner.
     """
 
     tier = Tier.DISK
@@ -36,7 +36,6 @@ class DiskKV(StagedPages):
     def __init__(self, directory: Path, pages: int, tails: int, *arguments: Any) -> None:
         """`pages` on disk, and the unfinished pages of up to `tails` sequences."""
         super().__init__(*arguments)
-        allocate = arguments[3]
         self._itemsize: int = self.stagings[0].device.element_size()
         sizes = [page_elements(shape, self._page_tokens) for shape in self._shapes]
         self._page_bytes = [elements * self._itemsize for elements in sizes]
@@ -44,7 +43,7 @@ class DiskKV(StagedPages):
         ram = Tier.DEVICE if unified else Tier.HOST
         self._tails = [
             PagedKV.of(
-                allocate(ram, tails * elements, "KV pages that are not full"),
+                self._allocate(ram, tails * elements, "KV pages that are not full"),
                 shape,
                 self._page_tokens,
             )
@@ -52,7 +51,9 @@ class DiskKV(StagedPages):
         ]
         what = "staging for KV pages"
         self._pinned_in, self._pinned_out = (
-            [] if unified else [allocate(Tier.HOST, self._elements, what) for _ in self.stagings]
+            []
+            if unified
+            else [self._allocate(Tier.HOST, self._elements, what) for _ in self.stagings]
             for _ in range(2)
         )
         self._kept: list[list[Transfer]] = [[] for _ in self.stagings]
@@ -60,10 +61,14 @@ class DiskKV(StagedPages):
         self._starts, self.nbytes = kv_file_layout(self._page_bytes, pages)
         self._backend.account.charge(Tier.DISK, self.nbytes, "the KV cache")
         try:
-            self._file = _nameless_file(directory, self.nbytes)
+            self._file: DirectFile | None = _nameless_file(directory, self.nbytes)
         except BaseException:
             self._backend.account.refund(Tier.DISK, self.nbytes)
             raise
+        if any(size % DISK_BLOCK for size in self._page_bytes):
+            # Pages share blocks: direct requests beside others through the cache could miss each
+            # other's bytes.
+            self._file.direct = False
 
     def fetch(
         self, layer: int, turn: int, group: KVGroup, after: Sequence[Transfer]
@@ -115,7 +120,7 @@ class DiskKV(StagedPages):
         pages, staging = _pages_of(group), self.stagings[turn]
         raw, tails = self.pool(layer, turn).raw, self._tails[layer].raw
         if self._backend.unified:
-            tails[pages.kept_tails] = raw[pages.kept_places]
+            SomeRows(tails, pages.kept_tails, pages.kept_places).scatter(raw)
             staging.leaving = self._write(layer, pages.written, staging.device, 0, after)
             return staging.leaving
         first, pinned = pages.num_full, self._pinned_out[turn]
@@ -156,12 +161,14 @@ class DiskKV(StagedPages):
 
     def _extent(self, layer: int, run: Run) -> FileExtent:
         size = self._page_bytes[layer]
+        assert self._file is not None
         return FileExtent(self._file, self._starts[layer] + run.page * size, run.count * size)
 
     def close(self) -> None:
         """Let go of all memory, and of the file."""
-        if self.stagings:
+        if self._file is not None:
             self._file.close()
+            self._file = None
             self._backend.account.refund(Tier.DISK, self.nbytes)
         super().close()
         for each in (self._tails, self._pinned_in, self._pinned_out, self._kept):
@@ -176,12 +183,6 @@ def _pages_of(group: KVGroup) -> DiskPages:
 def _nameless_file(directory: Path, nbytes: int) -> DirectFile:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        private = Path(tempfile.mkdtemp(prefix="kv-", dir=directory))
     except OSError as error:
-        raise file_error(error, f"creating a file in {directory}") from error
-    try:
-        file = DirectFile.create(private / "kv.bin", nbytes)
-        os.unlink(file.path)
-        return file
-    finally:
-        private.rmdir()
+        raise file_error(error, f"creating {directory}") from error
+    return DirectFile.create(directory / f"kv-{uuid.uuid4().hex}.bin", nbytes, nameless=True)

@@ -27,10 +27,10 @@ class HostPages(StagedPages):
     def __init__(self, pools: Sequence[PagedKV], *arguments: Any) -> None:
         super().__init__(*arguments)
         self._pools = list(pools)
-        allocate = arguments[3]
         what = "staging for KV pages"
         self._pinned_in, self._pinned_out = (
-            [allocate(Tier.HOST, self._elements, what) for _ in self.stagings] for _ in range(2)
+            [self._allocate(Tier.HOST, self._elements, what) for _ in self.stagings]
+            for _ in range(2)
         )
         self._kept: list[list[Transfer]] = [[] for _ in self.stagings]
         """The last copy through each `pinned_out`, which is free when its rows are scattered."""
@@ -78,7 +78,7 @@ class HostPages(StagedPages):
         return [stored]
 
     def erase(self, pages: Sequence[int]) -> None:
-        """In every layer."""
+        """Slots without a token are read, too, with weight zero."""
         super().erase(pages)
         for pool in self._pools:
             pool.raw[torch.tensor(pages)] = 0

@@ -72,11 +72,8 @@ class DiskPages:
     """Tails of the pages that are not full after this sweep, …"""
     kept_places: torch.Tensor
     """… and the places in staging of these pages."""
-
-    @property
-    def num_full(self) -> int:
-        """Pages that come from DISK; from this place on, staging changes in this sweep."""
-        return sum(run.count for run in self.read)
+    num_full: int
+    """Pages that come from DISK; from this place on, staging changes in this sweep."""
 
 
 @dataclass(slots=True)
@@ -211,15 +208,15 @@ def _disk_pages(
             kept.append((span.tail, table[complete]))
     tails = torch.tensor([s.tail for s in spans if s.start % page_tokens], dtype=torch.long)
     kept_tails, kept_places = torch.tensor(kept, dtype=torch.long).view(-1, 2).T
-    return DiskPages(_runs(read), tails, _runs(written), kept_tails, kept_places)
+    return DiskPages(_runs(read), tails, _runs(written), kept_tails, kept_places, len(read))
 
 
 def _runs(pairs: Sequence[tuple[int, int]]) -> list[Run]:
     """What can be read or written at once, of pairs (page, place)."""
     runs: list[Run] = []
     for page, place in sorted(pairs, key=lambda pair: pair[1]):
-        last = runs[-1] if runs else Run(-1, -1, 0)
-        if (page, place) == (last.page + last.count, last.place + last.count) and runs:
+        last = runs[-1] if runs else Run(-2, -2, 0)
+        if (page, place) == (last.page + last.count, last.place + last.count):
             runs[-1] = Run(last.page, last.place, last.count + 1)
         else:
             runs.append(Run(page, place, 1))

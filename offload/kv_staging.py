@@ -40,7 +40,8 @@ class Staging:
 class StagedPages(ABC):
     """The pages of one tier and how they come to the device and back.
 
-    `turn` names the staging, in turns; `after` what the layer's earlier pages are stored by.
+    `turn` is one of the `TURNS` stagings; `after` are the transfers that store this layer's rows of
+    earlier sweeps.
     """
 
     tier: Tier
@@ -55,6 +56,7 @@ class StagedPages(ABC):
         transfers: TransferEngine,
     ) -> None:
         """`pages` fit into one staging; `allocate(tier, elements, what)` gives memory."""
+        self._allocate = allocate
         self._shapes = shapes
         self._page_tokens = page_tokens
         self._backend = backend
@@ -101,7 +103,10 @@ class StagedPages(ABC):
         self.stagings[turn].free = self._backend.record()
 
     def erase(self, pages: Sequence[int]) -> None:
-        """Zero `pages` and all staging: values in them may not be numbers."""
+        """Let no value in `pages`, which may be no numbers, be read by others: zero all staging.
+
+        A tier whose pages are read before all of a page was written zeroes them as well.
+        """
         for turn, staging in enumerate(self.stagings):
             for transfer in staging.leaving:
                 transfer.wait()

@@ -46,6 +46,7 @@ class PagePools:
         # Popped from the end, so low page numbers are used first and reused soonest.
         self._free = {tier: list(range(n))[::-1] for tier, n in self.capacity.items() if n}
         self._free_tails = list(range(self.tails))[::-1]
+        assert self.tails or not self.capacity.get(Tier.DISK), "pages on DISK need tails"
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` positions."""

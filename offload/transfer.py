@@ -114,3 +114,5 @@ class Part:
     """The staging buffer that is the source, given back when the copy is over."""
     relayed: bool = field(default=False, compare=False)
     """Goes on from a staging buffer to the device."""
+    urgent: bool = field(default=False, compare=False)
+    """Compute waits for it: on the device it must not follow copies with later deadlines."""

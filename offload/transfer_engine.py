@@ -136,6 +136,7 @@ class TransferEngine:
         parts[0].padding = padding
         for part in parts:
             part.relayed = relayed
+            part.urgent = priority == URGENT
         with self._all_done:
             self._under_way += 1
         transfer.when_issued(self._one_done)
@@ -194,13 +195,15 @@ class TransferEngine:
             part.transfer,
             padding=part.padding,
             staged=buffer,
+            urgent=part.urgent,
         )
         self._lanes[Link.HOST_TO_DEVICE].put([onward])
 
     def _copy(self, part: Part) -> Any:
         start = time.perf_counter()
-        urgent = part.priority == URGENT and part.staged is None
-        event = self._backend.copy(part.link, part.source, part.target, part.after, urgent=urgent)
+        event = self._backend.copy(
+            part.link, part.source, part.target, part.after, urgent=part.urgent
+        )
         nbytes, link = part.source.nbytes, str(part.link)
         if event is None:
             self.timeline.add(link, part.kind, start, time.perf_counter(), nbytes)

@@ -36,24 +36,28 @@ def automatic_policy(
     context_length: int,
     *,
     unified: bool,
+    kv_cache: Split | None = None,
 ) -> Policy:
     """`base` with weights and KV cache placed under `limits` (bytes per tier).
 
     Everything stays on DEVICE if the weights leave enough of it for KV. Otherwise weights fill
     DEVICE, then HOST, then DISK, beside a KV cache on DEVICE; one that is too small there for a
     single sequence of `context_length` goes to HOST, if that has more room. `unified` says that
-    HOST is the memory of the device: then only DEVICE and DISK are used. The plan is held against
-    `memory_of`, which knows the engine's allocations. Raises `CapacityError` if nothing fits.
+    HOST is the memory of the device: then only DEVICE and DISK are used. Where `kv_cache` is given,
+    only weights are placed. The plan is held against `memory_of`, which knows the engine's
+    allocations. Raises `CapacityError` if nothing fits.
     """
     if base.prefetch_depth is None:
         try:
             policy = replace(base, prefetch_depth=DEFAULT_DEPTH)
-            return automatic_policy(shape, limits, policy, context_length, unified=unified)
+            return automatic_policy(
+                shape, limits, policy, context_length, unified=unified, kv_cache=kv_cache
+            )
         except CapacityError:
             base = replace(base, prefetch_depth=SMALLEST_DEPTH)
-    planner = _Planner(shape, limits, base, context_length, unified)
+    planner = _Planner(shape, limits, base, context_length, unified, kv_cache)
     room = planner.room[Tier.DEVICE]
-    everything = replace(base, weights=Split(device=100), kv_cache=Split(device=100))
+    everything = replace(base, weights=Split(device=100), kv_cache=kv_cache or Split(device=100))
     enough = min(planner.wanted, ENOUGH_KV * (limits[Tier.DEVICE] - workspace(shape, base)))
     if planner.fits(everything, enough) is None:
         return everything
@@ -107,6 +111,7 @@ class _Planner:
     base: Policy
     context_length: int
     unified: bool
+    given_kv: Split | None = None
 
     @property
     def room(self) -> dict[Tier, int]:
@@ -118,7 +123,8 @@ class _Planner:
         fixed = workspace(self.shape, self.base) + ring + self.shape.resident_bytes
         rows = self.base.max_rows * self.shape.hidden_size * self.shape.value_bytes
         host = 0 if self.unified else max(0, self.limits[Tier.HOST] - rows)
-        return {Tier.DEVICE: self.limits[Tier.DEVICE] - fixed, Tier.HOST: host}
+        disk = self.limits[Tier.DISK]
+        return {Tier.DEVICE: self.limits[Tier.DEVICE] - fixed, Tier.HOST: host, Tier.DISK: disk}
 
     @property
     def one_sequence(self) -> int:
@@ -161,6 +167,8 @@ class _Planner:
         return [first, *(share for share in (ENOUGH_KV, 0.03, 0.0) if share < first)]
 
     def _kv_tiers(self) -> list[Tier]:
+        if self.given_kv is not None:
+            return [max(Tier, key=self.given_kv.fraction)]
         if self.unified or not self.room[Tier.HOST]:
             return [Tier.DEVICE]
         small = self.one_sequence > self.room[Tier.DEVICE] * KV_SHARE
@@ -173,14 +181,14 @@ class _Planner:
         kv = min(self.wanted, room[kv_tier] * share)
         one_page = self.base.page_tokens * self.shape.kv_token_bytes
         room[kv_tier] -= max(kv, one_page / LAZY_FILL + 1)
-        if kv_tier is Tier.HOST:
+        if kv_tier is not Tier.DEVICE:
             staged = self._staged(share)
             room[Tier.DEVICE] -= 2 * staged  # the engine's staging takes half of what it finds
             room[Tier.HOST] -= 2 * staged
         policy = replace(
             self.base,
             weights=self._weights(room),
-            kv_cache=Split(host=100) if kv_tier is Tier.HOST else Split(device=100),
+            kv_cache=self.given_kv or Split(**{kv_tier.value: 100}),
         )
         return policy, kv / 2
 

@@ -31,7 +31,7 @@ IN_MOTION = 4
 """Micro-batches whose activations are on DEVICE although they live on HOST: the one that computes,
 the next one, and those on their way out."""
 LAZY_FILL = 0.9
-"""Share of the room on a lazy tier that KV pages may take."""
+"""Share of the room on DISK or a lazy tier that KV pages may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +143,8 @@ def kv_room(
 
     Pages on DISK, or on a HOST that is not the device's memory, pass through two buffers on the
     device, each with two on HOST. The buffers take at most half of what is free on the device.
-    Pages on `lazy` tiers, whose memory is taken when it is first written, leave a part of it to
-    other programs.
+    Pages on DISK, or on `lazy` tiers, whose memory is taken when it is first written, leave a part
+    of the room to others.
     """
     room = dict(free)
     room[Tier.HOST] -= _embedding_rows(shape, policy, unified)
@@ -156,7 +156,8 @@ def kv_room(
         staging = max(1, min(whole_sequence, most))
         for tier, nbytes in _kv_working(shape, policy, staging, unified).items():
             room[tier] -= nbytes
-    for tier in lazy:
+    # The file of pages on DISK is reserved whole; results are written to that disk, too.
+    for tier in (*lazy, Tier.DISK):
         room[tier] = int(room[tier] * LAZY_FILL)
     return {tier: max(0, nbytes) for tier, nbytes in room.items()}, staging
 

@@ -213,12 +213,21 @@ def test_an_error_while_preparing_leaves_nothing(
     traces.assert_gone(FOLDER, LOCK)
 
 
+KV_ON_DISK = {"kv_cache": "device=20,disk=80"}
+
+
 @both_devices
-def test_close_leaves_nothing(tiny_llama_dir, traces, device):
-    """After close the engine's threads, descriptors and files are gone, and so is the engine."""
-    llm = LLM(tiny_llama_dir, **settings(device, traces.directory))
+@pytest.mark.parametrize("more", [{}, KV_ON_DISK], ids=["kv-in-memory", "kv-on-disk"])
+def test_close_leaves_nothing(tiny_llama_dir, traces, device, more):
+    """After close the engine's threads, descriptors and files are gone, and so is the engine.
+
+    KV pages on disk have no file of a name, so a job that is killed leaves none either.
+    """
+    llm = LLM(tiny_llama_dir, **settings(device, traces.directory) | more)
     engine = weakref.ref(engine_of(llm))
     generate(llm, PROMPTS, 4)
+    assert traces.files() == []
+    assert any("kv-" in path for path in traces.opened()) == bool(more)
     llm.close()
     llm.close()
     traces.assert_gone()
@@ -243,6 +252,24 @@ def test_an_error_in_a_sweep_leaves_nothing(
             use_tqdm=False,
         )
     traces.assert_gone(*(store_files(traces.directory) if prepared else ()))
+
+
+@both_devices
+@pytest.mark.parametrize("write", [1, 9])
+def test_kv_pages_that_are_not_written_end_the_run(
+    tiny_llama_dir, traces, monkeypatch, device, write
+):
+    """A disk that does not take a page of the KV cache ends the run, and all is given back."""
+    more = {"weights": "device=100", "kv_cache": "disk=100"}
+    llm = LLM(tiny_llama_dir, **settings(device, traces.directory) | more)
+    fail_at(monkeypatch, "write", write)
+    with pytest.raises(OffloadStoreError, match="the disk is gone"):
+        llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+            SamplingParams(temperature=0, max_tokens=30),
+            use_tqdm=False,
+        )
+    traces.assert_gone()
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:

@@ -97,11 +97,11 @@ class FakeParts:
 
     def fetch(self, layer: int, number: int) -> Any:
         self.notes.events.append((Action.FETCH_KV, layer, number))
-        return FakeTransfer(self.notes, ("kv in", layer, number)) if number else None
+        return [FakeTransfer(self.notes, ("kv in", layer, number))] if number else []
 
     def store(self, layer: int, number: int) -> Any:
         self.notes.events.append((Action.STORE_KV, layer, number))
-        return FakeTransfer(self.notes, ("kv out", layer, number))
+        return [FakeTransfer(self.notes, ("kv out", layer, number))]
 
     def append(self, layer: int, number: int, key: Any, value: Any) -> None:
         self.notes.events.append(("append", layer, number))
@@ -114,7 +114,7 @@ class FakeParts:
 
     def arriving(self, layer: int, number: int) -> Any:
         """Only the second micro-batch's pages are still on their way when it attends."""
-        return FakeTransfer(self.notes, ("kv in", layer, number)) if number == 1 else None
+        return [FakeTransfer(self.notes, ("kv in", layer, number))] if number == 1 else []
 
 
 class FakeActivations:

@@ -159,6 +159,24 @@ def test_a_created_file_is_reserved_written_and_read(tmp_path, content, monkeypa
     file.close()
 
 
+def test_a_nameless_file_has_no_name_when_it_takes_space(tmp_path, content, monkeypatch):
+    """It is gone from its directory before anything is reserved, and works all the same."""
+    reserve = os.posix_fallocate
+
+    def checked(descriptor: int, offset: int, nbytes: int) -> None:
+        assert not list(tmp_path.iterdir())
+        reserve(descriptor, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", checked)
+    file = DirectFile.create(tmp_path / "new", SIZE, nameless=True)
+    file.write(0, content)
+    target = torch.zeros(SIZE, dtype=torch.uint8)
+    file.read(0, target)
+    assert torch.equal(target, content)
+    file.close()
+    assert not list(tmp_path.iterdir())
+
+
 def test_threads_share_a_file(tmp_path):
     """Many threads read and write different places of one file at the same time."""
     content = random_bytes(64 * BLOCK)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import torch
@@ -57,15 +60,20 @@ class Rig:
             buffers = [map_memory(DISK_BLOCK) for _ in range(3)]
             self.transfers.use_staging(StagingBuffers(buffers, self.backend))
         self.directory = TemporaryDirectory()
-        self.cache = KVCache(
-            SHAPES,
-            torch.float32,
-            self.pools,
-            self.backend,
-            self.transfers,
-            STAGING,
-            directory=Path(self.directory.name),
-        )
+        try:
+            self.cache = KVCache(
+                SHAPES,
+                torch.float32,
+                self.pools,
+                self.backend,
+                self.transfers,
+                STAGING,
+                directory=Path(self.directory.name),
+            )
+        except BaseException:
+            self.transfers.close()
+            self.directory.cleanup()
+            raise
         self.lengths: Counter[int] = Counter()
         self.truth: dict[tuple[int, int], torch.Tensor] = {}
         self.draw = random.Random(seed)
@@ -350,4 +358,67 @@ def test_an_erased_sequence_leaves_zeros(name, tier):
         home = rig.cache._layers[tier][layer].raw
         assert not home[rig.pools.tables[0].pages].any()
         assert home[rig.pools.tables[1].pages].any(1).all()
+    rig.close()
+
+
+@pytest.mark.parametrize("name", ["cpu", "emulated"])
+def test_no_room_for_the_file_is_an_error_that_leaves_nothing(name, monkeypatch):
+    """If the pages on disk cannot be reserved, that is said, and all memory is given back."""
+    accounts = []
+
+    def full(descriptor: int, offset: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    real = MemoryAccount.charge
+
+    def noted(account: MemoryAccount, *arguments: Any) -> None:
+        accounts.append(account)
+        real(account, *arguments)
+
+    monkeypatch.setattr(MemoryAccount, "charge", noted)
+    with pytest.raises(OffloadStoreError, match="reserving") as caught:
+        Rig(name, {Tier.HOST: 3, Tier.DISK: 3}, page_tokens=4)
+    assert "--offload-dir" in str(caught.value)
+    assert accounts
+    assert set(accounts[0].used.values()) == {0}
+
+
+@pytest.mark.parametrize("broken", [Link.HOST_TO_DISK, Link.DISK_TO_HOST])
+def test_a_broken_disk_is_not_silent(broken, monkeypatch):
+    """A page that was not written, or cannot be read, is an error when it is needed next."""
+    rig = Rig("emulated", {Tier.DISK: 9}, page_tokens=4)
+    assert rig.pools.allocate(0, 20)
+    rig.sweep([[RowSpan(0, 0, 9, True)]])
+    rig.transfers.drain()
+    copy = EmulatedBackend.copy
+
+    def failing(self, link, *arguments, **options):
+        if link is broken:
+            raise OffloadStoreError("the disk is broken")
+        return copy(self, link, *arguments, **options)
+
+    monkeypatch.setattr(EmulatedBackend, "copy", failing)
+
+    def go_on() -> None:
+        for start in range(9, 18):
+            rig.sweep([[RowSpan(0, start, 1, True)]])
+
+    with pytest.raises(OffloadStoreError, match="the disk is broken"):
+        go_on()
+    rig.close()
+
+
+def test_neighbouring_pages_are_read_at_once():
+    """A sequence that got neighbouring pages costs one request a layer, however long it is."""
+    rig = Rig("cpu", {Tier.DISK: 40}, page_tokens=4)
+    for sequence in range(2):
+        assert rig.pools.allocate(sequence, 33)
+    rig.sweep([[RowSpan(0, 0, 32, True)], [RowSpan(1, 0, 30, True)]])
+    rig.transfers.drain()
+    rig.cache.begin([[RowSpan(0, 32, 1, True)], [RowSpan(1, 30, 1, True)]])
+    for number, full in ((0, 8), (1, 7)):
+        (group,) = rig.cache._batches[number]
+        assert group.on_disk is not None
+        assert [run.count for run in group.on_disk.read] == [full]
     rig.close()

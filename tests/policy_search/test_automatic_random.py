@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import replace
 
@@ -86,6 +87,34 @@ def test_a_plan_fits_every_limit_or_is_refused(seed):
     if unified:
         assert policy.weights.host == policy.kv_cache.host == 0
     assert Policy.from_json(policy.to_json()) == policy
+
+
+@pytest.mark.parametrize("split", ["disk=100", "device=20,host=30,disk=50", "host=100"])
+@pytest.mark.parametrize("seed", range(0, 300, 3))
+def test_a_given_kv_cache_is_planned_around(seed, split):
+    """Where the KV cache goes is kept, and weights leave room for all that it takes."""
+    shape, limits, base, context, unified = draw_case(seed)
+    kv_cache = Split.parse(split)
+    try:
+        policy = automatic_policy(shape, limits, base, context, unified=unified, kv_cache=kv_cache)
+    except CapacityError:
+        return
+    assert policy.kv_cache == kv_cache
+    memory = memory_of(shape, policy, limits, context, unified=unified)
+    assert all(used.free >= 0 for used in memory.values())
+    assert all(used.kv > 0 for tier, used in memory.items() if kv_cache.fraction(tier))
+
+
+def test_machines_with_kv_on_disk_get_a_plan():
+    """A third of these tight machines has room for it: the test above is not empty."""
+    plans = 0
+    for seed in range(100):
+        shape, limits, base, context, unified = draw_case(seed)
+        with contextlib.suppress(CapacityError):
+            arguments = (shape, limits, base, context)
+            automatic_policy(*arguments, unified=unified, kv_cache=Split(disk=100))
+            plans += 1
+    assert plans > 25
 
 
 def test_most_random_machines_get_a_plan():

@@ -54,6 +54,8 @@ class ActivationStore:
         self._parked: dict[int, _Parked] = {}
         self._last_out: dict[int, Transfer] = {}
         """By micro-batch: what wrote its place on HOST last."""
+        self._earlier_out: list[Transfer] = []
+        """The same of the last sweep that had any: its places may overlap those of this one."""
         self._room: torch.Tensor | None = None
         if self._share:
             what = "activations of waiting micro-batches"
@@ -91,7 +93,7 @@ class ActivationStore:
             hidden.detach().view(-1).view(torch.uint8),
             home,
             kind="activations",
-            after=[self._backend.record(), self._last_out.get(number)],
+            after=[self._backend.record(), self._last_out.get(number), *self._earlier_out],
             priority=URGENT,
         )
         self._last_out[number] = out
@@ -145,6 +147,10 @@ class ActivationStore:
 
     def end(self) -> None:
         """The sweep is over or was broken off."""
+        # Hidden states that were wanted back before they had left may still be leaving. Each copy
+        # of this sweep follows all of the one before: to wait for these is to wait for those, too.
+        if self._last_out:
+            self._earlier_out = list(self._last_out.values())
         self._parked.clear()
         self._last_out.clear()
 

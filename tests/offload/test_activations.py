@@ -14,6 +14,7 @@ from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.links import Link
 from offload.tiers import MemoryAccount, Split, Tier
 from offload.transfer_engine import TransferEngine
+from tests.late_copies import GatedBackend
 
 ROW = 12 * 4
 
@@ -103,4 +104,27 @@ def test_what_cannot_or_need_not_leave_stays(case):
     assert rig.store.fetch(0) is None
     rig.store.arrive(0)
     assert rig.moved(rig.backend.links[0]) == 0
+    rig.close()
+
+
+def test_what_left_late_spoils_no_later_sweep():
+    """A copy that nobody waited for, still on its way in the next sweep, keeps the order there."""
+    backend = GatedBackend(Link.DEVICE_TO_HOST, held=0)
+    rig = Rig("host=100", 20, backend)
+    rig.store.begin([10, 10])
+    rig.store.store(0, torch.zeros(10, 12))
+    rig.store.fetch(0)  # it is still there
+    rig.store.end()
+    rig.store.begin([5, 15])  # now the second micro-batch's place overlaps that of the first
+    hidden, value = (torch.ones(15, 12) for _ in range(2))
+    out = rig.store.store(1, hidden)
+    assert out is not None
+    assert not out._issued.wait(0.2)
+    backend.gate.set()
+    rig.engine.drain()
+    rig.store.fetch(1)
+    rig.store.arrive(1)
+    assert rig.moved(Link.HOST_TO_DEVICE) == 15 * ROW
+    assert torch.equal(hidden, value)
+    rig.store.end()
     rig.close()

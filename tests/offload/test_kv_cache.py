@@ -16,6 +16,7 @@ import torch
 
 from flexrun.plan import RowSpan
 from flexrun.zigzag import Action, zigzag
+from offload.backend import DeviceBackend
 from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.errors import OffloadStoreError
@@ -28,6 +29,7 @@ from offload.ram import map_memory
 from offload.staging import StagingBuffers
 from offload.tiers import DISK_BLOCK, MemoryAccount, Tier
 from offload.transfer_engine import TransferEngine
+from tests.late_copies import GatedBackend, make_copies_late
 
 
 @dataclass
@@ -46,9 +48,16 @@ TAILS = 40
 class Rig:
     """A KV cache, and a dictionary of all that was ever appended to it."""
 
-    def __init__(self, name: str, pages: dict[Tier, int], page_tokens: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        pages: dict[Tier, int],
+        page_tokens: int,
+        seed: int = 0,
+        backend: DeviceBackend | None = None,
+    ) -> None:
         account = MemoryAccount()
-        self.backend = (
+        self.backend = backend or (
             CpuBackend(account) if name == "cpu" else EmulatedBackend(account, EmulatedMachine())
         )
         self.staged = [t for t in (Tier.HOST, Tier.DISK) if pages.get(t)]
@@ -191,27 +200,45 @@ def random_batches(rig: Rig) -> list[list[RowSpan]]:
     return [batch for batch in batches if batch]
 
 
+def random_sweeps(rig: Rig, count: int) -> None:
+    """Sequences come, grow and leave, and take each other's pages."""
+    number = sweeps = 0
+    while sweeps < count:
+        for sequence in list(rig.pools.tables):
+            if rig.draw.random() < 0.1:
+                rig.pools.release(sequence)  # its pages are reused by the next one
+        while rig.pools.allocate(number, rig.draw.randint(1, 8 * rig.pools.page_tokens)):
+            number += 1
+        if batches := random_batches(rig):
+            rig.sweep(batches)
+            sweeps += 1
+
+
 @every_capacity
 @pytest.mark.parametrize("page_tokens", [1, 4, 5])
 @pytest.mark.parametrize("seed", range(4))
 def test_attention_reads_what_was_appended(name, pages, page_tokens, seed):
     """In thirty random sweeps all reads are exact; only host pages that have content move."""
     rig = Rig(name, pages, page_tokens, seed)
-    number = sweeps = 0
-    while sweeps < 30:
-        for sequence in list(rig.pools.tables):
-            if rig.draw.random() < 0.1:
-                rig.pools.release(sequence)  # its pages are reused by the next one
-        while rig.pools.allocate(number, rig.draw.randint(1, 8 * page_tokens)):
-            number += 1
-        if batches := random_batches(rig):
-            rig.sweep(batches)
-            sweeps += 1
+    random_sweeps(rig, 30)
     rig.close()
     moved = {link: counters.total_bytes for link, counters in rig.transfers.counters.items()}
     assert {link: n for link, n in moved.items() if n} == rig.expected
     assert bool(rig.expected) == bool(rig.staged)
     assert set(rig.backend.account.used.values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "pages"),
+    [(name, pages) for name, pages in CAPACITIES if name == "emulated" or Tier.DISK in pages],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_late_copies_change_nothing(name, pages, seed, monkeypatch):
+    """Rows of sweeps long past that are still on their way spoil no page, whoever has it now."""
+    make_copies_late(monkeypatch, seed)
+    rig = Rig(name, pages, page_tokens=4, seed=seed)
+    random_sweeps(rig, 15)
+    rig.close()
 
 
 @every_capacity
@@ -292,6 +319,25 @@ def test_rows_on_their_way_to_host_keep_apart(micro_batches):
         rig.pools.allocate(sequence, 20)
     for start, length in ((0, 9), (9, 1), (10, 1), (11, 3)):
         rig.sweep([[RowSpan(sequence, start, length, True)] for sequence in sequences])
+    rig.close()
+
+
+def test_a_page_keeps_the_rows_of_its_last_owner():
+    """Rows that are stored late do not spoil a page that another sequence has got meanwhile."""
+    backend = GatedBackend(Link.DEVICE_TO_HOST, held=1)
+    rig = Rig("emulated", {Tier.HOST: 9}, page_tokens=4, backend=backend)
+    assert rig.pools.allocate(0, 6)
+    pages = set(rig.pools.tables[0].pages)
+    rig.sweep([[RowSpan(0, 0, 6, True)]])  # of layer 1, through the second staging, nothing leaves
+    rig.pools.release(0)
+    for sequence in (1, 2):
+        assert rig.pools.allocate(sequence, 8)
+    assert pages == set(rig.pools.tables[1].pages)
+    # Nothing is fetched in this sweep, which would wait; layer 1 now leaves by the first staging.
+    rig.sweep([[RowSpan(1, 0, 6, True)], [RowSpan(2, 0, 6, True)]])
+    assert not any(store._issued.wait(0.1) for store in rig.cache._last_store[1])
+    backend.gate.set()
+    rig.sweep([[RowSpan(1, 6, 1, True)], [RowSpan(2, 6, 1, True)]])
     rig.close()
 
 

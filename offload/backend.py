@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offload.links import FileExtent, FileRows, Link, PageSlots, SomeRows, TensorRows
+from offload.links import FileExtent, FileRows, Link, ScatteredRows, TensorRows
 from offload.ram import map_memory
 from offload.tiers import REQUEST_BYTES, MemoryAccount, Tier
 
@@ -21,7 +21,7 @@ SWITCH_SECONDS = 2e-5
 """How long one thread may keep the interpreter from others. With Python's 5 ms, the thread that
 computes waits after most operations for one that feeds a link, and the other way round."""
 Source = torch.Tensor | FileExtent | FileRows | TensorRows
-Target = torch.Tensor | FileExtent | PageSlots | SomeRows
+Target = torch.Tensor | FileExtent | ScatteredRows
 
 
 class DeviceBackend(ABC):
@@ -147,7 +147,7 @@ def move(source: Source, target: Target) -> None:
     if isinstance(target, FileExtent):
         assert isinstance(source, torch.Tensor)
         target.file.write(target.offset, source)
-    elif isinstance(target, PageSlots | SomeRows):
+    elif isinstance(target, ScatteredRows):
         assert isinstance(source, torch.Tensor)
         target.scatter(source)
     elif isinstance(source, TensorRows):

@@ -12,7 +12,7 @@ import torch
 
 from offload.backend import DeviceBackend, Source, Target, copy_bytes, move
 from offload.errors import CapacityError
-from offload.links import FileExtent, Link, PageSlots, SomeRows, TensorRows
+from offload.links import FileExtent, Link, ScatteredRows, TensorRows
 from offload.pinned import PinnedMemory
 from offload.tiers import BUDGET_FLAG, REQUEST_BYTES, MemoryAccount, Tier, format_size
 
@@ -158,7 +158,7 @@ class CudaBackend(DeviceBackend):
                 tensor.record_stream(stream)  # keeps the allocator from reusing it too early
         begin, end = (_event() for _ in range(2))
         begin.record(stream)
-        if isinstance(target, PageSlots | SomeRows):
+        if isinstance(target, ScatteredRows):
             assert target.staging is not None
             staging = target.staging[: source.numel()].view(source.shape)
             staging.copy_(source, non_blocking=True)

@@ -15,7 +15,7 @@ import torch
 
 from offload.backend import DeviceBackend, Source, Target, move
 from offload.errors import SplitError
-from offload.links import Link, PageSlots, SomeRows, TensorRows
+from offload.links import Link, ScatteredRows, TensorRows
 from offload.ram import map_memory
 from offload.tiers import DISK_BLOCK, REQUEST_BYTES, MemoryAccount, Tier, padded, parse_size
 
@@ -98,7 +98,7 @@ class EmulatedBackend(DeviceBackend):
             staged = source.staging.view(-1)[: target.numel()].view(target.shape)
             source.gather(staged)
             source = staged
-        if isinstance(target, PageSlots | SomeRows) and target.staging is not None:
+        if isinstance(target, ScatteredRows) and target.staging is not None:
             # By way of the pinned staging, as on a GPU: who reuses it too early is found out here.
             assert isinstance(source, torch.Tensor)
             staged = target.staging[: source.numel()].view(source.shape)
@@ -106,8 +106,9 @@ class EmulatedBackend(DeviceBackend):
             source = staged
         else:
             move(source, target)
-        time.sleep(max(0.0, arrival - time.monotonic()))
-        if isinstance(target, PageSlots | SomeRows):
+        if (left := arrival - time.monotonic()) > 0:
+            time.sleep(left)
+        if isinstance(target, ScatteredRows):
             move(source, target)
         return None
 

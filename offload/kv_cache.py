@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from offload.kv_disk import DiskKV
+from offload.kv_disk import DiskPages
 from offload.kv_host import HostPages
 from offload.kv_layout import KVGroup, SpanPages, build_group
-from offload.kv_staging import TURNS, StagedPages
+from offload.kv_staging import TURNS, StagedPages, Visit
 from offload.paged_kv import PagedKV, page_elements
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from offload.backend import DeviceBackend
@@ -91,7 +91,7 @@ class KVCache:
         if on_disk := capacity.get(Tier.DISK):
             assert directory is not None
             tails = self._pools.tails
-            self._staged[Tier.DISK] = DiskKV(directory, on_disk, tails, *common)
+            self._staged[Tier.DISK] = DiskPages(directory, on_disk, tails, *common)
 
     def _allocate(self, tier: Tier, elements: int, what: str) -> torch.Tensor:
         home = self._backend.allocate(tier, elements * self._dtype.itemsize, what)
@@ -164,15 +164,16 @@ class KVCache:
     def _turn(self, layer: int, number: int) -> int:
         return (layer * len(self._batches) + number) % TURNS
 
+    def _visits(self, layer: int, number: int) -> Iterator[tuple[StagedPages, Visit]]:
+        turn, after = self._turn(layer, number), self._earlier_store.get(layer, ())
+        for group in self._batches[number]:
+            if group.staged:
+                yield self._staged[group.tier], Visit(layer, turn, group, after)
+
     def fetch(self, layer: int, number: int) -> list[Transfer]:
         """Send the pages of a micro-batch's layer that have to move to the device's staging."""
-        turn, earlier = self._turn(layer, number), self._earlier_store.get(layer, ())
-        transfers = [
-            transfer
-            for group in self._batches[number]
-            if group.staged
-            for transfer in self._staged[group.tier].fetch(layer, turn, group, earlier)
-        ]
+        visits = self._visits(layer, number)
+        transfers = [each for staged, visit in visits for each in staged.fetch(visit)]
         self._arriving[layer, number] = transfers
         return transfers
 
@@ -184,18 +185,19 @@ class KVCache:
         """Write new `key` [kv_heads, rows, key_dim] and `value` into the pages attention reads."""
         for transfer in self.arriving(layer, number):
             transfer.wait()
-        turn, earlier = self._turn(layer, number), self._earlier_store.get(layer, ())
+        key, value = key.transpose(0, 1), value.transpose(0, 1)  # [rows, kv_heads, dim]
+        visits = dict(self._visits(layer, number))
         for group, pool in self.view(layer, number):
-            if group.staged:
-                self._staged[group.tier].arrive(layer, turn, group)
-            # [rows, kv_heads, dim]; a group of all rows needs no gather
-            keys, values = key.transpose(0, 1), value.transpose(0, 1)
-            if len(group.rows) != keys.shape[0]:
-                keys, values = keys[group.rows], values[group.rows]
-            pool.store(group.pages, group.offsets, keys, values, group.slots)
-            if group.staged:
-                kept = self._staged[group.tier].keep(layer, turn, group, keys, values, earlier)
-                self._new[layer, number] += kept
+            staged = self._staged.get(group.tier)
+            if staged is not None:
+                staged.arrive(visits[staged])
+            # A group of all rows needs no gather.
+            whole = group.rows.shape[0] == key.shape[0]
+            new = (key, value) if whole else (key[group.rows], value[group.rows])
+            packed = pool.pack(*new)
+            pool.store(group.slots, packed)
+            if staged is not None:
+                self._new[layer, number] += staged.keep(visits[staged], packed)
 
     def view(self, layer: int, number: int) -> list[tuple[KVGroup, PagedKV]]:
         """The rows of a micro-batch by pool, with the pool of `layer`."""

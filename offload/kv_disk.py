@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload.direct_file import DirectFile, file_error
-from offload.kv_staging import StagedPages
-from offload.links import FileExtent, Link, SomeRows, TensorRows
+from offload.kv_staging import StagedPages, Visit
+from offload.links import FileExtent, SomeRows
 from offload.paged_kv import PagedKV, page_elements
 from offload.pages import kv_file_layout
 from offload.tiers import DISK_BLOCK, Tier
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from offload.kv_layout import DiskPages, KVGroup, Run
+    from offload.kv_layout import DiskMoves, KVGroup, Run
     from offload.transfer import Transfer
 
 
-class DiskKV(StagedPages):
+class DiskPages(StagedPages):
     """One file for all layers, read ahead and appended in whole pages.
 
     The file has no name, so that nothing is left of it however the process ends. A sequence's pages
@@ -36,11 +36,10 @@ class DiskKV(StagedPages):
     def __init__(self, directory: Path, pages: int, tails: int, *arguments: Any) -> None:
         """`pages` on disk, and the unfinished pages of up to `tails` sequences."""
         super().__init__(*arguments)
-        self._itemsize: int = self.stagings[0].device.element_size()
         sizes = [page_elements(shape, self._page_tokens) for shape in self._shapes]
-        self._page_bytes = [elements * self._itemsize for elements in sizes]
-        unified = self._backend.unified
-        ram = Tier.DEVICE if unified else Tier.HOST
+        itemsize = self.stagings[0].device.element_size()
+        self._page_bytes = [elements * itemsize for elements in sizes]
+        ram = Tier.DEVICE if self._backend.unified else Tier.HOST
         self._tails = [
             PagedKV.of(
                 self._allocate(ram, tails * elements, "KV pages that are not full"),
@@ -49,15 +48,6 @@ class DiskKV(StagedPages):
             )
             for elements, shape in zip(sizes, self._shapes)
         ]
-        what = "staging for KV pages"
-        self._pinned_in, self._pinned_out = (
-            []
-            if unified
-            else [self._allocate(Tier.HOST, self._elements, what) for _ in self.stagings]
-            for _ in range(2)
-        )
-        self._kept: list[list[Transfer]] = [[] for _ in self.stagings]
-        """What still reads or fills each `pinned_out`."""
         self._starts, self.nbytes = kv_file_layout(self._page_bytes, pages)
         self._backend.account.charge(Tier.DISK, self.nbytes, "the KV cache")
         try:
@@ -70,89 +60,61 @@ class DiskKV(StagedPages):
             # other's bytes.
             self._file.direct = False
 
-    def fetch(
-        self, layer: int, turn: int, group: KVGroup, after: Sequence[Transfer]
-    ) -> list[Transfer]:
+    def fetch(self, visit: Visit) -> list[Transfer]:
         """Full pages over the disk's link, the others from RAM."""
-        pages, transfers = _pages_of(group), []
-        free = self._before_fetch(turn, after)
-        if pages.read:
-            staging = self.stagings[turn].device.view(torch.uint8)
+        layer, moves, transfers = visit.layer, _moves_of(visit.group), []
+        if moves.read:
+            staging = self.stagings[visit.turn].device.view(torch.uint8)
             copies = [
                 (self._extent(layer, run), self._bytes(staging, layer, run.place, run.count))
-                for run in pages.read
+                for run in moves.read
             ]
+            after = self._before_fetch(visit)
             transfers.append(
-                self._transfers.submit_from_disk(copies, kind="kv", after=free, priority=URGENT)
+                self._transfers.submit_from_disk(copies, kind="kv", after=after, priority=URGENT)
             )
-        if len(pages.tails) and not self._backend.unified:
-            rows = TensorRows(self._tails[layer].raw, pages.tails, self._pinned_in[turn])
-            transfers.append(
-                self._transfers.submit(
-                    Link.HOST_TO_DEVICE,
-                    rows,
-                    self.pool(layer, turn).raw[pages.num_full : group.num_filled],
-                    kind="kv",
-                    after=free,
-                    priority=URGENT,
-                )
-            )
+        if len(moves.tails) and not self._backend.unified:
+            tails = self._tails[layer].raw
+            transfers.append(self._gather(visit, tails, moves.tails, moves.num_full))
         return transfers
 
-    def arrive(self, layer: int, turn: int, group: KVGroup) -> None:
+    def arrive(self, visit: Visit) -> None:
         """Where RAM is the device's memory, pages that are not full come now."""
-        super().arrive(layer, turn, group)
-        pages = _pages_of(group)
-        if len(pages.tails) and self._backend.unified:
-            target = self.pool(layer, turn).raw[pages.num_full : group.num_filled]
-            torch.index_select(self._tails[layer].raw, 0, pages.tails, out=target)
+        super().arrive(visit)
+        group, moves = visit.group, _moves_of(visit.group)
+        if len(moves.tails) and self._backend.unified:
+            raw = self.pool(visit.layer, visit.turn).raw
+            target = raw[moves.num_full : group.num_filled]
+            torch.index_select(self._tails[visit.layer].raw, 0, moves.tails, out=target)
 
-    def keep(
-        self,
-        layer: int,
-        turn: int,
-        group: KVGroup,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        after: Sequence[Transfer],
-    ) -> list[Transfer]:
+    def keep(self, visit: Visit, packed: torch.Tensor) -> list[Transfer]:
         """All pages that got rows: full ones on to the file, the others to their tails."""
-        pages, staging = _pages_of(group), self.stagings[turn]
-        raw, tails = self.pool(layer, turn).raw, self._tails[layer].raw
+        moves, staging = _moves_of(visit.group), self.stagings[visit.turn]
+        raw, tails = self.pool(visit.layer, visit.turn).raw, self._tails[visit.layer].raw
         if self._backend.unified:
-            SomeRows(tails, pages.kept_tails, pages.kept_places).scatter(raw)
-            staging.leaving = self._write(layer, pages.written, staging.device, 0, after)
+            SomeRows(tails, moves.kept_tails, moves.kept_places).scatter(raw)
+            staging.leaving = self._write(visit, staging.device, 0, visit.after)
             return staging.leaving
-        first, pinned = pages.num_full, self._pinned_out[turn]
-        out = self._transfers.submit(
-            Link.DEVICE_TO_HOST,
-            raw[first : group.num_staged],
-            SomeRows(tails, pages.kept_tails, pages.kept_places - first, pinned),
-            kind="kv",
-            after=[self._backend.record(), *self._kept[turn], *after],
-        )
+        assert staging.pinned_out is not None
+        first = moves.num_full
+        kept = SomeRows(tails, moves.kept_tails, moves.kept_places - first, staging.pinned_out)
+        out = self._scatter(visit, raw[first : visit.group.num_staged], kept)
         staging.leaving = [out]
-        # `after` again: these are other copies than the ones that `out` waited for.
-        written = self._write(layer, pages.written, pinned, first, [out, *after])
-        self._kept[turn] = [out, *written]
-        return self._kept[turn]
+        # What comes after `out` comes after all that it waited for.
+        staging.kept = [out, *self._write(visit, staging.pinned_out, first, [out])]
+        return staging.kept
 
     def _write(
-        self,
-        layer: int,
-        runs: Sequence[Run],
-        source: torch.Tensor,
-        first: int,
-        after: Sequence[Transfer],
+        self, visit: Visit, source: torch.Tensor, first: int, after: Sequence[Transfer]
     ) -> list[Transfer]:
-        """From `source`, which holds the pages of staging from place `first` on."""
-        if not runs:
-            return []
-        data = source.view(torch.uint8)
+        """The pages that became full, from `source`: staging from place `first` on."""
+        layer, data = visit.layer, source.view(torch.uint8)
         copies = [
             (self._bytes(data, layer, run.place - first, run.count), self._extent(layer, run))
-            for run in runs
+            for run in _moves_of(visit.group).written
         ]
+        if not copies:
+            return []
         return [self._transfers.submit_to_disk(copies, kind="kv", after=after, priority=URGENT)]
 
     def _bytes(self, data: torch.Tensor, layer: int, place: int, count: int) -> torch.Tensor:
@@ -171,11 +133,10 @@ class DiskKV(StagedPages):
             self._file = None
             self._backend.account.refund(Tier.DISK, self.nbytes)
         super().close()
-        for each in (self._tails, self._pinned_in, self._pinned_out, self._kept):
-            each.clear()
+        self._tails.clear()
 
 
-def _pages_of(group: KVGroup) -> DiskPages:
+def _moves_of(group: KVGroup) -> DiskMoves:
     assert group.on_disk is not None
     return group.on_disk
 

@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from offload.kv_staging import StagedPages
-from offload.links import Link, PageSlots, TensorRows
+from offload.kv_staging import StagedPages, Visit
+from offload.links import PageSlots
 from offload.tiers import Tier
-from offload.transfer import URGENT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from offload.kv_layout import KVGroup
     from offload.paged_kv import PagedKV
     from offload.transfer import Transfer
 
@@ -27,55 +25,19 @@ class HostPages(StagedPages):
     def __init__(self, pools: Sequence[PagedKV], *arguments: Any) -> None:
         super().__init__(*arguments)
         self._pools = list(pools)
-        what = "staging for KV pages"
-        self._pinned_in, self._pinned_out = (
-            [self._allocate(Tier.HOST, self._elements, what) for _ in self.stagings]
-            for _ in range(2)
-        )
-        self._kept: list[list[Transfer]] = [[] for _ in self.stagings]
-        """The last copy through each `pinned_out`, which is free when its rows are scattered."""
 
-    def fetch(
-        self, layer: int, turn: int, group: KVGroup, after: Sequence[Transfer]
-    ) -> list[Transfer]:
+    def fetch(self, visit: Visit) -> list[Transfer]:
         """Gathered into one copy."""
-        if not len(group.fetched):
+        if not visit.group.num_filled:
             return []
-        rows = TensorRows(self._pools[layer].raw, group.fetched, self._pinned_in[turn])
-        return [
-            self._transfers.submit(
-                Link.HOST_TO_DEVICE,
-                rows,
-                self.pool(layer, turn).raw[: group.num_filled],
-                kind="kv",
-                after=self._before_fetch(turn, after),
-                priority=URGENT,
-            )
-        ]
+        return [self._gather(visit, self._pools[visit.layer].raw, visit.group.fetched, 0)]
 
-    def keep(
-        self,
-        layer: int,
-        turn: int,
-        group: KVGroup,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        after: Sequence[Transfer],
-    ) -> list[Transfer]:
+    def keep(self, visit: Visit, packed: torch.Tensor) -> list[Transfer]:
         """The new rows, scattered into their pages when they have arrived."""
-        home, staging = self._pools[layer], self._pinned_out[turn]
-        assert group.home_pages is not None
-        assert group.home_offsets is not None
-        slots = PageSlots(home.keys, home.values, group.home_pages, group.home_offsets, staging)
-        stored = self._transfers.submit(
-            Link.DEVICE_TO_HOST,
-            torch.cat([keys.flatten(1), values.flatten(1)], 1),
-            slots,
-            kind="kv",
-            after=[self._backend.record(), *self._kept[turn], *after],
-        )
-        self._kept[turn] = [stored]
-        return [stored]
+        home, staging, slots = self._pools[visit.layer], self.stagings[visit.turn], visit.group.home
+        assert slots is not None
+        staging.kept = [self._scatter(visit, packed, PageSlots(home, slots, staging.pinned_out))]
+        return staging.kept
 
     def erase(self, pages: Sequence[int]) -> None:
         """Slots without a token are read, too, with weight zero."""
@@ -86,5 +48,4 @@ class HostPages(StagedPages):
     def close(self) -> None:
         """Let go of all memory."""
         super().close()
-        for each in (self._pools, self._pinned_in, self._pinned_out, self._kept):
-            each.clear()
+        self._pools.clear()

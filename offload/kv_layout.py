@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offload.paged_kv import TokenSlots
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class DiskPages:
+class DiskMoves:
     """How the pages of a micro-batch come from DISK and get there.
 
     Staging holds [full pages | the last pages that were not full | fresh pages]. Only full pages
@@ -76,6 +77,14 @@ class DiskPages:
     """Pages that come from DISK; from this place on, staging changes in this sweep."""
 
 
+def _no_rows() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.long)
+
+
+def _no_slots() -> TokenSlots:
+    return TokenSlots(_no_rows(), _no_rows())
+
+
 @dataclass(slots=True)
 class KVGroup:
     """The rows of a micro-batch whose pages lie in one pool."""
@@ -86,20 +95,15 @@ class KVGroup:
     """The pages are copies in the staging pool of the device, made for this micro-batch."""
     chunks: list[Chunk] = field(default_factory=list)
     decodes: list[DecodeBatch] = field(default_factory=list)
-    rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    rows: torch.Tensor = field(default_factory=_no_rows)
     """[n] all rows of the group."""
-    pages: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """[n] page that each row's new key and value goes to."""
-    offsets: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    """[n] slot in that page."""
-    home_pages: torch.Tensor | None = None
-    """HOST pages only, [n]: the same page in the HOST pool."""
-    home_offsets: torch.Tensor | None = None
-    slots: dict[Any, torch.Tensor] = field(default_factory=dict)
-    """By shape of a layer's pages: the rows of the pool that the new keys and values go to."""
-    fetched: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    slots: TokenSlots = field(default_factory=_no_slots)
+    """Where the new keys and values of these rows go."""
+    home: TokenSlots | None = None
+    """HOST pages only: the same slots in the HOST pool."""
+    fetched: torch.Tensor = field(default_factory=_no_rows)
     """HOST pages only: those to copy to places 0, 1, … of the staging pool."""
-    on_disk: DiskPages | None = None
+    on_disk: DiskMoves | None = None
     """DISK pages only: what is read and written."""
     num_filled: int = 0
     """Places of the staging pool that are fetched, with tokens of earlier sweeps in them."""
@@ -156,11 +160,12 @@ def build_group(
             group.chunks.append(Chunk(place, span.start, torch.tensor(table, device=device)))
     # Few tensors for all rows: this runs between two sweeps, when nothing else does.
     packed = torch.tensor([rows, pages, offsets])
-    group.rows, group.pages, group.offsets = packed.to(device)
+    group.rows, *slots = packed.to(device)
+    group.slots = TokenSlots(*slots)
     if tier is Tier.DISK:
-        group.on_disk = _disk_pages(spans, home, tables, page_tokens)
+        group.on_disk = _disk_moves(spans, home, tables, page_tokens)
     elif staged:
-        group.home_pages, group.home_offsets = torch.tensor(home_pages), packed[2]
+        group.home = TokenSlots(torch.tensor(home_pages), packed[2])
         fetched = [0] * group.num_filled
         for span, table, own in zip(spans, tables, home):
             for page, there in zip(own[: -(-span.start // page_tokens)], table):
@@ -189,12 +194,12 @@ def _renumber(
     return renumbered
 
 
-def _disk_pages(
+def _disk_moves(
     spans: Sequence[SpanPages],
     home: Sequence[Sequence[int]],
     tables: Sequence[Sequence[int]],
     page_tokens: int,
-) -> DiskPages:
+) -> DiskMoves:
     read: list[tuple[int, int]] = []
     written: list[tuple[int, int]] = []
     kept: list[tuple[int, int]] = []
@@ -208,7 +213,7 @@ def _disk_pages(
             kept.append((span.tail, table[complete]))
     tails = torch.tensor([s.tail for s in spans if s.start % page_tokens], dtype=torch.long)
     kept_tails, kept_places = torch.tensor(kept, dtype=torch.long).view(-1, 2).T
-    return DiskPages(_runs(read), tails, _runs(written), kept_tails, kept_places, len(read))
+    return DiskMoves(_runs(read), tails, _runs(written), kept_tails, kept_places, len(read))
 
 
 def _runs(pairs: Sequence[tuple[int, int]]) -> list[Run]:

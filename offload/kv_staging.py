@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from offload.links import Link, ScatteredRows, TensorRows
 from offload.paged_kv import PagedKV, page_elements
 from offload.tiers import Tier
+from offload.transfer import URGENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,25 +26,38 @@ TURNS = 2
 """Micro-batches with pages in staging: the one that computes, and the next."""
 
 
+class Visit(NamedTuple):
+    """One layer of a micro-batch, whose pages pass through staging."""
+
+    layer: int
+    turn: int
+    """Which of the `TURNS` stagings."""
+    group: KVGroup
+    after: Sequence[Transfer]
+    """What stores this layer's rows of earlier sweeps."""
+
+
 @dataclass(slots=True)
 class Staging:
     """Device copies of the pages of one micro-batch at a time."""
 
     device: torch.Tensor
+    pinned_in: torch.Tensor | None = None
+    """Where pages are gathered into one copy to a separate device, …"""
+    pinned_out: torch.Tensor | None = None
+    """… and where what comes from it arrives."""
     pools: dict[tuple[int, int, int], PagedKV] = field(default_factory=dict)
     """`device` as pages of each shape of layer."""
     free: Any = None
     """Event after which the copies may be overwritten, as far as compute is concerned."""
     leaving: list[Transfer] = field(default_factory=list)
     """Copies that still read `device`."""
+    kept: list[Transfer] = field(default_factory=list)
+    """What still fills or reads `pinned_out`."""
 
 
 class StagedPages(ABC):
-    """The pages of one tier and how they come to the device and back.
-
-    `turn` is one of the `TURNS` stagings; `after` are the transfers that store this layer's rows of
-    earlier sweeps.
-    """
+    """The pages of one tier and how they come to the device and back."""
 
     tier: Tier
 
@@ -61,9 +76,12 @@ class StagedPages(ABC):
         self._page_tokens = page_tokens
         self._backend = backend
         self._transfers = transfers
-        self._elements = pages * max(page_elements(shape, page_tokens) for shape in shapes)
+        elements = pages * max(page_elements(shape, page_tokens) for shape in shapes)
         what = "staging for KV pages"
-        self.stagings = [Staging(allocate(Tier.DEVICE, self._elements, what)) for _ in range(TURNS)]
+        self.stagings = [Staging(allocate(Tier.DEVICE, elements, what)) for _ in range(TURNS)]
+        for staging in () if backend.unified else self.stagings:
+            staging.pinned_in = allocate(Tier.HOST, elements, what)
+            staging.pinned_out = allocate(Tier.HOST, elements, what)
 
     def pool(self, layer: int, turn: int) -> PagedKV:
         """What attention reads: staging as pages of a layer."""
@@ -74,29 +92,21 @@ class StagedPages(ABC):
         return staging.pools[sizes]
 
     @abstractmethod
-    def fetch(
-        self, layer: int, turn: int, group: KVGroup, after: Sequence[Transfer]
-    ) -> list[Transfer]:
+    def fetch(self, visit: Visit) -> list[Transfer]:
         """Send the pages with content on their way to staging."""
 
-    def arrive(self, layer: int, turn: int, group: KVGroup) -> None:
+    def arrive(self, visit: Visit) -> None:
         """What was fetched is there: make the fresh pages ready."""
-        for transfer in self.stagings[turn].leaving:
+        for transfer in self.stagings[visit.turn].leaving:
             transfer.wait()
-        # Fresh pages are read whole, with weight zero where no token is: no old NaN there.
-        self.pool(layer, turn).raw[group.num_filled : group.num_staged].zero_()
+        group = visit.group
+        if group.num_staged > group.num_filled:
+            # They are read whole, with weight zero where no token is: no old NaN there.
+            self.pool(visit.layer, visit.turn).raw[group.num_filled : group.num_staged].zero_()
 
     @abstractmethod
-    def keep(
-        self,
-        layer: int,
-        turn: int,
-        group: KVGroup,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        after: Sequence[Transfer],
-    ) -> list[Transfer]:
-        """Send new `keys` [rows, kv_heads, key_dim] and `values`, now in staging, to the tier."""
+    def keep(self, visit: Visit, packed: torch.Tensor) -> list[Transfer]:
+        """Send new keys and values, `packed` and already in staging, to the tier."""
 
     def release(self, turn: int) -> None:
         """The compute submitted so far is the last that reads what is in staging."""
@@ -113,9 +123,34 @@ class StagedPages(ABC):
             staging.device.zero_()
             self.release(turn)
 
-    def _before_fetch(self, turn: int, after: Sequence[Transfer]) -> list[Any]:
-        staging = self.stagings[turn]
-        return [staging.free, *staging.leaving, *after]
+    def _before_fetch(self, visit: Visit) -> list[Any]:
+        staging = self.stagings[visit.turn]
+        return [staging.free, *staging.leaving, *visit.after]
+
+    def _gather(
+        self, visit: Visit, table: torch.Tensor, rows: torch.Tensor, place: int
+    ) -> Transfer:
+        """Send `rows` of a layer's pages in RAM, as one copy, to staging from `place` on."""
+        staging = self.stagings[visit.turn]
+        return self._transfers.submit(
+            Link.HOST_TO_DEVICE,
+            TensorRows(table, rows, staging.pinned_in),
+            self.pool(visit.layer, visit.turn).raw[place : place + rows.shape[0]],
+            kind="kv",
+            after=self._before_fetch(visit),
+            priority=URGENT,
+        )
+
+    def _scatter(self, visit: Visit, source: torch.Tensor, target: ScatteredRows) -> Transfer:
+        """Send what this layer has computed to RAM, through the turn's `pinned_out`."""
+        staging = self.stagings[visit.turn]
+        return self._transfers.submit(
+            Link.DEVICE_TO_HOST,
+            source,
+            target,
+            kind="kv",
+            after=[self._backend.record(), *staging.kept, *visit.after],
+        )
 
     def close(self) -> None:
         """Let go of all memory and files."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,10 +24,12 @@ class Lane:
 
     def __init__(self, name: str, threads: int, run: Callable[[Part], None]) -> None:
         self._run = run
-        self._heap: list[Part] = []
-        self._changed = threading.Condition()
-        self._closing = False
+        self._heap: list[tuple[int, int, Part]] = []
         self._running = 0
+        self._lock = threading.Lock()
+        self._wake: SimpleQueue[None] = SimpleQueue()
+        """One item for each part, and at the end some for each thread. Unlike with a condition
+        variable, waking a thread costs the one that computes next to nothing."""
         self._threads = [
             threading.Thread(target=self._serve, name=name, daemon=True) for _ in range(threads)
         ]
@@ -35,31 +38,28 @@ class Lane:
 
     def put(self, parts: list[Part]) -> None:
         """Queue parts."""
-        with self._changed:
-            self._heap += parts
-            heapq.heapify(self._heap)
-            self._changed.notify(len(parts))
+        with self._lock:
+            for part in parts:
+                heapq.heappush(self._heap, (part.priority, part.number, part))
+        for _ in parts:
+            self._wake.put(None)
 
     @property
     def idle(self) -> bool:
-        """Nothing is queued and no thread runs anything."""
-        with self._changed:
-            return not self._heap and not self._running
+        """No thread has anything to run."""
+        return self._wake.empty() and not self._running
 
     def __len__(self) -> int:
         return len(self._heap)
 
     def _take(self) -> Part | None:
-        with self._changed:
-            while not self._heap:
-                if self._closing:
-                    return None
-                self._changed.wait()
+        self._wake.get()
+        with self._lock:
             self._running += 1
-            return heapq.heappop(self._heap)
+            return heapq.heappop(self._heap)[2] if self._heap else None
 
     def _ran(self) -> None:
-        with self._changed:
+        with self._lock:
             self._running -= 1
 
     def _serve(self) -> None:
@@ -69,12 +69,13 @@ class Lane:
                 self._run(part)
                 self._ran()
                 del part  # a thread that waits must not keep memory alive
+            self._ran()
 
     def close(self) -> None:
         """Run what is queued and end the threads."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            # Again and again: if an interrupt hit `put`, there are parts without an item.
+            while thread.is_alive():
+                self._wake.put(None)
+                thread.join(0.05)
         self._threads.clear()

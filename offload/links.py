@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from offload.errors import OffloadStoreError
-
 if TYPE_CHECKING:
     from offload.direct_file import DirectFile
+    from offload.paged_kv import PagedKV, TokenSlots
 
 
 class Link(str, Enum):
@@ -70,7 +69,7 @@ class TensorRows:
 
     @property
     def nbytes(self) -> int:
-        return len(self.indices) * self.table[0].nbytes if len(self.indices) else 0
+        return len(self.indices) * (self.table.nbytes // len(self.table))
 
     def gather(self, out: torch.Tensor) -> None:
         """Write the rows to `out` [len(indices), *row], in this thread alone."""
@@ -79,51 +78,47 @@ class TensorRows:
         np.take(table, self.indices.numpy(), axis=0, out=target, mode="clip")
 
 
-@dataclass(frozen=True, slots=True)
-class PageSlots:
-    """Token slots in KV pages in RAM, the target of newly computed keys and values.
+class ScatteredRows(ABC):
+    """A target in RAM that rows are scattered to once they have arrived in `staging` (pinned).
 
-    `keys` [pages, kv_heads, page_tokens, key_dim] and `values` are views of one page pool; row i of
-    what arrives, keys and values side by side, goes to slot `offsets[i]` of page `pages[i]`.
+    Without `staging` they can only come from RAM.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    pages: torch.Tensor
-    offsets: torch.Tensor
+    __slots__ = ()
+    staging: torch.Tensor | None
+
+    @abstractmethod
+    def scatter(self, rows: torch.Tensor) -> None:
+        """Store `rows` where they belong, in this thread alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageSlots(ScatteredRows):
+    """Token slots in KV pages, the target of newly computed keys and values."""
+
+    pool: PagedKV
+    slots: TokenSlots
     staging: torch.Tensor | None = None
 
     def scatter(self, rows: torch.Tensor) -> None:
-        """Store `rows` [n, kv_heads * (key_dim + value_dim)] in their slots."""
-        _, heads, _, key_dim = self.keys.shape
-        keys, values = rows[:, : heads * key_dim], rows[:, heads * key_dim :]
-        self.keys[self.pages, :, self.offsets] = keys.reshape(-1, heads, key_dim)
-        self.values[self.pages, :, self.offsets] = values.reshape(len(rows), heads, -1)
+        """Store `rows`, packed keys and values."""
+        self.pool.store(self.slots, rows)
 
 
 @dataclass(frozen=True, slots=True)
-class SomeRows:
-    """A table in RAM that takes some of the rows that arrive: row `chosen[i]` becomes `rows[i]`.
+class SomeRows(ScatteredRows):
+    """A table that takes some of the rows that arrive: row `chosen[i]` becomes its row `places[i]`.
 
     All that arrives stays in `staging`, until the next copy that passes through it.
     """
 
     table: torch.Tensor
-    rows: torch.Tensor
+    places: torch.Tensor
     chosen: torch.Tensor
     staging: torch.Tensor | None = None
 
-    def scatter(self, arrived: torch.Tensor) -> None:
-        """Store the chosen ones of `arrived` [n, *row], in this thread alone and without a copy."""
-        table, source = (each.view(torch.uint8).numpy() for each in (self.table, arrived))
-        for row, chosen in zip(self.rows.tolist(), self.chosen.tolist()):
-            table[row] = source[chosen]
-
-
-def io_error(error: OSError, what: str) -> OffloadStoreError:
-    """The error of a failed operation on the offload file, with the next step."""
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return OffloadStoreError(
-        f"{what} failed: {reason}",
-        hint="free space in the offload directory or choose another one with --offload-dir",
-    )
+    def scatter(self, rows: torch.Tensor) -> None:
+        """Store the chosen ones of `rows` [n, *row] without a copy between."""
+        table, source = (each.view(torch.uint8).numpy() for each in (self.table, rows))
+        for place, chosen in zip(self.places.tolist(), self.chosen.tolist()):
+            table[place] = source[chosen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -65,30 +65,41 @@ class PagedKV:
         keys, values = (table.index_select(0, rows).view(shape) for rows in memo[kv_heads])
         return keys, values
 
-    def store(
-        self,
-        pages: torch.Tensor,
-        offsets: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        memo: dict[Any, torch.Tensor],
-    ) -> None:
-        """Put `keys` [n, kv_heads, key_dim] and `values` in slots `offsets` [n] of `pages` [n].
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """New `keys` [n, kv_heads, key_dim] and `values` as one tensor, the form of `store`."""
+        # Where both are of one size, a page is a table of their rows: keys first, then values.
+        return torch.cat([keys, values], 0 if self.keys.shape == self.values.shape else 2)
 
-        `memo` keeps the row numbers for the other layers whose rows go to the same slots.
-        """
+    def store(self, slots: TokenSlots, packed: torch.Tensor) -> None:
+        """Put `packed` keys and values of n rows into `slots`."""
         if self.keys.shape != self.values.shape:
-            self.keys[pages, :, offsets] = keys
-            self.values[pages, :, offsets] = values
+            dim = self.keys.shape[-1]
+            self.keys[slots.pages, :, slots.offsets] = packed[..., :dim]
+            self.values[slots.pages, :, slots.offsets] = packed[..., dim:]
             return
         _, kv_heads, page_tokens, dim = self.keys.shape
-        if kv_heads not in memo:
-            heads = torch.arange(2 * kv_heads, device=pages.device).view(2, 1, -1)
-            first = (pages * (2 * kv_heads)).view(-1, 1) + heads
-            memo[kv_heads] = (first * page_tokens + offsets.view(-1, 1)).view(2, -1)
-        table = self.raw.view(-1, dim)
-        for rows, new in zip(memo[kv_heads], (keys, values)):
-            table.index_copy_(0, rows, new.reshape(-1, dim))
+        rows = slots.rows(kv_heads, page_tokens)
+        self.raw.view(-1, dim).index_copy_(0, rows, packed.view(-1, dim))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSlots:
+    """Where the keys and values of n rows go: slot `offsets` [n] of `pages` [n]."""
+
+    pages: torch.Tensor
+    offsets: torch.Tensor
+    _memo: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def rows(self, kv_heads: int, page_tokens: int) -> torch.Tensor:
+        """[2 * n * kv_heads] where they go if pages are a table of rows of one head and token.
+
+        Kept for the other layers, whose rows go to the same slots.
+        """
+        if kv_heads not in self._memo:
+            heads = torch.arange(2 * kv_heads, device=self.pages.device).view(2, 1, -1)
+            first = (self.pages * (2 * kv_heads)).view(-1, 1) + heads
+            self._memo[kv_heads] = (first * page_tokens + self.offsets.view(-1, 1)).view(-1)
+        return self._memo[kv_heads]
 
 
 def page_elements(shape: LayerShape, page_tokens: int) -> int:

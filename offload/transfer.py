@@ -21,20 +21,22 @@ URGENT = 0
 class Transfer:
     """Bytes on their way; `wait` orders the device's compute after their arrival."""
 
-    def __init__(self, backend: DeviceBackend, parts: int) -> None:
+    def __init__(
+        self, backend: DeviceBackend, parts: int, then: Callable[[], None] | None = None
+    ) -> None:
+        """Of so many `parts`; `then` is called when all are issued."""
         self._backend = backend
         self._left = parts
         self._lock = threading.Lock()
-        self._issued = threading.Event()
-        self._callbacks: list[Callable[[], None]] = []
+        # Held until the copy is issued: cheaper to make than an event, and each layer makes many.
+        self._latch = threading.Lock()
+        self._latch.acquire()
+        self._callbacks = [then] if then else []
+        self.issued = False
+        """Whether the copy was handed to the device (on the CPU: whether it is over)."""
         self.error: BaseException | None = None
         self.events: list[Any] = []
         """What marks the arrival of each part on the device; empty where copies are synchronous."""
-
-    @property
-    def issued(self) -> bool:
-        """Whether the copy was handed to the device (on the CPU: whether it is over)."""
-        return self._issued.is_set()
 
     def check(self) -> None:
         """Raise what the copy raised, if it has."""
@@ -43,7 +45,9 @@ class Transfer:
 
     def wait(self) -> None:
         """Compute submitted from now on sees the bytes. Raises what the copy raised."""
-        self._issued.wait()
+        if not self.issued:
+            with self._latch:
+                pass
         self.check()
         for event in self.events:
             self._backend.order_after(event)
@@ -71,8 +75,9 @@ class Transfer:
                 self.events.append(event)
             if self._left:
                 return
-            self._issued.set()
+            self.issued = True
             callbacks, self._callbacks = self._callbacks, []
+        self._latch.release()
         for callback in callbacks:
             callback()
 
@@ -96,23 +101,23 @@ class LinkCounters:
             self.bytes[kind] = self.bytes.get(kind, 0) + nbytes
 
 
-@dataclass(order=True, slots=True)
+@dataclass(slots=True)
 class Part:
     """One request of a transfer."""
 
     priority: int
     number: int
-    link: Link = field(compare=False)
-    source: Source = field(compare=False)
-    target: Target = field(compare=False)
-    kind: str = field(compare=False)
-    after: Sequence[Any] = field(compare=False)
-    transfer: Transfer = field(compare=False)
-    padding: int = field(default=0, compare=False)
+    link: Link
+    source: Source
+    target: Target
+    kind: str
+    after: Sequence[Any]
+    transfer: Transfer
+    padding: int = 0
     """Bytes of it that only complete disk blocks."""
-    staged: torch.Tensor | None = field(default=None, compare=False)
+    staged: torch.Tensor | None = None
     """The staging buffer that is the source, given back when the copy is over."""
-    relayed: bool = field(default=False, compare=False)
+    relayed: bool = False
     """Goes on from a staging buffer to the device."""
-    urgent: bool = field(default=False, compare=False)
+    urgent: bool = False
     """Compute waits for it: on the device it must not follow copies with later deadlines."""

@@ -125,7 +125,9 @@ class TransferEngine:
         padding: int,
         relayed: bool = False,
     ) -> Transfer:
-        transfer = Transfer(self._backend, len(requests))
+        with self._all_done:
+            self._under_way += 1
+        transfer = Transfer(self._backend, len(requests), then=self._one_done)
         self.counters[link].transfers += 1
         waits = [each for each in after if isinstance(each, Transfer)]
         events = [each for each in after if each is not None and not isinstance(each, Transfer)]
@@ -137,10 +139,10 @@ class TransferEngine:
         for part in parts:
             part.relayed = relayed
             part.urgent = priority == URGENT
-        with self._all_done:
-            self._under_way += 1
-        transfer.when_issued(self._one_done)
-        _when_all_issued(waits, lambda: self._start(parts, waits))
+        if pending := [each for each in waits if not each.issued]:
+            _when_all_issued(pending, lambda: self._start(parts, waits))
+        else:
+            self._start(parts, waits)
         return transfer
 
     def _start(self, parts: list[Part], waits: list[Transfer]) -> None:
@@ -255,7 +257,7 @@ def _piece(whole: Any, start: int, size: int) -> Any:
 
 
 def _when_all_issued(transfers: Sequence[Transfer], then: Callable[[], None]) -> None:
-    """Call `then` once, when the last of `transfers` is issued; at once if all are."""
+    """Call `then` once, when the last of `transfers` (at least one) is issued."""
     left = itertools.count(len(transfers), -1)
     next(left)
 
@@ -263,7 +265,5 @@ def _when_all_issued(transfers: Sequence[Transfer], then: Callable[[], None]) ->
         if next(left) == 0:
             then()
 
-    if not transfers:
-        then()
     for transfer in transfers:
         transfer.when_issued(one_less)

@@ -1,7 +1,9 @@
 """Proof of overlap: how close a sweep comes to the time of its busiest link, or of its compute.
 
 emulated: a random Llama whose weights (and KV cache) cross links of a stated speed, chosen so that
-the links take twice, once and half the time of compute. cpu: a checkpoint on the real disk, read by
+the links take twice, once and half the time of compute. The model is large enough that one layer of
+one micro-batch takes several ms, as it does where weights are worth streaming; where it takes one or
+two, what shows is that the emulated device shares its processor's caches with the links. cpu: a checkpoint on the real disk, read by
 few rows (bound by the disk) and by many (bound by compute). All figures are of steady decode
 sweeps: the prefill, the first decode and the last sweep are left out. The last line on stdout is
 one JSON object.
@@ -488,12 +490,12 @@ def read_arguments() -> argparse.Namespace:
     add("--model", type=Path, metavar="DIR", help="of --device cpu; emulated makes its own")
     add("--directory", type=Path, default=Path(tempfile.gettempdir()), help="for that")
     add("--layers", type=int, default=24)
-    add("--hidden", type=int, default=512, help="a multiple of 256 (%(default)s)")
-    add("--rows", type=int, default=256, help="sequences, and so rows of a sweep (%(default)s)")
+    add("--hidden", type=int, default=768, help="a multiple of 256 (%(default)s)")
+    add("--rows", type=int, default=384, help="sequences, and so rows of a sweep (%(default)s)")
     add("--few-rows", type=int, default=4, help="of the disk-bound case (%(default)s)")
-    add("--sweeps", type=int, default=8, help="steady sweeps of one run (%(default)s)")
+    add("--sweeps", type=int, default=4, help="steady sweeps of one run (%(default)s)")
     add("--seconds", type=float, default=1.5, help="of one raw disk measurement (%(default)s)")
-    add("--repeats", type=int, default=5)
+    add("--repeats", type=int, default=3)
     add("--threads", type=int, metavar="N", help=THREADS)
     add("--trace", type=Path, metavar="DIR", help="keep a trace of every overlapped run here")
     given = parser.parse_args()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,15 +14,17 @@ from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.direct_file import DirectFile
 from offload.errors import OffloadStoreError
 from offload.links import FileExtent, FileRows, Link, PageSlots, TensorRows
+from offload.paged_kv import PagedKV, TokenSlots, page_elements
 from offload.ram import map_memory
 from offload.staging import StagingBuffers
 from offload.tiers import REQUEST_BYTES, MemoryAccount, Tier
 from offload.transfer_engine import TransferEngine
+from tests.backends import BrokenBackend
 
 IN, OUT, READ = Link.HOST_TO_DEVICE, Link.DEVICE_TO_HOST, Link.DISK_TO_HOST
 
 
-class GatedBackend(EmulatedBackend):
+class LoggingBackend(EmulatedBackend):
     """Logs every copy, and holds those of a closed link until its gate opens."""
 
     def __init__(self) -> None:
@@ -46,7 +49,7 @@ class GatedBackend(EmulatedBackend):
 
 @pytest.fixture
 def backend():
-    return GatedBackend()
+    return LoggingBackend()
 
 
 @pytest.fixture
@@ -138,29 +141,14 @@ def test_a_copy_waits_for_what_it_depends_on(engine, backend):
     assert moved.events == ["copied 2"]
 
 
-class BrokenBackend(EmulatedBackend):
-    """Its disk cannot be read."""
-
-    def requests_in_flight(self, link: Link) -> int:
-        return 1  # so that the order is that of the queue
-
-    def marks_of(self, event: Any) -> tuple[Any, Any]:
-        return 0.0, 0.0
-
-    def copy(self, link: Link, source: Any, target: Any, after: Any, **how: Any) -> Any:
-        if link is READ:
-            raise OffloadStoreError("the disk is gone")
-        return super().copy(link, source, target, after, **how)
-
-
 def test_an_error_reaches_the_waiter():
     """Who waits for a failed copy, or for one after it, gets the error; later copies run."""
-    engine = TransferEngine(BrokenBackend(MemoryAccount(), EmulatedMachine()))
+    engine = TransferEngine(BrokenBackend(READ))
     read = send(engine, READ, 1)
     dependent = send(engine, IN, 2, after=[read])
     later = send(engine, IN, 3)
     for transfer in (read, dependent):
-        with pytest.raises(OffloadStoreError, match="the disk is gone"):
+        with pytest.raises(OffloadStoreError, match="the link is broken"):
             transfer.wait()
     later.synchronize()
     assert engine.counters[READ].total_bytes == 0
@@ -214,13 +202,17 @@ def test_everything_that_can_be_moved(tmp_path):
         engine.submit(backend.disk_in, source, rows, kind="x").synchronize()
         assert torch.equal(rows, table.view(6, 10)[indices])
         assert source.nbytes == 30
-    keys, values = torch.zeros(5, 1, 2, 3), torch.zeros(5, 1, 2, 2)
-    slots = PageSlots(keys, values, torch.tensor([4, 0]), torch.tensor([1, 0]))
-    new = torch.arange(1.0, 11.0).view(2, 5)
-    engine.submit(backend.disk_in, new, slots, kind="x").synchronize()
-    assert keys[4, :, 1].flatten().tolist() + values[4, :, 1].flatten().tolist() == [1, 2, 3, 4, 5]
-    assert keys[0, :, 0].flatten().tolist() + values[0, :, 0].flatten().tolist() == [6, 7, 8, 9, 10]
-    assert int((keys != 0).sum() + (values != 0).sum()) == 10
+    for dims in ((3, 2), (3, 3)):
+        shape = SimpleNamespace(kv_heads=2, key_dim=dims[0], value_dim=dims[1])
+        pool = PagedKV.of(torch.zeros(5 * page_elements(shape, 2)), shape, 2)
+        slots = PageSlots(pool, TokenSlots(torch.tensor([4, 0]), torch.tensor([1, 0])))
+        keys, values = (torch.rand(2, 2, dim) + 1 for dim in dims)
+        packed = pool.pack(keys, values)
+        engine.submit(backend.disk_in, packed, slots, kind="x").synchronize()
+        for row, (page, offset) in enumerate([(4, 1), (0, 0)]):
+            assert torch.equal(pool.keys[page, :, offset], keys[row])
+            assert torch.equal(pool.values[page, :, offset], values[row])
+        assert int((pool.raw != 0).sum()) == packed.numel()
     engine.close()
     file.close()
 
@@ -269,7 +261,7 @@ class FailingReads(EmulatedBackend):
         if link is READ:
             self.reads += 1
             if self.reads == 4:
-                raise OffloadStoreError("the disk is gone")
+                raise OffloadStoreError("the link is broken")
         return super().copy(link, source, target, after, **how)
 
 
@@ -284,7 +276,7 @@ def test_a_read_that_fails_half_way_ends_the_transfer(tmp_path):
         target = map_memory(nbytes)
         read = engine.submit_from_disk([(FileExtent(file, 0, nbytes), target)], kind="weights")
         if error:
-            with pytest.raises(OffloadStoreError, match="the disk is gone"):
+            with pytest.raises(OffloadStoreError, match="the link is broken"):
                 read.synchronize()
         else:
             read.synchronize()

@@ -1,4 +1,4 @@
-"""Copies that take their time: what has no stated order then happens in an unusual one."""
+"""Backends whose copies are late, held up or broken: order that is not stated shows itself."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from offload.backend import DeviceBackend
 from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
+from offload.errors import OffloadStoreError
 from offload.tiers import MemoryAccount
 
 if TYPE_CHECKING:
@@ -60,4 +61,17 @@ class GatedBackend(EmulatedBackend):
             self._held -= 1
             if self._held == -1:
                 assert self.gate.wait(60)
+        return super().copy(link, *arguments, **options)
+
+
+class BrokenBackend(EmulatedBackend):
+    """Nothing crosses `link`."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(MemoryAccount(), EmulatedMachine())
+        self._link = link
+
+    def copy(self, link: Link, *arguments: Any, **options: Any) -> Any:
+        if link is self._link:
+            raise OffloadStoreError("the link is broken")
         return super().copy(link, *arguments, **options)

@@ -132,7 +132,8 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     add("--device-memory", "budget, such as 16GiB; default: what is free", metavar="SIZE")
     add("--host-memory", "likewise for RAM", metavar="SIZE")
     add("--disk-space", "likewise for the offload directory", metavar="SIZE")
-    add("--offload-dir", "directory for prepared weights; default: the user's cache", metavar="DIR")
+    text = "directory for prepared weights and for KV pages on disk; default: the user's cache"
+    add("--offload-dir", text, metavar="DIR")
     add("--emulate", "the machine of --device emulated", metavar="TEXT")
 
 
@@ -141,7 +142,7 @@ def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add = partial(_add_flag, group)
     add("--policy", "auto, the default, or a policy's file", metavar="auto|FILE.json")
     add("--weights", "such as device=20,host=80", metavar="SPLIT")
-    add("--kv-cache", "such as device=50,host=50", metavar="SPLIT")
+    add("--kv-cache", "such as device=50,host=30,disk=20", metavar="SPLIT")
     add("--activations", "of waiting micro-batches, such as host=100", metavar="SPLIT")
     add("--micro-batch", "most rows in one layer call", type=int, metavar="ROWS")
     add("--num-micro-batches", "cut every sweep into so many", type=int, metavar="K")

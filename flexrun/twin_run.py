@@ -64,6 +64,7 @@ class TwinRun:
     def __init__(self, twin: PreTrainedModel, closing: contextlib.ExitStack) -> None:
         self.model: Model = build_model(twin.config, torch.float32, torch.device("cpu"))
         backend = EmulatedBackend(MemoryAccount(), EmulatedMachine())
+        closing.callback(backend.close)
         timeline = Timeline(backend)
         transfers = TransferEngine(backend, timeline)
         closing.callback(transfers.close)

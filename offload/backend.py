@@ -6,7 +6,7 @@ import ctypes
 import sys
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -41,13 +41,23 @@ class DeviceBackend(ABC):
         Link.HOST_TO_DISK,
     )
 
+    blocking_links: Collection[Link] = ()
+    """Links whose threads may have to wait for the device before they can copy anything."""
+
     lazy: Collection[Tier] = ()
     """Tiers whose memory is taken when it is first written, so a reservation costs nothing."""
 
+    _open: ClassVar[set[int]] = set()
+    """Backends that are not closed, and …"""
+    _switch_seconds: ClassVar[float] = 0.0
+    """… what the interpreter's switch interval was before the first of them."""
+
     def __init__(self, account: MemoryAccount) -> None:
         self.account = account
-        self._switch_seconds = sys.getswitchinterval()
-        sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
+        if not self._open:
+            DeviceBackend._switch_seconds = sys.getswitchinterval()
+            sys.setswitchinterval(min(SWITCH_SECONDS, self._switch_seconds))
+        self._open.add(id(self))
 
     @property
     def disk_in(self) -> Link:
@@ -128,8 +138,11 @@ class DeviceBackend(ABC):
         """Block the calling thread until `event` has happened."""
 
     def close(self) -> None:
-        """Give everything back."""
-        sys.setswitchinterval(self._switch_seconds)
+        """Give everything back; may be called again."""
+        if id(self) in self._open:
+            self._open.remove(id(self))
+            if not self._open:
+                sys.setswitchinterval(self._switch_seconds)
 
 
 def copy_bytes(source: torch.Tensor, target: torch.Tensor) -> None:

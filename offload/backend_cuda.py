@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -72,6 +73,7 @@ class CudaBackend(DeviceBackend):
     """Computes on the current CUDA device; nothing here synchronises the whole device."""
 
     name = "cuda"
+    blocking_links = (Link.DISK_TO_HOST, Link.HOST_TO_DEVICE)
 
     def __init__(self, account: MemoryAccount, device: torch.device) -> None:
         super().__init__(account)
@@ -189,15 +191,25 @@ class CudaBackend(DeviceBackend):
         if source.dtype is not torch.uint8 or source.dim() != 1:
             return source
         if not hasattr(self._bounce, "ring"):
-            buffers = [self._pinned.allocate(TO_DEVICE_BYTES) for _ in range(2)]
-            self._bounce_buffers += buffers
-            self._bounce.ring = deque((buffer, None) for buffer in buffers)
+            self._bounce.ring = self._bounce_ring()
+        if not self._bounce.ring:
+            return source
         buffer, event = self._bounce.ring.popleft()
         self.synchronize(event)
         bounced: torch.Tensor = buffer[: source.nbytes]
         copy_bytes(source, bounced)
         self._bounce.ring.append((buffer, None))
         return bounced
+
+    def _bounce_ring(self) -> deque[tuple[torch.Tensor, Any]]:
+        """Pinned buffers of this thread; none where they cannot be had: they only save time."""
+        what = "a ring in place of what could not be pinned"
+        buffers = []
+        with contextlib.suppress(CapacityError):
+            for _ in range(2):
+                buffers.append(self.allocate(Tier.HOST, TO_DEVICE_BYTES, what))
+        self._bounce_buffers += buffers
+        return deque((buffer, None) for buffer in buffers if self._pinned.is_pinned(buffer))
 
     def _note_bounced(self, source: torch.Tensor, end: torch.cuda.Event) -> None:
         ring = getattr(self._bounce, "ring", None)
@@ -267,6 +279,8 @@ class CudaBackend(DeviceBackend):
         super().close()
         self._finish_copies()
         self._gathers.clear()
+        for buffer in self._bounce_buffers:
+            self.free(Tier.HOST, buffer)
         self._bounce_buffers.clear()
         self._pinned.close()
         torch.cuda.empty_cache()  # what torch keeps for itself is not free for the next engine

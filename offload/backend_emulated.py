@@ -103,13 +103,11 @@ class EmulatedBackend(DeviceBackend):
             assert isinstance(source, torch.Tensor)
             staged = target.staging[: source.numel()].view(source.shape)
             move(source, staged)
-            source = staged
+            _sleep_until(arrival)
+            move(staged, target)
         else:
             move(source, target)
-        if (left := arrival - time.monotonic()) > 0:
-            time.sleep(left)
-        if isinstance(target, ScatteredRows):
-            move(source, target)
+            _sleep_until(arrival)
         return None
 
     def _arrival(self, link: Link, nbytes: int) -> float:
@@ -120,3 +118,8 @@ class EmulatedBackend(DeviceBackend):
         with self._lock:
             self._free_at[link] = max(time.monotonic(), self._free_at[link]) + nbytes / speed
             return self._free_at[link]
+
+
+def _sleep_until(arrival: float) -> None:
+    if (left := arrival - time.monotonic()) > 0:
+        time.sleep(left)

@@ -15,7 +15,7 @@ from offload.paged_kv import PagedKV, page_elements
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from offload.backend import DeviceBackend
@@ -164,16 +164,18 @@ class KVCache:
     def _turn(self, layer: int, number: int) -> int:
         return (layer * len(self._batches) + number) % TURNS
 
-    def _visits(self, layer: int, number: int) -> Iterator[tuple[StagedPages, Visit]]:
-        turn, after = self._turn(layer, number), self._earlier_store.get(layer, ())
-        for group in self._batches[number]:
-            if group.staged:
-                yield self._staged[group.tier], Visit(layer, turn, group, after)
+    def _visit(self, layer: int, number: int, group: KVGroup) -> Visit:
+        after = self._earlier_store.get(layer, ())
+        return Visit(layer, self._turn(layer, number), group, after)
 
     def fetch(self, layer: int, number: int) -> list[Transfer]:
         """Send the pages of a micro-batch's layer that have to move to the device's staging."""
-        visits = self._visits(layer, number)
-        transfers = [each for staged, visit in visits for each in staged.fetch(visit)]
+        transfers = [
+            transfer
+            for group in self._batches[number]
+            if group.staged
+            for transfer in self._staged[group.tier].fetch(self._visit(layer, number, group))
+        ]
         self._arriving[layer, number] = transfers
         return transfers
 
@@ -186,18 +188,17 @@ class KVCache:
         for transfer in self.arriving(layer, number):
             transfer.wait()
         key, value = key.transpose(0, 1), value.transpose(0, 1)  # [rows, kv_heads, dim]
-        visits = dict(self._visits(layer, number))
         for group, pool in self.view(layer, number):
-            staged = self._staged.get(group.tier)
+            visit, staged = self._visit(layer, number, group), self._staged.get(group.tier)
             if staged is not None:
-                staged.arrive(visits[staged])
+                staged.arrive(visit)
             # A group of all rows needs no gather.
             whole = group.rows.shape[0] == key.shape[0]
             new = (key, value) if whole else (key[group.rows], value[group.rows])
             packed = pool.pack(*new)
             pool.store(group.slots, packed)
             if staged is not None:
-                self._new[layer, number] += staged.keep(visits[staged], packed)
+                self._new[layer, number] += staged.keep(visit, packed)
 
     def view(self, layer: int, number: int) -> list[tuple[KVGroup, PagedKV]]:
         """The rows of a micro-batch by pool, with the pool of `layer`."""

@@ -34,6 +34,8 @@ class HostPages(StagedPages):
 
     def keep(self, visit: Visit, packed: torch.Tensor) -> list[Transfer]:
         """The new rows, scattered into their pages when they have arrived."""
+        for transfer in self.stagings[visit.turn].kept:
+            transfer.wait()  # or a slow link would let rows of all layers pile up on the device
         home, staging, slots = self._pools[visit.layer], self.stagings[visit.turn], visit.group.home
         assert slots is not None
         staging.kept = [self._scatter(visit, packed, PageSlots(home, slots, staging.pinned_out))]

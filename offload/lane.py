@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import threading
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,13 +24,15 @@ class Lane:
     def __init__(self, name: str, threads: int, run: Callable[[Part], None]) -> None:
         self._run = run
         self._heap: list[tuple[int, int, Part]] = []
-        self._running = 0
         self._lock = threading.Lock()
-        self._wake: SimpleQueue[None] = SimpleQueue()
-        """One item for each part, and at the end some for each thread. Unlike with a condition
-        variable, waking a thread costs the one that computes next to nothing."""
+        self._closing = False
+        # Each thread sleeps on a latch of its own: unlike with a condition variable, waking one
+        # costs the thread that computes next to nothing, and never wakes two for one part.
+        self._latches = [threading.Lock() for _ in range(threads)]
+        self._asleep: list[threading.Lock] = []
         self._threads = [
-            threading.Thread(target=self._serve, name=name, daemon=True) for _ in range(threads)
+            threading.Thread(target=self._serve, args=(latch,), name=name, daemon=True)
+            for latch in self._latches
         ]
         for thread in self._threads:
             thread.start()
@@ -41,41 +42,45 @@ class Lane:
         with self._lock:
             for part in parts:
                 heapq.heappush(self._heap, (part.priority, part.number, part))
-        for _ in parts:
-            self._wake.put(None)
+            for _ in range(min(len(parts), len(self._asleep))):
+                self._asleep.pop().release()
 
     @property
     def idle(self) -> bool:
-        """No thread has anything to run."""
-        return self._wake.empty() and not self._running
+        """All threads sleep: whatever is queued, nothing will run."""
+        with self._lock:
+            return len(self._asleep) >= len(self._threads)
 
     def __len__(self) -> int:
         return len(self._heap)
 
-    def _take(self) -> Part | None:
-        self._wake.get()
-        with self._lock:
-            self._running += 1
-            return heapq.heappop(self._heap)[2] if self._heap else None
+    def _take(self, latch: threading.Lock) -> Part | None:
+        while True:
+            with self._lock:
+                if self._heap:
+                    return heapq.heappop(self._heap)[2]
+                if self._closing:
+                    return None
+                latch.acquire(blocking=False)
+                self._asleep.append(latch)
+            with latch:
+                pass
 
-    def _ran(self) -> None:
-        with self._lock:
-            self._running -= 1
-
-    def _serve(self) -> None:
+    def _serve(self, latch: threading.Lock) -> None:
         # Tensors made in inference mode can only be written in inference mode, in any thread.
         with torch.inference_mode():
-            while (part := self._take()) is not None:
+            while (part := self._take(latch)) is not None:
                 self._run(part)
-                self._ran()
                 del part  # a thread that waits must not keep memory alive
-            self._ran()
 
     def close(self) -> None:
-        """Run what is queued and end the threads."""
+        """Run what is queued and end the threads; may be called again."""
+        with self._lock:
+            self._closing = True
+            self._asleep.clear()
+            for latch in self._latches:
+                if latch.locked():
+                    latch.release()
         for thread in self._threads:
-            # Again and again: if an interrupt hit `put`, there are parts without an item.
-            while thread.is_alive():
-                self._wake.put(None)
-                thread.join(0.05)
+            thread.join()
         self._threads.clear()

@@ -102,7 +102,14 @@ class PageSlots(ScatteredRows):
 
     def scatter(self, rows: torch.Tensor) -> None:
         """Store `rows`, packed keys and values."""
-        self.pool.store(self.slots, rows)
+        pool = self.pool
+        if pool.keys.shape != pool.values.shape:
+            pool.store(self.slots, rows)
+            return
+        # As `store` does, but with torch each link's thread would start a team of its own.
+        _, kv_heads, page_tokens, dim = pool.keys.shape
+        table, source = (each.view(-1, dim).view(torch.uint8).numpy() for each in (pool.raw, rows))
+        table[self.slots.rows(kv_heads, page_tokens).numpy()] = source
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from offload.backend import DeviceBackend
 
 
+KEPT = 2
+"""Buffers that only urgent reads may take: the others may all wait for a slot on the device."""
+
+
 class StagingBuffers:
     """A few buffers of one request each; whoever needs one waits until one is free."""
 
@@ -19,12 +23,13 @@ class StagingBuffers:
         self.size = min(buffer.nbytes for buffer in buffers)
         """Most bytes of one request."""
         self._free: list[tuple[torch.Tensor, Any]] = [(buffer, None) for buffer in buffers]
+        self._kept = min(KEPT, len(buffers) - 1)
         self._changed = threading.Condition()
 
-    def acquire(self) -> torch.Tensor:
+    def acquire(self, *, urgent: bool = False) -> torch.Tensor:
         """A buffer whose last copy to the device is over."""
         with self._changed:
-            while not self._free:
+            while len(self._free) <= (0 if urgent else self._kept):
                 self._changed.wait()
             buffer, event = self._free.pop(0)
         self._backend.synchronize(event)
@@ -34,4 +39,4 @@ class StagingBuffers:
         """The buffer is free after `event`."""
         with self._changed:
             self._free.append((buffer, event))
-            self._changed.notify()
+            self._changed.notify_all()

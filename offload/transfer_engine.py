@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from offload.backend import DeviceBackend, Source, Target
     from offload.staging import StagingBuffers
 
-ROWS_PER_REQUEST = 64
+ROWS_PER_REQUEST = 16
 """Of a table on disk, whose rows are read one by one."""
 
 
@@ -47,6 +47,18 @@ class TransferEngine:
             link: Lane(f"flexrun {link}", backend.requests_in_flight(link), self._run)
             for link in backend.links
         }
+        # Where a thread may block on the device, what is urgent must find one that is free.
+        self._urgent_lanes = {
+            link: Lane(f"flexrun {link}, urgent", 1, self._run) for link in backend.blocking_links
+        }
+
+    @property
+    def _all_lanes(self) -> list[Lane]:
+        return [*self._lanes.values(), *self._urgent_lanes.values()]
+
+    def _lane_of(self, part: Part) -> Lane:
+        lane = self._lanes[part.link]
+        return self._urgent_lanes.get(part.link, lane) if part.urgent else lane
 
     def use_staging(self, staging: StagingBuffers) -> None:
         """Let what goes from disk to a separate device pass through these buffers."""
@@ -154,7 +166,7 @@ class TransferEngine:
         arrived = [event for each in waits for event in each.events]
         for part in parts:
             part.after = [*part.after, *arrived]
-        self._lanes[parts[0].link].put(parts)
+        self._lane_of(parts[0]).put(parts)
 
     def _run(self, part: Part) -> None:
         """In a link's thread: one request."""
@@ -178,7 +190,7 @@ class TransferEngine:
     def _relay(self, part: Part) -> None:
         """Read into a staging buffer, then queue its copy to the device."""
         assert self._staging is not None
-        buffer = self._staging.acquire()
+        buffer = self._staging.acquire(urgent=part.urgent)
         part.staged = buffer
         nbytes = part.source.nbytes
         target, part.target = part.target, buffer[:nbytes]
@@ -199,7 +211,7 @@ class TransferEngine:
             staged=buffer,
             urgent=part.urgent,
         )
-        self._lanes[Link.HOST_TO_DEVICE].put([onward])
+        self._lane_of(onward).put([onward])
 
     def _copy(self, part: Part) -> Any:
         start = time.perf_counter()
@@ -226,18 +238,22 @@ class TransferEngine:
     def drain(self) -> None:
         """Wait until nothing is queued or under way."""
         with self._all_done:
-            while self._under_way and not (self._closing and self._stuck()):
-                self._all_done.wait(0.5)
+            while self._under_way:
+                in_time = self._all_done.wait(0.5)
+                if not in_time and self._closing and self._stuck():
+                    return
 
     def _stuck(self) -> bool:
         """Whether nothing can run: what is under way was lost when an interrupt hit `submit`."""
-        return all(lane.idle for lane in self._lanes.values())
+        # Twice: a link that was asleep may have been handed a part by one that was not, yet.
+        return all(lane.idle for _ in range(2) for lane in self._all_lanes)
 
     def close(self) -> None:
         """Finish what is queued and end the threads; may be called again."""
-        self._closing = True
-        self.drain()
-        for lane in self._lanes.values():
+        if not self._closing:
+            self._closing = True
+            self.drain()
+        for lane in self._all_lanes:
             lane.close()
 
 

@@ -1,12 +1,12 @@
 """Proof of overlap: how close a sweep comes to the time of its busiest link, or of its compute.
 
 emulated: a random Llama whose weights (and KV cache) cross links of a stated speed, chosen so that
-the links take twice, once and half the time of compute. The model is large enough that one layer of
-one micro-batch takes several ms, as it does where weights are worth streaming; where it takes one or
-two, what shows is that the emulated device shares its processor's caches with the links. cpu: a checkpoint on the real disk, read by
-few rows (bound by the disk) and by many (bound by compute). All figures are of steady decode
-sweeps: the prefill, the first decode and the last sweep are left out. The last line on stdout is
-one JSON object.
+the links take twice, once and half the time of compute. The model is so large that one layer of one
+micro-batch takes several ms, as it does where weights are worth streaming; in smaller ones it shows
+that the emulated device shares caches and the interpreter with its links. cpu: a checkpoint on the
+real disk, read by few rows (bound by the disk) and by many (bound by compute). All figures are of
+steady decode sweeps: the prefill, the first decode and the last sweep are left out. The last line
+on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -271,13 +271,16 @@ class Emulated:
         report: dict[str, Any] = {"unlimited": [], "cases": []}
         with jobs(self._settings(ALONE)) as (alone,):
             for name, policy in CASES.items():
+                kinds = self._kinds(name)
+                if not kinds:
+                    continue
                 settings = [self._settings(policy, overlap) for overlap in (True, False)]
                 with jobs(*settings) as (overlapped, stepwise):
                     for job in (alone, overlapped, stepwise):
                         job.run()  # warms up
                     free, compute = overlapped.run(), alone.run().sweep
                     report["unlimited"].append(_unlimited(name, free, compute))
-                    for kind, factor in FACTORS.items():
+                    for kind, factor in kinds.items():
                         seconds = factor * compute
                         speeds = {link: n / seconds for link, n in free.link_bytes.items() if n}
                         pairs = self._pairs(overlapped, alone, stepwise, speeds)
@@ -286,6 +289,10 @@ class Emulated:
                         report["cases"].append({**case, **judged(kind, pairs)})
                         print(f"{name}, {kind}: done", file=sys.stderr)
         return report
+
+    def _kinds(self, case: str) -> dict[str, float]:
+        only = self._given.only
+        return {kind: f for kind, f in FACTORS.items() if only in f"{case}, {kind}"}
 
     def _trace_file(self, case: dict[str, Any]) -> Path | None:
         if self._given.trace is None:
@@ -496,6 +503,7 @@ def read_arguments() -> argparse.Namespace:
     add("--sweeps", type=int, default=4, help="steady sweeps of one run (%(default)s)")
     add("--seconds", type=float, default=1.5, help="of one raw disk measurement (%(default)s)")
     add("--repeats", type=int, default=3)
+    add("--only", default="", metavar="TEXT", help="emulated cases with this in their name")
     add("--threads", type=int, metavar="N", help=THREADS)
     add("--trace", type=Path, metavar="DIR", help="keep a trace of every overlapped run here")
     given = parser.parse_args()

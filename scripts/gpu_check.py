@@ -14,9 +14,12 @@ import xml.etree.ElementTree as ElementTree
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = ["--device", "cuda"]
@@ -73,30 +76,66 @@ def run_report(arguments: list[str]) -> dict[str, Any]:
     return {"command": command, "exit_code": done.returncode, "report": report}
 
 
-def run_benchmarks(directory: Path) -> dict[str, dict[str, Any]]:
-    """Speed in memory, raw links, and a job whose weights come from pinned RAM, then from disk."""
+def run_benchmarks(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Speed in memory, raw links, and jobs whose weights come from pinned RAM and from disk."""
     demo = run([sys.executable, "scripts/get_demo_model.py"], stdout=subprocess.PIPE)
-    model = demo.stdout.strip().splitlines()[-1]
-    random_model, prompts = directory / "1.1b", directory / "prompts.jsonl"
-    run([sys.executable, "scripts/make_random_model.py", "1.1b", str(random_model)], check=True)
+    yield "demo model", {"exit_code": demo.returncode}
+    if demo.returncode == 0:
+        model = demo.stdout.strip().splitlines()[-1]
+        in_memory = ["scripts/bench_inmemory.py", "--model", model, *ON_GPU, "--quick"]
+        yield "in memory", run_report(in_memory)
+    yield "links", run_report(["scripts/bench_links.py", *ON_GPU])
+    model, prompts = str(directory / "1.1b"), directory / "prompts.jsonl"
+    made = run([sys.executable, "scripts/make_random_model.py", "1.1b", model])
+    yield "model for the jobs", {"exit_code": made.returncode}
+    if made.returncode != 0:
+        return
     lines = (
         json.dumps({"prompt_token_ids": [3 + (7 * i + k * k) % 30_000 for k in range(64 + i)]})
         for i in range(128)
     )
     prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    reports = {
-        "in memory": run_report(
-            ["scripts/bench_inmemory.py", "--model", model, *ON_GPU, "--quick"]
-        ),
-        "links": run_report(["scripts/bench_links.py", *ON_GPU]),
+    splits = {
+        "from RAM": ["--weights", "host=100", "--kv-cache", "device=100"],
+        "from disk": ["--weights", "disk=100", "--kv-cache", "device=100"],
+        "three links": ["--weights", "disk=100", "--kv-cache", "host=60,disk=40"],
     }
-    for name, weights in (("from RAM", "host=100"), ("from disk", "disk=100")):
-        job = ["-m", "flexrun", "generate", "--model", str(random_model), "--input", str(prompts)]
-        job += ["--output", str(directory / f"{weights}.jsonl"), "--max-tokens", "32"]
-        job += ["--weights", weights, "--kv-cache", "device=100", "--ignore-eos", *ON_GPU]
-        job += ["--offload-dir", str(directory)]
-        reports[name] = run_report(job)
-    return reports
+    base = ["-m", "flexrun", "generate", "--model", model, "--input", str(prompts), *ON_GPU]
+    base += ["--max-tokens", "32", "--ignore-eos", "--dtype", "float32"]
+    base += ["--offload-dir", str(directory)]
+    for name, split in splits.items():
+        tokens: list[list[Any]] = []
+        for way, flags in (("", []), (", step by step", ["--no-overlap"])):
+            output, trace = directory / f"{name}{way}.jsonl", directory / f"{name}{way}.json"
+            files = ["--output", str(output), "--trace", str(trace)]
+            report = run_report([*base, *split, *files, *flags])
+            if report["exit_code"] == 0:
+                tokens.append(tokens_of(output))
+                report["longest_gap_ms"] = gaps(trace)
+                # The same micro-batches, so the same numbers.
+                report["exit_code"] = int(tokens[0] != tokens[-1])
+            yield name + way, report
+
+
+def tokens_of(output: Path) -> list[Any]:
+    """The tokens of all results, in order of the input."""
+    results = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    return [each["token_ids"] for each in sorted(results, key=lambda each: each["index"])]
+
+
+def gaps(trace: Path) -> dict[str, float]:
+    """Of each row of a trace: the longest time between two intervals, in ms."""
+    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    names = {e["pid"]: e["args"]["name"] for e in events if e["name"] == "process_name"}
+    longest: dict[str, float] = {}
+    until: dict[str, float] = {}
+    spans = [event for event in events if event["ph"] == "X"]
+    for event in sorted(spans, key=lambda event: float(event["ts"])):
+        row = str(names[event["pid"]])
+        idle = event["ts"] - until.get(row, event["ts"])
+        longest[row] = max(longest.get(row, 0.0), idle / 1000)
+        until[row] = max(until.get(row, 0.0), event["ts"] + event["dur"])
+    return longest
 
 
 def main() -> int:
@@ -109,9 +148,11 @@ def main() -> int:
         return 2
     now = datetime.now(timezone.utc)
     machine = describe_machine()
-    tests = run_tests()
-    with tempfile.TemporaryDirectory(prefix="flexrun-gpu-check-") as directory:
-        benchmarks = run_benchmarks(Path(directory))
+    gpu = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
+    path = args.output_dir / f"gpu_check_{gpu}_{now:%Y-%m-%d}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    benchmarks: dict[str, dict[str, Any]] = {}
+    tests: dict[str, Any] = {}
     result = {
         "command": "scripts/gpu_check.sh",
         "date": now.isoformat(timespec="seconds"),
@@ -119,10 +160,16 @@ def main() -> int:
         "tests": tests,
         "benchmarks": benchmarks,
     }
-    gpu = re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower()).strip("-")
-    path = args.output_dir / f"gpu_check_{gpu}_{now:%Y-%m-%d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    def save() -> None:  # after each part: whatever breaks later, its figures are there
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+    tests |= run_tests()
+    save()
+    with tempfile.TemporaryDirectory(prefix="flexrun-gpu-check-") as directory:
+        for name, report in run_benchmarks(Path(directory)):
+            benchmarks[name] = report
+            save()
     print(path)
     return int(any(part["exit_code"] != 0 for part in (tests, *benchmarks.values())))
 

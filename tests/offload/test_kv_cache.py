@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-import time
+import threading
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.errors import OffloadStoreError
 from offload.kv_cache import KVCache
 from offload.kv_layout import KVGroup, SpanPages, build_group
+from offload.kv_staging import TURNS
 from offload.links import Link
 from offload.paged_kv import PagedKV
 from offload.pages import PagePools
@@ -289,15 +290,38 @@ def test_a_page_holds_keys_then_values():
 
 
 def test_a_lost_row_is_not_silent():
-    """If new keys and values could not be stored, the next read of that layer's pages fails."""
+    """If new keys and values could not be stored, a later layer fails, not a later read."""
     rig = Rig("emulated", {Tier.HOST: 9}, page_tokens=4)
     rig.transfers.close()
     rig.transfers = TransferEngine(BrokenBackend(Link.DEVICE_TO_HOST))
     rig.cache._staged[Tier.HOST]._transfers = rig.transfers
     rig.pools.allocate(0, 9)
-    rig.sweep([[RowSpan(0, 0, 1, True)]])
     with pytest.raises(OffloadStoreError, match="the link is broken"):
-        rig.sweep([[RowSpan(0, 1, 1, True)]])
+        rig.sweep([[RowSpan(0, 0, 1, True)]])
+    rig.close()
+
+
+def test_rows_on_their_way_to_host_are_bounded(monkeypatch):
+    """However slow the link, the device holds the new rows of as many layers as have staging."""
+    rig = Rig("emulated", {Tier.HOST: 36}, page_tokens=4)
+    assert isinstance(rig.backend, EmulatedBackend)
+    rig.backend.machine = EmulatedMachine(speeds={Link.DEVICE_TO_HOST: 50_000})
+    sent, waiting = [], []
+    submit = rig.transfers.submit
+
+    def noted(link, *arguments, **options):
+        transfer = submit(link, *arguments, **options)
+        if link is Link.DEVICE_TO_HOST:
+            sent.append(transfer)
+            waiting.append(sum(not each.issued for each in sent))
+        return transfer
+
+    monkeypatch.setattr(rig.transfers, "submit", noted)
+    for sequence in range(4):
+        rig.pools.allocate(sequence, 20)
+    rig.sweep([[RowSpan(sequence, 0, 9, True)] for sequence in range(4)])
+    assert len(sent) == 12
+    assert max(waiting) == TURNS
     rig.close()
 
 
@@ -326,11 +350,14 @@ def test_a_page_keeps_the_rows_of_its_last_owner():
     for sequence in (1, 2):
         assert rig.pools.allocate(sequence, 8)
     assert pages == set(rig.pools.tables[1].pages)
-    # Nothing is fetched in this sweep, which would wait; layer 1 now leaves by the first staging.
-    rig.sweep([[RowSpan(1, 0, 6, True)], [RowSpan(2, 0, 6, True)]])
-    time.sleep(0.1)
-    assert not any(store.issued for store in rig.cache._last_store[1])
+    # Nothing is fetched in this sweep, which would wait for what is stored.
+    spans = [[RowSpan(1, 0, 6, True)], [RowSpan(2, 0, 6, True)]]
+    sweep = threading.Thread(target=rig.sweep, args=(spans,))
+    sweep.start()
+    sweep.join(0.2)
+    assert sweep.is_alive(), "the device would fill up with rows"
     backend.gate.set()
+    sweep.join()
     rig.sweep([[RowSpan(1, 6, 1, True)], [RowSpan(2, 6, 1, True)]])
     rig.close()
 

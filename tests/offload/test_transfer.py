@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from offload.paged_kv import PagedKV, TokenSlots, page_elements
 from offload.ram import map_memory
 from offload.staging import StagingBuffers
 from offload.tiers import REQUEST_BYTES, MemoryAccount, Tier
+from offload.transfer import URGENT
 from offload.transfer_engine import TransferEngine
 from tests.backends import BrokenBackend
 
@@ -297,3 +299,68 @@ def test_allocations_are_charged(lazy):
         assert account.used[Tier.DEVICE] == 600
         backend.free(Tier.DEVICE, home)
         assert account.used[Tier.DEVICE] == 0
+
+
+class NotesUrgency(EmulatedBackend):
+    """Keeps which link was asked to copy urgently."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryAccount(), EmulatedMachine())
+        self.asked: list[tuple[Link, bool]] = []
+
+    def copy(self, link: Link, *arguments: Any, urgent: bool = False) -> Any:
+        self.asked.append((link, urgent))
+        return super().copy(link, *arguments, urgent=urgent)
+
+
+@pytest.mark.parametrize("priority", [URGENT, 1])
+def test_urgency_reaches_the_device(tmp_path, priority):
+    """What compute waits for is urgent on both links from disk to the device; weights on none."""
+    backend = NotesUrgency()
+    engine = TransferEngine(backend)
+    engine.use_staging(StagingBuffers([map_memory(REQUEST_BYTES) for _ in range(2)], backend))
+    file = DirectFile.create(tmp_path / "file", 4096)
+    copies = [(FileExtent(file, 0, 4096), map_memory(4096))]
+    engine.submit_from_disk(copies, kind="kv", priority=priority).synchronize()
+    assert backend.asked == [(READ, priority == URGENT), (IN, priority == URGENT)]
+    engine.close()
+    file.close()
+
+
+class BusyDevice(EmulatedBackend):
+    """Takes what is not urgent only once its gate is open, as a GPU that computes would."""
+
+    blocking_links = (READ, IN)
+
+    def __init__(self) -> None:
+        super().__init__(MemoryAccount(), EmulatedMachine())
+        self.gate = threading.Event()
+
+    def copy(self, link: Link, *arguments: Any, urgent: bool = False) -> Any:
+        if link is IN and not urgent:
+            assert self.gate.wait(60)
+        return super().copy(link, *arguments, urgent=urgent)
+
+
+def test_what_is_urgent_passes_what_waits_for_the_device(tmp_path):
+    """Weights that wait for a place on the device hold up neither threads nor staging for KV."""
+    backend = BusyDevice()
+    engine = TransferEngine(backend)
+    engine.use_staging(StagingBuffers([map_memory(4096) for _ in range(8)], backend))
+    file = DirectFile.create(tmp_path / "file", 16 * 4096)
+    lazy = [
+        engine.submit_from_disk([(FileExtent(file, 0, 16 * 4096), map_memory(16 * 4096))], kind="w")
+        for _ in range(2)
+    ]
+    while engine.counters[READ].total_bytes < 6 * 4096:
+        time.sleep(0.001)  # until no more buffers are to be had
+    page = map_memory(4096)
+    for _ in range(3):
+        copies = [(FileExtent(file, 0, 4096), page)]
+        engine.submit_from_disk(copies, kind="kv", priority=URGENT).synchronize()
+        engine.submit(IN, page, map_memory(4096), kind="kv", priority=URGENT).synchronize()
+    assert not any(transfer.issued for transfer in lazy)
+    backend.gate.set()
+    engine.close()
+    assert all(transfer.issued for transfer in lazy)
+    file.close()

@@ -27,8 +27,11 @@ class Lane:
         self._lock = threading.Lock()
         self._closing = False
         # Each thread sleeps on a latch of its own: unlike with a condition variable, waking one
-        # costs the thread that computes next to nothing, and never wakes two for one part.
+        # costs the thread that computes next to nothing, and never wakes two for one part. A latch
+        # is always locked, but for the moment between its release and the thread's waking up.
         self._latches = [threading.Lock() for _ in range(threads)]
+        for latch in self._latches:
+            latch.acquire()
         self._asleep: list[threading.Lock] = []
         self._threads = [
             threading.Thread(target=self._serve, args=(latch,), name=name, daemon=True)
@@ -61,10 +64,8 @@ class Lane:
                     return heapq.heappop(self._heap)[2]
                 if self._closing:
                     return None
-                latch.acquire(blocking=False)
                 self._asleep.append(latch)
-            with latch:
-                pass
+            latch.acquire()
 
     def _serve(self, latch: threading.Lock) -> None:
         # Tensors made in inference mode can only be written in inference mode, in any thread.

@@ -26,7 +26,14 @@ from offload.tiers import Tier, format_size
 from offload.timeline import Timeline
 from offload.transfer_engine import TransferEngine
 from policy_search.automatic import automatic_policy, with_depth
-from policy_search.memory import kv_pages, kv_room, parked_rows, smallest_relay, workspace
+from policy_search.memory import (
+    kv_pages,
+    kv_room,
+    leaving_rows_bytes,
+    parked_rows,
+    smallest_relay,
+    workspace,
+)
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -152,6 +159,9 @@ class Runtime:
             shape, policy, free, context, unified=backend.unified, lazy=backend.lazy
         )
         pages = kv_pages(shape, policy, room, context)
+        leaving = leaving_rows_bytes(shape, policy, unified=backend.unified)
+        backend.account.charge(Tier.DEVICE, leaving, "new keys and values on their way to HOST")
+        closing.callback(backend.account.refund, Tier.DEVICE, leaving)
         away = (Tier.DISK,) if backend.unified else (Tier.HOST, Tier.DISK)
         limits = {tier: staging for tier in away if pages[tier]}
         tails = policy.max_sequences if pages[Tier.DISK] else 0

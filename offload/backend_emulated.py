@@ -75,6 +75,10 @@ class EmulatedBackend(DeviceBackend):
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
         return map_memory(nbytes)
 
+    def requests_in_flight(self, link: Link) -> int:
+        """One under way and the next one ready: what is urgent has to wait for both."""
+        return 2
+
     def request_bytes(self, link: Link) -> int:
         """As long on the way as on a real link: a slow one takes smaller requests."""
         speed = self.machine.speeds.get(link)

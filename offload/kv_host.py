@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offload.kv_staging import StagedPages, Visit
 from offload.links import PageSlots
-from offload.tiers import Tier
+from offload.tiers import LEAVING_BATCHES, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,6 +26,8 @@ class HostPages(StagedPages):
     def __init__(self, pools: Sequence[PagedKV], *arguments: Any) -> None:
         super().__init__(*arguments)
         self._pools = list(pools)
+        self._leaving: deque[Transfer] = deque()
+        """Copies of new rows, the earliest first, that may still read them on the device."""
 
     def fetch(self, visit: Visit) -> list[Transfer]:
         """Gathered into one copy."""
@@ -34,11 +37,12 @@ class HostPages(StagedPages):
 
     def keep(self, visit: Visit, packed: torch.Tensor) -> list[Transfer]:
         """The new rows, scattered into their pages when they have arrived."""
-        for transfer in self.stagings[visit.turn].kept:
-            transfer.wait()  # or a slow link would let rows of all layers pile up on the device
+        while len(self._leaving) >= LEAVING_BATCHES:
+            self._leaving.popleft().wait()  # or rows of all layers would pile up on the device
         home, staging, slots = self._pools[visit.layer], self.stagings[visit.turn], visit.group.home
         assert slots is not None
         staging.kept = [self._scatter(visit, packed, PageSlots(home, slots, staging.pinned_out))]
+        self._leaving += staging.kept
         return staging.kept
 
     def erase(self, pages: Sequence[int]) -> None:
@@ -51,3 +55,4 @@ class HostPages(StagedPages):
         """Let go of all memory."""
         super().close()
         self._pools.clear()
+        self._leaving.clear()

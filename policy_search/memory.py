@@ -13,6 +13,7 @@ from offload.tiers import (
     BUDGET_FLAG,
     CACHE_LINE,
     DISK_BLOCK,
+    LEAVING_BATCHES,
     REQUEST_BYTES,
     STAGING_BUFFERS,
     Tier,
@@ -167,17 +168,24 @@ def _staged_tiers(policy: Policy, unified: bool) -> int:
 
 
 def _kv_working(shape: ModelShape, policy: Policy, staging: int, unified: bool) -> dict[Tier, int]:
-    """What moving KV pages takes: staging of so many pages, and pages that are not full for DISK.
-
-    Of those there is one for every sequence.
+    """What moving KV takes: staging of so many pages, new rows that leave, and for DISK pages that
+    are not full. Of those there is one for every sequence.
     """
     buffers = _staged_tiers(policy, unified) * staging
     buffers *= max(shape.kv_bytes_per_token) * policy.page_tokens
     working = {Tier.DEVICE: 2 * buffers, Tier.HOST: 0 if unified else 4 * buffers}
+    working[Tier.DEVICE] += leaving_rows_bytes(shape, policy, unified=unified)
     if policy.kv_cache.disk:
         tails = policy.max_sequences * policy.page_tokens * shape.kv_token_bytes
         working[Tier.DEVICE if unified else Tier.HOST] += tails
     return working
+
+
+def leaving_rows_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> int:
+    """New keys and values that are on DEVICE until they have arrived on HOST."""
+    if unified or not policy.kv_cache.host:
+        return 0
+    return LEAVING_BATCHES * policy.micro_batch_rows * max(shape.kv_bytes_per_token)
 
 
 def _kv_file_bytes(shape: ModelShape, policy: Policy, pages: int) -> int:

@@ -23,13 +23,12 @@ from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.errors import OffloadStoreError
 from offload.kv_cache import KVCache
 from offload.kv_layout import KVGroup, SpanPages, build_group
-from offload.kv_staging import TURNS
 from offload.links import Link
 from offload.paged_kv import PagedKV
 from offload.pages import PagePools
 from offload.ram import map_memory
 from offload.staging import StagingBuffers
-from offload.tiers import DISK_BLOCK, MemoryAccount, Tier
+from offload.tiers import DISK_BLOCK, LEAVING_BATCHES, MemoryAccount, Tier
 from offload.transfer_engine import TransferEngine
 from tests.backends import BrokenBackend, GatedBackend, make_copies_late
 
@@ -291,18 +290,19 @@ def test_a_page_holds_keys_then_values():
 
 def test_a_lost_row_is_not_silent():
     """If new keys and values could not be stored, a later layer fails, not a later read."""
-    rig = Rig("emulated", {Tier.HOST: 9}, page_tokens=4)
+    rig = Rig("emulated", {Tier.HOST: 9 * 3}, page_tokens=4)
     rig.transfers.close()
     rig.transfers = TransferEngine(BrokenBackend(Link.DEVICE_TO_HOST))
     rig.cache._staged[Tier.HOST]._transfers = rig.transfers
-    rig.pools.allocate(0, 9)
+    for sequence in range(3):
+        rig.pools.allocate(sequence, 9)
     with pytest.raises(OffloadStoreError, match="the link is broken"):
-        rig.sweep([[RowSpan(0, 0, 1, True)]])
+        rig.sweep([[RowSpan(sequence, 0, 1, True)] for sequence in range(3)])
     rig.close()
 
 
 def test_rows_on_their_way_to_host_are_bounded(monkeypatch):
-    """However slow the link, the device holds the new rows of as many layers as have staging."""
+    """However slow the link, the device holds the new rows of a few micro-batches only."""
     rig = Rig("emulated", {Tier.HOST: 36}, page_tokens=4)
     assert isinstance(rig.backend, EmulatedBackend)
     rig.backend.machine = EmulatedMachine(speeds={Link.DEVICE_TO_HOST: 50_000})
@@ -321,7 +321,7 @@ def test_rows_on_their_way_to_host_are_bounded(monkeypatch):
         rig.pools.allocate(sequence, 20)
     rig.sweep([[RowSpan(sequence, 0, 9, True)] for sequence in range(4)])
     assert len(sent) == 12
-    assert max(waiting) == TURNS
+    assert max(waiting) == LEAVING_BATCHES
     rig.close()
 
 

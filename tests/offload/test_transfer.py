@@ -180,7 +180,7 @@ def test_close_finishes_what_is_queued():
     """After close every submitted copy is over and no thread is left."""
     before = set(threading.enumerate())
     engine = TransferEngine(EmulatedBackend(MemoryAccount(), EmulatedMachine()))
-    assert len(set(threading.enumerate()) - before) == 4 + 2 + 2 + 2
+    assert len(set(threading.enumerate()) - before) == 2 * 4
     transfers = [send(engine, IN, number) for number in range(50)]
     engine.close()
     assert all(transfer.issued for transfer in transfers)

@@ -170,10 +170,10 @@ def test_a_run_shows_its_traces(tiny_llama_dir, traces, device, prepared):
     more = PREPARE if prepared else {}
     with LLM(tiny_llama_dir, **settings(device, traces.directory) | more) as llm:
         started = [thread.name for thread in set(threading.enumerate()) - traces.threads]
-        reading = "flexrun disk->device" if device == "cpu" else "flexrun disk->host"
+        reading = {"flexrun disk->device": 4} if device == "cpu" else {"flexrun disk->host": 2}
         others = ["host->disk"]
         others += [] if device == "cpu" else ["host->device", "device->host"]
-        assert Counter(started) == {reading: 4} | {f"flexrun {link}": 2 for link in others}
+        assert Counter(started) == reading | {f"flexrun {link}": 2 for link in others}
         generate(llm, PROMPTS, 4)
         read = tiny_llama_dir / "model.safetensors"
         if prepared:
@@ -287,12 +287,12 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
 @both_devices
 def test_a_model_that_does_not_fit_leaves_nothing(tiny_llama_dir, traces, device):
     """An engine that runs out of a budget half way through loading gives back what it had."""
-    for budget in range(100, 900, 50):
+    for budget in range(100, 1000, 50):
         try:
             more = {"device_memory": f"{budget}KiB"}
             LLM(tiny_llama_dir, **settings(device, traces.directory) | more).close()
         except CapacityError:
-            assert budget < 850
+            assert budget < 950
         traces.assert_gone()
 
 

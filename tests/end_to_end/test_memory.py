@@ -23,6 +23,7 @@ from flexrun import LLM, CapacityError, CheckpointError, SamplingParams
 from offload.direct_file import DirectFile
 from offload.errors import OffloadStoreError
 from offload.prepared import FOLDER
+from offload.tiers import LEAVING_BATCHES, MemoryAccount, Tier
 from policy_search.machine import multiplies_bfloat16
 from tests.end_to_end.harness import engine_of, generate
 from tests.end_to_end.reference import ragged_prompts
@@ -287,13 +288,33 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
 @both_devices
 def test_a_model_that_does_not_fit_leaves_nothing(tiny_llama_dir, traces, device):
     """An engine that runs out of a budget half way through loading gives back what it had."""
-    for budget in range(100, 1000, 50):
+    for budget in range(100, 950, 50):
         try:
             more = {"device_memory": f"{budget}KiB"}
             LLM(tiny_llama_dir, **settings(device, traces.directory) | more).close()
         except CapacityError:
-            assert budget < 950
+            assert budget < 900
         traces.assert_gone()
+
+
+@both_devices
+@pytest.mark.parametrize("kv_cache", ["device=100", "host=100"])
+def test_new_rows_on_their_way_are_charged(tiny_llama_dir, tmp_path, monkeypatch, device, kv_cache):
+    """DEVICE pays for rows that may be leaving for HOST, where that is another memory."""
+    charged: Counter[tuple[Tier, str]] = Counter()
+    charge = MemoryAccount.charge
+
+    def noted(account: MemoryAccount, tier: Tier, nbytes: int, what: str) -> None:
+        charged[tier, what] += nbytes
+        charge(account, tier, nbytes, what)
+
+    monkeypatch.setattr(MemoryAccount, "charge", noted)
+    more = settings(device, tmp_path) | {"kv_cache": kv_cache}
+    with LLM(tiny_llama_dir, **more) as llm:
+        row = max(engine_of(llm)._runtime.shape.kv_bytes_per_token)
+    leave = device == "emulated" and kv_cache == "host=100"
+    found = charged[Tier.DEVICE, "new keys and values on their way to HOST"]
+    assert found == (LEAVING_BATCHES * 16 * row if leave else 0)
 
 
 def test_a_broken_checkpoint_leaves_nothing(tiny_llama_dir, traces, tmp_path):

@@ -23,8 +23,10 @@ from transformers import AutoConfig
 
 import flexrun
 from flexrun.errors import UnsupportedModelError, UsageError, not_exact
-from flexrun.model import load_config, one_line, refuse_known, trace_attention
+from flexrun.model import load_config, refuse_known
 from flexrun.model_files import resolve_model
+from flexrun.model_trace import trace
+from flexrun.skeleton import one_line
 from flexrun.twin import random_twin
 from flexrun.twin_config import twin_config
 from flexrun.twin_run import compare_with_twin
@@ -54,7 +56,7 @@ def check_architecture(config: PretrainedConfig) -> Verdict:
     name = config.model_type
     try:
         refuse_known(config)
-        trace_attention(config, torch.float32)
+        trace(config, torch.float32)
     except UnsupportedModelError as error:
         return Verdict("refused", error.message)
     try:

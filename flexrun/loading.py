@@ -10,6 +10,7 @@ import torch
 
 from flexrun.disk_weights import open_charged
 from offload.embedding import EmbeddingTable
+from offload.packed import pack, unpack
 from offload.placement import TensorSpec, place
 from offload.slabs import Weight
 from offload.tiers import Split, Tier
@@ -173,6 +174,8 @@ def load_weights(
         )
         closing.callback(store.close)
         _fill(model, weights, checkpoint, store, tiers)
+        packed = [w for w in _packable(model, weights, tiers, backend) if pack(w, _home(store, w))]
+        closing.callback(unpack, packed)
         embedding = _embedding_table(weights.embedding, tiers, store, backend, transfers, max_rows)
         if embedding is not None:
             closing.callback(embedding.close)
@@ -180,6 +183,27 @@ def load_weights(
         for weight in weights.all:
             placed[tiers.get(weight.name, Tier.DEVICE)] += weight.nbytes
         return LoadedWeights(store, embedding, placed, closing.pop_all())
+
+
+def _packable(
+    model: Model, weights: ModelWeights, tiers: Mapping[str, Tier], backend: DeviceBackend
+) -> list[Weight]:
+    """Weights that stay where a CPU computes with them, in products and nothing else.
+
+    Those that are streamed would have to be reordered in every sweep, which takes longer than it
+    saves; for as many rows as hide their way from disk it saves little.
+    """
+    if backend.device.type != "cpu":
+        return []
+    here = {Tier.DEVICE, Tier.HOST} if backend.unified else {Tier.DEVICE}
+    units = [*weights.layers, weights.head]
+    return [w for unit in units for w in unit if w.name in model.products and tiers[w.name] in here]
+
+
+def _home(store: WeightStore, weight: Weight) -> torch.Tensor:
+    home = store.view(weight.name)
+    assert isinstance(home, torch.Tensor)
+    return home
 
 
 def _embedding_table(

@@ -491,7 +491,7 @@ def make_model(directory: Path, given: argparse.Namespace) -> int:
     """Write a random Llama in float32; its bytes."""
     hidden, heads = given.hidden, max(4, given.hidden // 64)
     shape = Shape(given.layers, hidden, heads, heads // 4, hidden * 11 // 4, 1024, 8192)
-    directory.mkdir()
+    directory.mkdir(parents=True)
     write_json(directory / "config.json", config_of(shape, "float32"))
     write_json(directory / "generation_config.json", {"do_sample": False})
     write_weights(directory, shape, "float32", seed=0)
@@ -541,6 +541,7 @@ def main() -> None:
             report |= run_cpu(given)
             print(show_cpu(report, given))
         else:
+            given.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=given.directory) as directory:
                 model = Path(directory, "model")
                 weight_bytes = make_model(model, given)

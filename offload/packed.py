@@ -1,0 +1,127 @@
+"""Matrices in the order in which the processor's bfloat16 products read them, in memory of ours.
+
+A product with a plain matrix reorders it first, every time. oneDNN can do that once, but keeps the
+result in memory of its own; ours has a home on a tier, which is charged. So the reordered bytes are
+copied over the plain ones, of which they have the number, and torch is told where they are, by the
+C interface that it has for models compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import types
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from offload.slabs import Weight
+
+_OPS = torch.ops.mkldnn
+
+
+def pack(weight: Weight, data: torch.Tensor) -> bool:
+    """Reorder a matrix at `data` (uint8 [nbytes]) in place and bind it to its linear module.
+
+    False, and nothing is changed, where that cannot be done.
+    """
+    if not (_is_matrix_of_one_linear(weight) and can_pack()):
+        return False
+    packed = pack_matrix(data.view(torch.bfloat16).view(weight.shape), data)
+    if packed is None:
+        return False
+    weight.bind(torch.nn.Parameter(packed, requires_grad=False))
+    ((module, _),) = weight.users
+    module.forward = types.MethodType(_forward, module)
+    return True
+
+
+def unpack(weights: Sequence[Weight]) -> None:
+    """Leave the modules of packed `weights` as they were, without memory."""
+    for weight in weights:
+        weight.unbind()
+        ((module, _),) = weight.users
+        del module.forward
+
+
+def _is_matrix_of_one_linear(weight: Weight) -> bool:
+    users = [type(module) for module, _ in weight.users]
+    return users == [torch.nn.Linear] and (weight.dtype, weight.expanded_bytes) == (
+        torch.bfloat16,
+        0,
+    )
+
+
+def _forward(module: torch.nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    out = _OPS._linear_pointwise(rows, module.weight, module.bias, "none", [], "")
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+@functools.cache
+def can_pack() -> bool:
+    """Whether torch and this processor can: tried out, because the interface is not documented."""
+    try:
+        if not _OPS._is_mkldnn_bf16_supported():
+            return False
+        matrix = torch.randn(64, 32).bfloat16()
+        rows = torch.randn(3, 32).bfloat16()
+        room = torch.empty(matrix.nbytes, dtype=torch.uint8)  # has to outlive `packed`
+        packed = pack_matrix(matrix, room)
+        if packed is None:
+            return False
+        out = _OPS._linear_pointwise(rows, packed, None, "none", [], "")
+        return torch.allclose(out, torch.nn.functional.linear(rows, matrix), rtol=0.02, atol=0.1)
+    except (AttributeError, RuntimeError, OSError, TypeError):
+        return False
+
+
+def pack_matrix(matrix: torch.Tensor, room: torch.Tensor) -> torch.Tensor | None:
+    """`matrix` (bfloat16 [outputs, inputs]) reordered into `room` (uint8 [nbytes], may be its own).
+
+    None if it takes more room when reordered, as odd sizes do. The result does not own `room`.
+    """
+    reordered = _OPS._reorder_linear_weight(matrix)
+    if _OPS._nbytes(reordered) != room.nbytes:
+        return None
+    described = _OPS._get_mkldnn_serialized_md(reordered)
+    ctypes.memmove(room.data_ptr(), _OPS.data_ptr(reordered), room.nbytes)
+    return _tensor_over(room, matrix.shape, described)
+
+
+def _tensor_over(room: torch.Tensor, shape: torch.Size, described: torch.Tensor) -> torch.Tensor:
+    library = _library()
+    handle = ctypes.c_void_p()
+    whole = ctypes.c_int64 * 2
+    failed = library.aoti_torch_create_tensor_from_blob_v2(
+        ctypes.c_void_p(room.data_ptr()),
+        ctypes.c_int64(2),
+        whole(*shape),
+        whole(shape[1], 1),
+        ctypes.c_int64(0),
+        ctypes.c_int32(library.aoti_torch_dtype_bfloat16()),
+        ctypes.c_int32(library.aoti_torch_device_type_cpu()),
+        ctypes.c_int32(0),
+        ctypes.byref(handle),
+        ctypes.c_int32(library.aoti_torch_layout__mkldnn()),
+        ctypes.c_void_p(described.data_ptr()),
+        ctypes.c_int64(described.numel()),
+    )
+    if failed:
+        raise RuntimeError("torch cannot make a tensor over reordered bytes")
+    make_capsule = ctypes.pythonapi.PyCapsule_New
+    make_capsule.restype = ctypes.py_object
+    capsule = make_capsule(handle, None, None)
+    interface: Any = torch._C._aoti
+    tensor = interface.alloc_tensor_by_stealing_from_void_ptr(capsule)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

@@ -197,9 +197,10 @@ class Engine:
         """What the run did, for the final JSON object."""
         runtime = self._runtime
         runtime.transfers.drain()  # or the last bytes would not be counted
-        return self._counters.summary(
+        summary = self._counters.summary(
             runtime.transfers, runtime.backend.account, runtime.raw_speeds
         )
+        return summary | {"preemptions": runtime.scheduler.preemptions}
 
     def describe(self) -> str:
         """The plan, for people."""

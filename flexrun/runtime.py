@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import contextlib
     from collections.abc import Callable, Mapping, Sequence
 
+    from flexrun.attention.interface import AttentionBackend
     from flexrun.config import EngineConfig
     from flexrun.plan import SweepPlan
     from offload.links import Link
@@ -106,7 +107,7 @@ class Runtime:
             self.model,
             self.weights.store,
             self.kv_cache,
-            TorchAttention(),
+            self._choose_attention(closing),
             self.backend,
             self.timeline,
             self.activations,
@@ -138,6 +139,15 @@ class Runtime:
             self.model.context_length,
             unified=self.backend.unified,
         )
+
+    def _choose_attention(self, closing: contextlib.ExitStack) -> AttentionBackend:
+        if self.backend.device.type != "cpu":
+            return TorchAttention()
+        from flexrun.attention.cpu import CpuAttention  # Numba takes a while to import
+
+        attention = CpuAttention()
+        closing.callback(attention.close)
+        return attention
 
     def _limits(self) -> dict[Tier, int]:
         limits = self.backend.account.limits

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ class Progress:
     tokens: int
     """Tokens so far: the prompt and what was generated."""
     most_tokens: int
-    """Tokens the sequence may grow to; its pages are reserved for all of them."""
+    """Tokens the sequence may grow to."""
     computed: int = 0
     """Positions whose keys and values are in the KV cache."""
     last_sweep: int = -1
@@ -38,7 +38,9 @@ class Scheduler:
     """Running sequences first, then waiting ones in order, up to the row budget of a sweep.
 
     A prompt that does not fit into what is left of the budget, or into one micro-batch, is computed
-    in chunks over several sweeps.
+    in chunks over several sweeps. Sequences take pages as they need them. When there are none left,
+    those that came last give theirs to those that came before and wait; what they had computed is
+    computed again, as a prompt, when they go on.
     """
 
     def __init__(
@@ -57,6 +59,8 @@ class Scheduler:
         self.num_micro_batches = num_micro_batches
         self.running: dict[int, Progress] = {}
         self.waiting: deque[Progress] = deque()
+        self.preemptions = 0
+        """How often a running sequence had to give its pages away."""
         self._sweeps = 0
 
     def add(self, sequence: int, prompt_tokens: int, most_tokens: int) -> None:
@@ -72,13 +76,12 @@ class Scheduler:
         for progress in candidates:
             if budget == 0:
                 break
-            spans.append(self._span(progress, budget))
-            budget -= spans[-1].length
-        for progress in self._admit(budget):
-            spans.append(self._span(progress, budget))
-            budget -= spans[-1].length
-            if budget == 0:
-                break
+            if progress.sequence in self.running:  # else it gave its pages away a moment ago
+                span = self._span(progress, budget)
+                if self._make_room(span, spans):
+                    spans.append(span)
+                    budget -= span.length
+        spans += self._admit(budget)
         return SweepPlan(tuple(self._cut(spans)), last=self._is_last(spans))
 
     def _is_last(self, spans: list[RowSpan]) -> bool:
@@ -109,14 +112,45 @@ class Scheduler:
         else:
             self.waiting = deque(p for p in self.waiting if p.sequence != sequence)
 
-    def _admit(self, budget: int) -> Iterator[Progress]:
+    def _make_room(self, span: RowSpan, chosen: list[RowSpan]) -> bool:
+        """Pages for a running sequence's rows, if need be those of sequences that came after it."""
+        order = list(self.running)
+        later = order[order.index(span.sequence) + 1 :]
+        riding = {each.sequence for each in chosen}
+        victims = [sequence for sequence in later if sequence not in riding]
+        while not self.pools.allocate(span.sequence, span.end):
+            if not victims:
+                return False  # it waits until one that came before it has ended
+            self._preempt(victims.pop())
+        return True
+
+    def _preempt(self, sequence: int) -> None:
+        progress = self.running.pop(sequence)
+        self.pools.release(sequence)
+        progress.computed = 0
+        self.waiting.appendleft(progress)
+        self.preemptions += 1
+
+    def _admit(self, budget: int) -> Iterator[RowSpan]:
+        # What runs will want the rest of its prompts, and soon a page more each.
+        free = self.pools.total_free - sum(map(self._pages_wanted, self.running.values()))
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
             progress = self.waiting[0]
-            if not self.pools.allocate(progress.sequence, progress.most_tokens):
+            span = self._span(progress, budget)
+            free -= self._pages_wanted(progress)
+            enough = free >= 0 or not self.running
+            if not (enough and self.pools.allocate(progress.sequence, span.end)):
                 return  # in order: a short one must not overtake for ever a long one
             self.waiting.popleft()
             self.running[progress.sequence] = progress
-            yield progress
+            budget -= span.length
+            yield span
+
+    def _pages_wanted(self, progress: Progress) -> int:
+        """Pages that a sequence does not have yet, for all its tokens and some more."""
+        table = self.pools.tables.get(progress.sequence)
+        held = 0 if table is None else len(table.pages)
+        return self.pools.pages_for(progress.tokens) + 1 - held
 
     def _span(self, progress: Progress, budget: int) -> RowSpan:
         # All rows of a sequence ride in one micro-batch: the next one's KV pages are fetched before
@@ -155,17 +189,20 @@ class _PageCount:
 
     def __init__(self, pools: PagePools) -> None:
         self._pools = pools
-        self._pages: dict[Tier, int] = {}
+        self._pages: Counter[Tier] = Counter()
 
     def room_for(self, span: RowSpan) -> bool:
-        tier = self._pools.tables[span.sequence].tier
-        limit = self._pools.largest_table.get(tier)
-        wanted = self._pages.get(tier, 0) + self._pools.pages_for(span.end)
-        return limit is None or wanted <= limit
+        wanted, limits = self._pages_of(span), self._pools.largest_table
+        return all(self._pages[tier] + wanted[tier] <= most for tier, most in limits.items())
 
     def add(self, span: RowSpan) -> None:
-        tier = self._pools.tables[span.sequence].tier
-        self._pages[tier] = self._pages.get(tier, 0) + self._pools.pages_for(span.end)
+        self._pages.update(self._pages_of(span))
 
     def clear(self) -> None:
         self._pages.clear()
+
+    def _pages_of(self, span: RowSpan) -> Counter[Tier]:
+        if not self._pools.largest_table:
+            return Counter()
+        pages = self._pools.tables[span.sequence].pages
+        return Counter(page.tier for page in pages[: self._pools.pages_for(span.end)])

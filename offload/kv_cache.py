@@ -9,7 +9,8 @@ import torch
 
 from offload.kv_disk import DiskPages
 from offload.kv_host import HostPages
-from offload.kv_layout import KVGroup, SpanPages, build_group
+from offload.kv_layout import KVGroup, build_group
+from offload.kv_moves import SpanPages
 from offload.kv_staging import TURNS, StagedPages, Visit
 from offload.paged_kv import PagedKV, page_elements
 from offload.tiers import Tier
@@ -107,11 +108,13 @@ class KVCache:
         for stores in self._last_store.values():
             for store in stores:
                 store.synchronize()  # or they would write the same values again
-        if (staged := self._staged.get(table.tier)) is not None:
-            staged.erase(table.pages)
-            return
-        for pool in self._layers[table.tier]:
-            pool.raw[torch.tensor(table.pages, device=pool.raw.device)] = 0
+        for tier in {page.tier for page in table.pages}:
+            pages, _ = table.on(tier, len(table.pages))
+            if (staged := self._staged.get(tier)) is not None:
+                staged.erase(pages)
+                continue
+            for pool in self._layers[tier]:
+                pool.raw[torch.tensor(pages, device=pool.raw.device)] = 0
 
     def _charge_pages(self, tier: Tier, pages: int) -> None:
         if tier not in self._backend.lazy:
@@ -146,8 +149,14 @@ class KVCache:
         for span in spans:
             table = self._pools.tables[span.sequence]
             end = span.start + span.length
-            place = SpanPages(row, span.start, end, table.pages, table.tail)
-            by_tier.setdefault(table.tier, []).append(place)
+            count = self._pools.pages_for(end)
+            newest = table.pages[count - 1].tier
+            for tier in {page.tier for page in table.pages[:count]}:
+                pages, indices = table.on(tier, count)
+                place = SpanPages(
+                    row, span.start, end, pages, indices, newest is tier, tail=table.tail
+                )
+                by_tier.setdefault(tier, []).append(place)
             row += span.length
         return [
             build_group(
@@ -192,6 +201,8 @@ class KVCache:
             visit, staged = self._visit(layer, number, group), self._staged.get(group.tier)
             if staged is not None:
                 staged.arrive(visit)
+            if not len(group.rows):
+                continue  # only earlier positions are there
             # A group of all rows needs no gather.
             whole = group.rows.shape[0] == key.shape[0]
             new = (key, value) if whole else (key[group.rows], value[group.rows])

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from offload.kv_layout import DiskMoves, KVGroup, Run
+    from offload.kv_layout import KVGroup
+    from offload.kv_moves import DiskMoves, Run
     from offload.transfer import Transfer
 
 

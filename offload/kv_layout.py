@@ -1,20 +1,49 @@
-"""Where the rows of one micro-batch find their keys and values: index tensors, made once per sweep.
+"""Where the rows of one micro-batch find their keys and values: made once per sweep.
 
-Legend: B = decoding sequences, P = pages, n = rows.
+Legend: B = decoding sequences, P = pages, n = rows, S = spans (rows of one sequence).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offload.kv_moves import DiskMoves, SpanPages, disk_moves, held
 from offload.paged_kv import TokenSlots
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+_NO_INDEX = 1 << 40
+"""Of a place in a padded table: beyond all positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class PagedSpans:
+    """Rows of S sequences, and the pages that they attend to. Integer tensors on the device."""
+
+    first_row: torch.Tensor
+    """[S] row of the micro-batch where the span starts."""
+    num_rows: torch.Tensor
+    """[S]"""
+    first_position: torch.Tensor
+    """[S] position of that row in its sequence."""
+    table_start: torch.Tensor
+    """[S + 1] where the span's pages start in `pages` and `indices`."""
+    pages: torch.Tensor
+    """[P] page numbers in the pool."""
+    indices: torch.Tensor
+    """[P] place of each page in its sequence's table: positions from index * page_tokens on."""
+    most_rows: int
+    """Of one span."""
+    most_pages: int
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What attention derives from the spans alone: made in the first layer, used in all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +53,15 @@ class Chunk:
     rows: slice
     start: int
     pages: torch.Tensor
-    """[P] pages of positions 0 to the chunk's end."""
+    """[P] pages with positions before `start`, …"""
+    indices: torch.Tensor
+    """… and their places in the sequence's table, …"""
+    table: Sequence[int]
+    """… which are known here, too."""
+    positions: int
+    """How many positions before `start` these pages have."""
+    own: bool
+    """The rows' own keys and values count here, too; the last pages are in this group."""
 
     @property
     def end(self) -> int:
@@ -40,41 +77,12 @@ class DecodeBatch:
     """[B] row of each sequence in the micro-batch."""
     pages: torch.Tensor
     """[B, P]; unused places repeat a page of the sequence."""
+    indices: torch.Tensor
+    """[B, P] their places in the sequence's table; unused ones are beyond any."""
     lengths: torch.Tensor
     """[B] positions to attend to, the row's own included."""
     memo: dict[Any, torch.Tensor] = field(default_factory=dict)
     """What attention derives from the batch alone: made in the first layer, used in all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """`count` neighbouring pages on DISK, from `page` on, at neighbouring `place`s in staging."""
-
-    page: int
-    place: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
-class DiskMoves:
-    """How the pages of a micro-batch come from DISK and get there.
-
-    Staging holds [full pages | the last pages that were not full | fresh pages]. Only full pages
-    are on DISK; each sequence's last one waits in RAM, at its *tail*, until it is full, too.
-    """
-
-    read: list[Run]
-    """The full pages."""
-    tails: torch.Tensor
-    """Tails of the pages that are not full."""
-    written: list[Run]
-    """Pages that this sweep's rows complete."""
-    kept_tails: torch.Tensor
-    """Tails of the pages that are not full after this sweep, …"""
-    kept_places: torch.Tensor
-    """… and the places in staging of these pages."""
-    num_full: int
-    """Pages that come from DISK; from this place on, staging changes in this sweep."""
 
 
 def _no_rows() -> torch.Tensor:
@@ -87,18 +95,21 @@ def _no_slots() -> TokenSlots:
 
 @dataclass(slots=True)
 class KVGroup:
-    """The rows of a micro-batch whose pages lie in one pool."""
+    """What a micro-batch has to do with the pages of one pool."""
 
     tier: Tier
     """Where the pages are at home."""
     staged: bool
     """The pages are copies in the staging pool of the device, made for this micro-batch."""
-    chunks: list[Chunk] = field(default_factory=list)
-    decodes: list[DecodeBatch] = field(default_factory=list)
+    page_tokens: int
+    device: torch.device
+    spans: list[SpanPages]
+    """Those with pages here, by their numbers in the pool that attention reads."""
+    gathered_tokens: int = 16384
     rows: torch.Tensor = field(default_factory=_no_rows)
-    """[n] all rows of the group."""
+    """[n] rows whose new keys and values go to these pages, …"""
     slots: TokenSlots = field(default_factory=_no_slots)
-    """Where the new keys and values of these rows go."""
+    """… and where."""
     home: TokenSlots | None = None
     """HOST pages only: the same slots in the HOST pool."""
     fetched: torch.Tensor = field(default_factory=_no_rows)
@@ -109,17 +120,51 @@ class KVGroup:
     """Places of the staging pool that are fetched, with tokens of earlier sweeps in them."""
     num_staged: int = 0
     """Places of the staging pool that the group uses; those after the fetched ones are fresh."""
+    _memo: dict[Any, Any] = field(default_factory=dict)
 
+    def chunks(self, fewest: int) -> list[Chunk]:
+        """The spans of at least so many rows."""
+        key = "chunks", fewest
+        if key not in self._memo:
+            self._memo[key] = [self._chunk(s) for s in self.spans if s.count >= fewest]
+        chunks: list[Chunk] = self._memo[key]
+        return chunks
 
-@dataclass(frozen=True, slots=True)
-class SpanPages:
-    """One span of the micro-batch: its first row, positions `start` to `end`, its page table."""
+    def paged(self, below: int | None = None) -> PagedSpans | None:
+        """The spans of fewer rows, or all of them; None where there are none."""
+        key = "paged", below
+        if key not in self._memo:
+            chosen = [s for s in self.spans if below is None or s.count < below]
+            self._memo[key] = _paged_spans(chosen, self.device) if chosen else None
+        spans: PagedSpans | None = self._memo[key]
+        return spans
 
-    row: int
-    start: int
-    end: int
-    pages: Sequence[int]
-    tail: int | None = None
+    def decodes(self) -> list[DecodeBatch]:
+        """The spans of one row.
+
+        A batch has at most `gathered_tokens` positions, padding included, if it has several
+        sequences: that bounds the copy which attention makes of its keys and values.
+        """
+        if "decodes" not in self._memo:
+            singles = [span for span in self.spans if span.count == 1]
+            alike = _similar_lengths(singles, self.page_tokens, self.gathered_tokens)
+            self._memo["decodes"] = [_decode_batch(batch, self.device) for batch in alike]
+        batches: list[DecodeBatch] = self._memo["decodes"]
+        return batches
+
+    def _chunk(self, span: SpanPages) -> Chunk:
+        # The page that the rows begin in may have earlier positions, too.
+        full, begun = held(span, self.page_tokens)
+        pages, table = list(span.pages[: full + begun]), list(span.indices[: full + begun])
+        return Chunk(
+            slice(span.row, span.row + span.count),
+            span.start,
+            torch.tensor(pages, dtype=torch.long, device=self.device),
+            torch.tensor(table, dtype=torch.long, device=self.device),
+            table,
+            full * self.page_tokens + begun * (span.start % self.page_tokens),
+            span.newest,
+        )
 
 
 def build_group(
@@ -131,115 +176,87 @@ def build_group(
     staged: bool,
     gathered_tokens: int = 16384,
 ) -> KVGroup:
-    """Index tensors of `spans`. Staged pages are renumbered: full ones, others with content, fresh.
-
-    A decode batch has at most `gathered_tokens` positions, padding included, if it has several
-    sequences: that bounds the copy which attention makes of its keys and values.
-    """
-    group = KVGroup(tier, staged=staged)
-    tables: list[Sequence[int]] = [span.pages[: -(-span.end // page_tokens)] for span in spans]
-    home = tables
+    """What `spans` have on `tier`. Staged pages are renumbered: full, others in use, fresh."""
+    group = KVGroup(tier, staged, page_tokens, device, list(spans), gathered_tokens)
     if staged:
-        tables = _renumber(spans, home, page_tokens)
-        group.num_filled = sum(-(-span.start // page_tokens) for span in spans)
+        tables = _renumber(spans, page_tokens)
+        group.spans = [replace(span, pages=table) for span, table in zip(spans, tables)]
+        group.num_filled = sum(sum(held(span, page_tokens)) for span in spans)
         group.num_staged = sum(map(len, tables))
-    rows: list[int] = []
-    pages: list[int] = []
-    home_pages: list[int] = []
-    offsets: list[int] = []
-    for span, table, own in zip(spans, tables, home):
-        count = span.end - span.start
-        rows += range(span.row, span.row + count)
-        for position in range(span.start, span.end):
-            page, offset = divmod(position, page_tokens)
-            pages.append(table[page])
-            home_pages.append(own[page])
-            offsets.append(offset)
-        if count > 1:
-            place = slice(span.row, span.row + count)
-            group.chunks.append(Chunk(place, span.start, torch.tensor(table, device=device)))
     # Few tensors for all rows: this runs between two sweeps, when nothing else does.
-    packed = torch.tensor([rows, pages, offsets])
-    group.rows, *slots = packed.to(device)
-    group.slots = TokenSlots(*slots)
-    if tier is Tier.DISK:
-        group.on_disk = _disk_moves(spans, home, tables, page_tokens)
-    elif staged:
-        group.home = TokenSlots(torch.tensor(home_pages), packed[2])
-        fetched = [0] * group.num_filled
-        for span, table, own in zip(spans, tables, home):
-            for page, there in zip(own[: -(-span.start // page_tokens)], table):
-                fetched[there] = page
-        group.fetched = torch.tensor(fetched, dtype=torch.long)
-    singles = [(s, t) for s, t in zip(spans, tables) if s.end - s.start == 1]
-    group.decodes = [
-        _decode_batch(batch, device)
-        for batch in _similar_lengths(singles, page_tokens, gathered_tokens)
+    new = [
+        each for s, there in zip(spans, group.spans) for each in _new_rows(s, there, page_tokens)
     ]
+    packed = torch.tensor(new, dtype=torch.long).view(-1, 4).T.contiguous()
+    group.rows, pages, offsets = packed[:3].to(device)
+    group.slots = TokenSlots(pages, offsets)
+    if tier is Tier.DISK:
+        group.on_disk = disk_moves(spans, group.spans, page_tokens)
+    elif staged:
+        group.home = TokenSlots(packed[3], packed[2])
+        fetched = [0] * group.num_filled
+        for span, there in zip(spans, group.spans):
+            for place, page in zip(there.pages[: sum(held(span, page_tokens))], span.pages):
+                fetched[place] = page
+        group.fetched = torch.tensor(fetched, dtype=torch.long)
     return group
 
 
-def _renumber(
-    spans: Sequence[SpanPages], tables: Sequence[Sequence[int]], page_tokens: int
-) -> list[Sequence[int]]:
-    full = [span.start // page_tokens for span in spans]
-    begun = [int(span.start % page_tokens > 0) for span in spans]
-    place, tail, fresh = 0, sum(full), sum(full) + sum(begun)
-    renumbered: list[Sequence[int]] = []
-    for table, old, last in zip(tables, full, begun):
-        new = len(table) - old - last
-        parts = range(place, place + old), range(tail, tail + last), range(fresh, fresh + new)
+def _new_rows(
+    span: SpanPages, there: SpanPages, page_tokens: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """Row, page that attention reads, offset in it and page at home of every row stored here."""
+    place = bisect_left(span.indices, span.start // page_tokens)
+    for index, page, own in zip(span.indices[place:], there.pages[place:], span.pages[place:]):
+        first = index * page_tokens
+        for position in range(max(span.start, first), min(span.end, first + page_tokens)):
+            yield span.row + position - span.start, page, position - first, own
+
+
+def _renumber(spans: Sequence[SpanPages], page_tokens: int) -> list[list[int]]:
+    kinds = [held(span, page_tokens) for span in spans]
+    place, tail = 0, sum(full for full, _ in kinds)
+    fresh = tail + sum(begun for _, begun in kinds)
+    renumbered: list[list[int]] = []
+    for span, (full, begun) in zip(spans, kinds):
+        new = len(span.pages) - full - begun
+        parts = range(place, place + full), range(tail, tail + begun), range(fresh, fresh + new)
         renumbered.append([each for part in parts for each in part])
-        place, tail, fresh = place + old, tail + last, fresh + new
+        place, tail, fresh = place + full, tail + begun, fresh + new
     return renumbered
 
 
-def _disk_moves(
-    spans: Sequence[SpanPages],
-    home: Sequence[Sequence[int]],
-    tables: Sequence[Sequence[int]],
-    page_tokens: int,
-) -> DiskMoves:
-    read: list[tuple[int, int]] = []
-    written: list[tuple[int, int]] = []
-    kept: list[tuple[int, int]] = []
-    for span, own, table in zip(spans, home, tables):
-        pairs = list(zip(own, table))
-        full, complete = span.start // page_tokens, span.end // page_tokens
-        read += pairs[:full]
-        written += pairs[full:complete]
-        if span.end % page_tokens:
-            assert span.tail is not None
-            kept.append((span.tail, table[complete]))
-    tails = torch.tensor([s.tail for s in spans if s.start % page_tokens], dtype=torch.long)
-    kept_tails, kept_places = torch.tensor(kept, dtype=torch.long).view(-1, 2).T
-    return DiskMoves(_runs(read), tails, _runs(written), kept_tails, kept_places, len(read))
-
-
-def _runs(pairs: Sequence[tuple[int, int]]) -> list[Run]:
-    """What can be read or written at once, of pairs (page, place)."""
-    runs: list[Run] = []
-    for page, place in sorted(pairs, key=lambda pair: pair[1]):
-        last = runs[-1] if runs else Run(-2, -2, 0)
-        if (page, place) == (last.page + last.count, last.place + last.count):
-            runs[-1] = Run(last.page, last.place, last.count + 1)
-        else:
-            runs.append(Run(page, place, 1))
-    return runs
+def _paged_spans(spans: Sequence[SpanPages], device: torch.device) -> PagedSpans:
+    starts = list(accumulate((len(span.pages) for span in spans), initial=0))
+    numbers = [
+        *(span.row for span in spans),
+        *(span.count for span in spans),
+        *(span.start for span in spans),
+        *starts,
+        *(page for span in spans for page in span.pages),
+        *(index for span in spans for index in span.indices),
+    ]
+    count, pages = len(spans), starts[-1]
+    sizes = [count, count, count, count + 1, pages, pages]
+    tensors = torch.tensor(numbers, dtype=torch.int32).to(device).split(sizes)
+    row, rows, position, start, page, index = tensors
+    most_pages = max(len(span.pages) for span in spans)
+    most_rows = max(span.count for span in spans)
+    return PagedSpans(row, rows, position, start, page, index, most_rows, most_pages)
 
 
 def _similar_lengths(
-    singles: Sequence[tuple[SpanPages, Sequence[int]]], page_tokens: int, gathered_tokens: int
-) -> list[list[tuple[SpanPages, Sequence[int]]]]:
+    singles: Sequence[SpanPages], page_tokens: int, gathered_tokens: int
+) -> list[list[SpanPages]]:
     """Batches in which the longest sequence has at most a quarter more pages than the shortest.
 
     Sequences come in order of length, so the newest one is a batch's longest so far.
     """
-    batches: list[list[tuple[SpanPages, Sequence[int]]]] = []
-    for single in sorted(singles, key=lambda item: item[0].end):
-        pages = len(single[1])
+    batches: list[list[SpanPages]] = []
+    for single in sorted(singles, key=lambda span: len(span.pages)):
+        pages = len(single.pages)
         if batches:
-            shortest = len(batches[-1][0][1])
+            shortest = len(batches[-1][0].pages)
             tokens = pages * page_tokens * (len(batches[-1]) + 1)
         if not batches or pages > max(shortest * 1.25, shortest + 1) or tokens > gathered_tokens:
             batches.append([])
@@ -247,13 +264,16 @@ def _similar_lengths(
     return batches
 
 
-def _decode_batch(
-    batch: Sequence[tuple[SpanPages, Sequence[int]]], device: torch.device
-) -> DecodeBatch:
-    longest = max(len(table) for _, table in batch)
-    padded = [[*table, *([table[0]] * (longest - len(table)))] for _, table in batch]
+def _decode_batch(batch: Sequence[SpanPages], device: torch.device) -> DecodeBatch:
+    longest = max(len(span.pages) for span in batch)
+    pages, indices = [], []
+    for span in batch:
+        missing = longest - len(span.pages)
+        pages.append([*span.pages, *[span.pages[0]] * missing])
+        indices.append([*span.indices, *[_NO_INDEX] * missing])
     return DecodeBatch(
-        rows=torch.tensor([span.row for span, _ in batch], device=device),
-        pages=torch.tensor(padded, device=device),
-        lengths=torch.tensor([span.end for span, _ in batch], device=device),
+        rows=torch.tensor([span.row for span in batch], device=device),
+        pages=torch.tensor(pages, device=device),
+        indices=torch.tensor(indices, device=device),
+        lengths=torch.tensor([span.end for span in batch], device=device),
     )

@@ -2,12 +2,14 @@
 
 A page holds the keys and values of `page_tokens` consecutive positions of one layer. A sequence's
 table is valid in every layer: page 7 of layer 0 and page 7 of layer 31 are of the same positions.
+The pages of one sequence may lie on all tiers at once (vLLM's block tables, one pool per tier).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from offload.tiers import DISK_BLOCK, Tier, padded
 
@@ -15,14 +17,25 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-@dataclass(slots=True)
-class PageTable:
-    """The pages of one sequence, all on one tier."""
+class Page(NamedTuple):
+    """Where a page lies."""
 
     tier: Tier
-    pages: list[int]
+    number: int
+
+
+@dataclass(slots=True)
+class PageTable:
+    """The pages of one sequence."""
+
+    pages: list[Page] = field(default_factory=list)
     tail: int | None = None
-    """On DISK, which takes whole pages: the place in RAM of the page that is not full yet."""
+    """With pages on DISK, which takes whole ones: the place in RAM of a page that is not full."""
+
+    def on(self, tier: Tier, count: int) -> tuple[list[int], list[int]]:
+        """Of the first `count` pages, the numbers of those on `tier`, and their places."""
+        found = [(p.number, index) for index, p in enumerate(self.pages[:count]) if p.tier is tier]
+        return [number for number, _ in found], [index for _, index in found]
 
 
 @dataclass(slots=True)
@@ -56,48 +69,68 @@ class PagePools:
         """Pages of `tier` that no sequence holds."""
         return len(self._free.get(tier, ()))
 
+    @property
+    def total_free(self) -> int:
+        """Pages that no sequence holds."""
+        return sum(map(len, self._free.values()))
+
     def fits_ever(self, tokens: int) -> bool:
         """Whether a sequence of `tokens` positions fits when nothing else runs."""
-        needed = self.pages_for(tokens)
-        return any(
-            needed <= min(count, self.largest_table.get(tier, count))
-            for tier, count in self.capacity.items()
-        )
+        most = (min(n, self.largest_table.get(tier, n)) for tier, n in self.capacity.items())
+        return self.pages_for(tokens) <= sum(most)
 
     def allocate(self, sequence: int, tokens: int) -> bool:
-        """Reserve pages for `tokens` positions of `sequence`; False if no tier has them now.
+        """Give `sequence` pages for `tokens` positions; False, and nothing changes, without room.
 
-        Among the tiers with room, the one with the largest free share is taken, which keeps the
-        pages in use split like the capacities.
+        Each page comes from the tier with the largest free share that may hold another one of the
+        sequence's, so that tiers fill in step and growing sequences use what is free anywhere.
         """
-        needed = self.pages_for(tokens)
-        room = [
-            tier
-            for tier, free in self._free.items()
-            if needed <= min(len(free), self.largest_table.get(tier, needed))
-            and (tier is not Tier.DISK or self._free_tails)
-        ]
-        if not room:
+        table = self.tables.get(sequence) or PageTable()
+        tiers = self._choose(table, self.pages_for(tokens) - len(table.pages))
+        if tiers is None:
             return False
-        tier = max(room, key=lambda t: len(self._free[t]) / self.capacity[t])
-        free = self._free[tier]
-        # Last in, first out: a sequence gets pages that lie next to each other, as they were taken.
-        table = PageTable(tier, [free.pop() for _ in range(needed)])
-        if tier is Tier.DISK:
+        if Tier.DISK in tiers and table.tail is None:
             table.tail = self._free_tails.pop()
+        # Last in, first out: a sequence gets pages that lie next to each other, as they were taken.
+        table.pages += [Page(tier, self._free[tier].pop()) for tier in tiers]
         self.tables[sequence] = table
-        if self.on_change:
-            self.on_change(tier, needed)
+        self._report(tiers, 1)
         return True
+
+    def _choose(self, table: PageTable, count: int) -> list[Tier] | None:
+        """A tier for each of `count` new pages; None if there are not so many."""
+        free = {tier: len(numbers) for tier, numbers in self._free.items()}
+        held = Counter(page.tier for page in table.pages) if count > 0 else Counter()
+        if table.tail is None and not self._free_tails:
+            free.pop(Tier.DISK, None)
+        chosen = []
+        for _ in range(count):
+            room = [
+                tier
+                for tier, pages in free.items()
+                if pages and held[tier] < self.largest_table.get(tier, self.capacity[tier])
+            ]
+            if not room:
+                return None
+            tier = max(room, key=lambda t: free[t] / self.capacity[t])
+            free[tier] -= 1
+            held[tier] += 1
+            chosen.append(tier)
+        return chosen
 
     def release(self, sequence: int) -> None:
         """Give back all pages of `sequence`."""
         table = self.tables.pop(sequence)
-        self._free[table.tier].extend(reversed(table.pages))
+        for page in reversed(table.pages):
+            self._free[page.tier].append(page.number)
         if table.tail is not None:
             self._free_tails.append(table.tail)
+        self._report([page.tier for page in table.pages], -1)
+
+    def _report(self, tiers: Sequence[Tier], sign: int) -> None:
         if self.on_change:
-            self.on_change(table.tier, -len(table.pages))
+            for tier, pages in Counter(tiers).items():
+                self.on_change(tier, sign * pages)
 
 
 def kv_file_layout(page_bytes: Sequence[int], pages: int) -> tuple[list[int], int]:

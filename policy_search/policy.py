@@ -41,7 +41,7 @@ class Policy:
     """Most rows of one sweep, over all its micro-batches."""
     max_sequences: int = 256
     """Most sequences that are running at the same time."""
-    page_tokens: int = 16
+    page_tokens: int = 32
     """Token positions in one KV page."""
     prefetch_depth: int | None = None
     """Layers whose streamed weights are in working memory or on their way; None: 3, or 2 where the

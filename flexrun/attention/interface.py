@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class AttentionBackend(Protocol):
-    """Exact attention of packed, ragged rows over pages that already hold the rows' own keys."""
+    """Exact attention of packed, ragged rows over pages that already hold the rows' own keys.
+
+    Every group is attended to where it lies, and the parts are merged: see `AttentionState`.
+    """
 
     def run(
         self,
@@ -31,4 +34,8 @@ class AttentionBackend(Protocol):
         micro-batch; every row sees the positions of its own sequence up to itself. Returns
         [rows, query_heads, value_dim].
         """
+        ...
+
+    def close(self) -> None:
+        """Give back threads."""
         ...

@@ -31,25 +31,28 @@ def masked_attention(
     value: torch.Tensor,
     seen: torch.Tensor,
     options: AttentionOptions,
-) -> torch.Tensor:
-    """softmax(softcap(query · keyᵀ · scaling)) · value over the keys that are `seen`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(softcap(query · keyᵀ · scaling)) · value over the keys `seen`, without sinks.
 
     query [..., H, n, D], key [..., K, S, D], value [..., K, S, V], seen [..., n, S] (or broadcast);
-    grouped queries share a KV head. The softmax is in float32. Returns [..., H, n, V].
+    grouped queries share a KV head. Scores and softmax are in float32. Returns the output [..., H,
+    n, V], zeros where nothing is seen, and the log of the sum of exponentials [..., H, n], there
+    -inf; both float32.
     """
     *batch, heads, rows, dim = query.shape
     kv_heads = key.shape[-3]
     # Query heads of a group become rows of their KV head, so that keys are read once per group.
     grouped = query.reshape(*batch, kv_heads, heads // kv_heads * rows, dim)
-    scores = torch.matmul(grouped, key.transpose(-1, -2)).float() * options.scaling
-    scores = scores.view(*batch, heads, rows, -1)
+    # One buffer of scores, changed in place: it is the largest thing there is.
+    scores = torch.matmul(grouped, key.transpose(-1, -2)).float().mul_(options.scaling)
     if options.softcap is not None:
-        scores = torch.tanh(scores / options.softcap) * options.softcap
-    scores = scores.masked_fill(~seen.unsqueeze(-3), float("-inf"))
-    if options.sinks is None:
-        probabilities = torch.softmax(scores, -1)
-    else:
-        sinks = options.sinks.float().view(heads, 1, 1).expand(*batch, heads, rows, 1)
-        probabilities = torch.softmax(torch.cat([scores, sinks], -1), -1)[..., :-1]
-    grouped = probabilities.to(value.dtype).view(*batch, kv_heads, heads // kv_heads * rows, -1)
-    return torch.matmul(grouped, value).view(*batch, heads, rows, -1)
+        scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    scores = scores.view(*batch, heads, rows, -1)
+    scores.masked_fill_(~seen.unsqueeze(-3), float("-inf"))
+    lowest = torch.finfo(scores.dtype).min  # where nothing is seen: zeros, not NaN
+    top = scores.amax(-1, keepdim=True).clamp_(min=lowest)
+    mass = scores.sub_(top).exp_().sum(-1, keepdim=True)
+    grouped = scores.to(value.dtype).view(*batch, kv_heads, heads // kv_heads * rows, -1)
+    out = torch.matmul(grouped, value).view(*batch, heads, rows, -1).float()
+    out /= mass.clamp(min=torch.finfo(mass.dtype).tiny)
+    return out, (top + mass.log()).squeeze(-1)

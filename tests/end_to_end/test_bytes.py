@@ -28,7 +28,7 @@ from tests.end_to_end.reference import ragged_prompts
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPTS = [list(text.encode()) for text in ragged_prompts(16, longest=7)]
-PAGE = 16
+PAGE = 32
 KV_TOKEN_BYTES = 4 * 2 * 2 * 16 * 4
 """Of the tiny Llama: layers x (key and value) x KV heads x head size x float32."""
 DEVICES = ("cpu", "emulated")

@@ -139,7 +139,7 @@ def test_sequences_join_as_others_leave(tiny_llama_dir, tiny, tiny_reference, de
     ]
     assert len([sequences for sequences in joined if sequences]) >= 5
     assert max(len(sequences) for sequences in joined) <= 3
-    assert max(done.micro_batches) == 2
+    assert max(done.micro_batches) >= 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
@@ -183,8 +183,9 @@ def test_long_texts_through_small_staging(tiny_llama_dir, tiny, kv_cache):
     """Texts away are exact although the device's staging holds only one of them at a time."""
     settings = tiny.settings("emulated", "host=100", kv_cache)
     with LLM(tiny_llama_dir, **settings) as llm:
-        (staging,) = engine_of(llm)._runtime.pools.largest_table.values()
-        lengths = (16 * staging - 50, 16 * staging - 30)
+        pools = engine_of(llm)._runtime.pools
+        (staging,) = pools.largest_table.values()
+        lengths = (pools.page_tokens * staging - 50, pools.page_tokens * staging - 30)
         prompts = [[(7 * i + length) % 255 + 1 for i in range(length)] for length in lengths]
         done = generate(llm, prompts, 20)
     assert staging < 40

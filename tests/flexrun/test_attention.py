@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flexrun.attention import torch_ops
+from flexrun.attention import prefill
+from flexrun.attention.cpu import CpuAttention
 from flexrun.attention.torch_ops import TorchAttention
 from flexrun.paused_forward import AttentionOptions
 from flexrun.plan import RowSpan
@@ -113,15 +114,23 @@ class Rig:
         key, value = self.append(spans)
         rows = key.shape[1]
         query = torch.randn(heads, rows, KEY_DIM, generator=self.random)
-        out = TorchAttention().run(query, key, value, self.cache.view(0, 0), options)
-        assert out.shape == (rows, heads, VALUE_DIM)
-        row = 0
-        for span in spans:
-            keys, values = self.keys[span.sequence], self.values[span.sequence]
-            for position in range(span.start, span.end):
-                expected = brute_force(query[:, row], keys, values, position, options)
-                torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-5)
-                row += 1
+        expected = torch.stack(
+            [
+                brute_force(query[:, row], *self.stored(span.sequence), position, options)
+                for row, (span, position) in enumerate(
+                    (span, position) for span in spans for position in range(span.start, span.end)
+                )
+            ]
+        )
+        for backend in (TorchAttention(), CpuAttention(threads=2)):
+            out = backend.run(query, key, value, self.cache.view(0, 0), options)
+            assert out.shape == (rows, heads, VALUE_DIM)
+            torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+            backend.close()
+
+    def stored(self, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a sequence."""
+        return self.keys[sequence], self.values[sequence]
 
     def close(self) -> None:
         self.transfers.close()
@@ -156,7 +165,9 @@ def test_ragged_rows(kind, name, kv_heads, page_tokens):
 @pytest.mark.parametrize("start", [0, 9])
 def test_tiles_of_query_rows(monkeypatch, name, start):
     """A prompt that is cut into tiles of rows gives the same as one piece."""
-    monkeypatch.setattr(torch_ops, "ROW_TILE", 3)
+    monkeypatch.setattr(prefill, "ROW_TILE", 3)
+    monkeypatch.setattr(prefill, "KEY_TILE", 5)
+    monkeypatch.setattr(prefill, "GATHERED", 8)
     rig = Rig(2, 4, seed=start)
     rig.fill(0, 20)
     rig.check([RowSpan(0, start, 20 - start, True)], 4, OPTIONS[name])

@@ -22,7 +22,8 @@ from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.errors import OffloadStoreError
 from offload.kv_cache import KVCache
-from offload.kv_layout import KVGroup, SpanPages, build_group
+from offload.kv_layout import KVGroup, build_group
+from offload.kv_moves import SpanPages
 from offload.links import Link
 from offload.paged_kv import PagedKV
 from offload.pages import PagePools
@@ -104,17 +105,25 @@ class Rig:
                 self.cache.store(step.unit, step.micro_batch)
         for span in (span for spans in micro_batches for span in spans):
             self.lengths[span.sequence] = span.end
-            tokens = self.pools.page_tokens
-            content = self.pools.pages_for(span.start) * tokens
-            full, complete = span.start // tokens * tokens, span.end // tokens * tokens
-            touched = self.pools.pages_for(span.end) * tokens - full
-            tier, expect = self.pools.tables[span.sequence].tier, self._expect
-            if tier is Tier.HOST and tier in self.staged:
-                expect({Link.HOST_TO_DEVICE: content, Link.DEVICE_TO_HOST: span.length})
-            elif tier is Tier.DISK:
-                expect({self.backend.disk_in: full, Link.HOST_TO_DISK: complete - full})
+            self._expect_moves(span)
+
+    def _expect_moves(self, span: RowSpan) -> None:
+        """Whole pages with content come; new rows, or from DISK pages that got some, go back."""
+        tokens = self.pools.page_tokens
+        table = self.pools.tables[span.sequence].pages
+        for index, page in enumerate(table[: self.pools.pages_for(span.end)]):
+            first, last = index * tokens, (index + 1) * tokens
+            content = tokens if first < span.start else 0
+            new = max(0, min(span.end, last) - max(span.start, first))
+            if page.tier is Tier.HOST and page.tier in self.staged:
+                self._expect({Link.HOST_TO_DEVICE: content, Link.DEVICE_TO_HOST: new})
+            elif page.tier is Tier.DISK:
+                full, complete = last <= span.start, new and last <= span.end
+                self._expect({self.backend.disk_in: tokens if full else 0})
+                self._expect({Link.HOST_TO_DISK: tokens if complete else 0})
                 if not self.backend.unified:
-                    expect({Link.HOST_TO_DEVICE: content, Link.DEVICE_TO_HOST: touched})
+                    self._expect({Link.HOST_TO_DEVICE: content})
+                    self._expect({Link.DEVICE_TO_HOST: tokens if new else 0})
 
     def _expect(self, tokens: dict[Link, int]) -> None:
         for link, count in tokens.items():
@@ -135,7 +144,12 @@ class Rig:
         seen = []
         for group, pool in self.cache.view(layer, number):
             seen += check_group(group, pool, by_row, lambda s: self.truth[layer, s])
-        assert sorted(seen) == sorted(by_row), "every span is read once"
+        wanted = [
+            (row, index)
+            for row, span in by_row.items()
+            for index in range(self.pools.pages_for(span.end))
+        ]
+        assert sorted(seen) == sorted(wanted), "every page is read once"
 
     def close(self) -> None:
         self.transfers.close()
@@ -144,26 +158,23 @@ class Rig:
         self.directory.cleanup()
 
 
-def check_group(group: KVGroup, pool: PagedKV, by_row: dict[int, RowSpan], truth) -> list[int]:
-    """The pages of each span hold its sequence's keys and values; returns the spans' first rows."""
+def check_group(
+    group: KVGroup, pool: PagedKV, by_row: dict[int, RowSpan], truth
+) -> list[tuple[int, int]]:
+    """The pages hold their sequences' keys and values; returns each span's row and page index."""
     seen = []
-
-    def check(row: int, pages: torch.Tensor, end: int) -> None:
-        span = by_row[row]
-        assert end == span.end
+    for place in group.spans:
+        span = by_row[place.row]
+        assert (place.start, place.end) == (span.start, span.end)
+        pages = torch.tensor(place.pages)
         both = torch.cat([pool.keys[pages], pool.values[pages]], 3)  # [P, heads, tokens, dims]
-        stored = both.transpose(1, 2).flatten(0, 1)[:end]
-        assert torch.equal(stored, truth(span.sequence))
-        gathered = torch.cat(pool.gather(pages.unsqueeze(0)), 3)[0]
-        assert torch.equal(gathered.transpose(0, 1)[:end], stored)
-        seen.append(row)
-
-    for chunk in group.chunks:
-        assert chunk.start == by_row[chunk.rows.start].start
-        check(chunk.rows.start, chunk.pages, chunk.end)
-    for batch in group.decodes:
-        for row, pages, length in zip(batch.rows.tolist(), batch.pages, batch.lengths.tolist()):
-            check(row, pages, length)
+        gathered = torch.cat(pool.gather(pages.unsqueeze(0)), 3)[0].transpose(0, 1)
+        assert torch.equal(gathered, both.transpose(1, 2).flatten(0, 1))
+        tokens, whole = pool.keys.shape[2], truth(span.sequence)
+        for page, index in zip(both.transpose(1, 2), place.indices, strict=True):
+            wanted = whole[index * tokens : (index + 1) * tokens]
+            assert torch.equal(page[: len(wanted)], wanted)
+            seen.append((place.row, index))
     return seen
 
 
@@ -192,11 +203,13 @@ def random_batches(rig: Rig) -> list[list[RowSpan]]:
         length = min(rig.draw.choice([0, 1, 1, 1, 2, 7]), room - start)
         if not length:
             continue
-        pages = rig.pools.pages_for(start + length) if table.tier in rig.staged else 0
-        if (staged[table.tier] + pages > STAGING or rig.draw.random() < 0.3) and batches[-1]:
+        used = table.pages[: rig.pools.pages_for(start + length)]
+        pages = Counter(page.tier for page in used if page.tier in rig.staged)
+        too_many = any(staged[tier] + count > STAGING for tier, count in pages.items())
+        if (too_many or rig.draw.random() < 0.3) and batches[-1]:
             batches.append([])
             staged.clear()
-        staged[table.tier] += pages
+        staged.update(pages)
         batches[-1].append(RowSpan(sequence, start, length, wants_logits=True))
     return [batch for batch in batches if batch]
 
@@ -208,6 +221,10 @@ def random_sweeps(rig: Rig, count: int) -> None:
         for sequence in list(rig.pools.tables):
             if rig.draw.random() < 0.1:
                 rig.pools.release(sequence)  # its pages are reused by the next one
+        for sequence, table in list(rig.pools.tables.items()):
+            if rig.draw.random() < 0.3:
+                tokens = len(table.pages) * rig.pools.page_tokens + rig.draw.randint(1, 9)
+                rig.pools.allocate(sequence, tokens)  # to grow, if there are pages left
         while rig.pools.allocate(number, rig.draw.randint(1, 8 * rig.pools.page_tokens)):
             number += 1
         if batches := random_batches(rig):
@@ -265,8 +282,8 @@ def test_pools_are_charged(name, pages):
         empty[Tier.DISK] = blocks * DISK_BLOCK
     assert account.used == empty
     assert rig.pools.allocate(0, 9)
-    tier = rig.pools.tables[0].tier
-    empty[tier] += 3 * page_bytes if tier in rig.backend.lazy else 0
+    for page in rig.pools.tables[0].pages:
+        empty[page.tier] += page_bytes if page.tier in rig.backend.lazy else 0
     assert account.used == empty
     rig.close()
     assert set(account.used.values()) == {0}
@@ -280,9 +297,8 @@ def test_a_page_holds_keys_then_values():
     key, value = torch.ones(2, 3, 4), torch.full((2, 3, 4), 2.0)
     rig.cache.append(0, 0, key, value)
     ((_, pool),) = rig.cache.view(0, 0)
-    first = rig.pools.tables[0].pages[0]
+    first, second = (page.number for page in rig.pools.tables[0].pages)
     assert pool.raw[first].tolist() == [1.0] * 16 + [2.0] * 16
-    second = rig.pools.tables[0].pages[1]
     assert pool.raw[second].tolist() == ([1.0] * 4 + [0.0] * 4) * 2 + ([2.0] * 4 + [0.0] * 4) * 2
     assert pool.keys.data_ptr() == pool.raw.data_ptr()
     rig.close()
@@ -362,29 +378,36 @@ def test_a_page_keeps_the_rows_of_its_last_owner():
     rig.close()
 
 
+def decode_at(row: int, end: int) -> SpanPages:
+    """One row at the end of a sequence with pages of four tokens."""
+    count = -(-end // 4)
+    return SpanPages(row, end - 1, end, range(500, 500 + count), range(count))
+
+
 def test_decodes_of_similar_length_are_batched():
     """In a batch no sequence has over a quarter more pages than the shortest, or one more."""
-    tables, spans = range(1000), []
-    for row, end in enumerate([1, 3, 4, 5, 9, 20, 80, 81, 96, 100, 101, 128]):
-        spans.append(SpanPages(row, end - 1, end, tables))
+    ends = [1, 3, 4, 5, 9, 20, 80, 81, 96, 100, 101, 128]
+    spans = [decode_at(row, end) for row, end in enumerate(ends)]
     group = build_group(spans, 4, torch.device("cpu"), Tier.DEVICE, staged=False)
-    lengths = [batch.lengths.tolist() for batch in group.decodes]
+    lengths = [batch.lengths.tolist() for batch in group.decodes()]
     assert lengths == [[1, 3, 4, 5], [9], [20], [80, 81, 96, 100], [101, 128]]
-    assert [batch.pages.shape[1] for batch in group.decodes] == [2, 3, 5, 25, 32]
-    assert not group.chunks
+    assert [batch.pages.shape[1] for batch in group.decodes()] == [2, 3, 5, 25, 32]
+    assert not group.chunks(fewest=2)
 
 
 @pytest.mark.parametrize("limit", [1, 40, 100, 10_000])
 def test_a_decode_batch_is_bounded(limit):
     """Batches of several sequences gather no more than so many positions, padding included."""
-    spans = [SpanPages(row, end - 1, end, range(1000)) for row, end in enumerate(range(3, 40))]
+    spans = [decode_at(row, end) for row, end in enumerate(range(3, 40))]
     group = build_group(
         spans, 4, torch.device("cpu"), Tier.DEVICE, staged=False, gathered_tokens=limit
     )
-    for batch in group.decodes:
+    for batch in group.decodes():
         assert len(batch.rows) == 1 or batch.pages.numel() * 4 <= limit
-    assert sorted(row for batch in group.decodes for row in batch.rows.tolist()) == list(range(37))
-    assert (len(group.decodes) == 37) == (limit == 1)
+    assert sorted(row for batch in group.decodes() for row in batch.rows.tolist()) == list(
+        range(37)
+    )
+    assert (len(group.decodes()) == 37) == (limit == 1)
 
 
 def test_what_staging_held_before_is_not_read():
@@ -423,8 +446,9 @@ def test_an_erased_sequence_leaves_zeros(name, tier):
     rig.cache.erase(2)  # one that never ran
     for layer in range(len(SHAPES)):
         home = rig.cache._layers[tier][layer].raw
-        assert not home[rig.pools.tables[0].pages].any()
-        assert home[rig.pools.tables[1].pages].any(1).all()
+        erased, kept = (rig.pools.tables[number].on(tier, 3)[0] for number in (0, 1))
+        assert not home[erased].any()
+        assert home[kept].any(1).all()
     rig.close()
 
 

@@ -156,7 +156,7 @@ def test_a_device_too_small_for_one_layer_is_refused():
 )
 def test_kv_pages_follow_the_split_and_the_room(kv_cache, device_room, host_room, expected):
     """The scarcer tier decides, and no more pages are made than all sequences can fill."""
-    policy = Policy(kv_cache=Split.parse(kv_cache))
+    policy = Policy(kv_cache=Split.parse(kv_cache), page_tokens=16)
     page = SHAPE.kv_token_bytes * policy.page_tokens
     room = {Tier.DEVICE: device_room * page, Tier.HOST: host_room * page + 1}
     room[Tier.DISK] = 50 * page + SHAPE.num_layers * DISK_BLOCK

@@ -13,6 +13,7 @@ from flexrun.arguments import build_parser, engine_config
 from flexrun.engine import Engine
 from offload.tiers import Tier
 from policy_search import __main__ as command
+from policy_search import machine
 from policy_search.__main__ import main
 from policy_search.memory import memory_of
 from policy_search.policy import Policy
@@ -130,8 +131,9 @@ def test_the_written_policy_can_be_read(tiny_llama_dir, capsys, tmp_path):
         (["--model", "DIR", "--device-memory", "1GiB", "-o", "DIR"], "cannot write"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said(tiny_llama_dir, capsys, arguments, words):
+def test_what_is_wrong_is_said(tiny_llama_dir, capsys, monkeypatch, arguments, words):
     """Wrong usage and models that do not fit exit with 2 and a hint on stderr."""
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: False)
     code = main([str(tiny_llama_dir) if word == "DIR" else word for word in arguments])
     assert code == 2
     output = capsys.readouterr()

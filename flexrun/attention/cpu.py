@@ -1,0 +1,126 @@
+"""Attention where the CPU computes: Numba over pages for few rows, torch for chunks of prompts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flexrun.attention.prefill import attend_chunk
+from flexrun.attention.state import AttentionState
+from flexrun.attention.team import Job, Team
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from flexrun.paused_forward import AttentionOptions
+    from offload.kv_layout import KVGroup, PagedSpans
+    from offload.paged_kv import PagedKV
+
+CHUNK_ROWS = 16
+"""Spans of at least so many rows are products of large matrices, which torch computes faster."""
+SHARE_BYTES = 128 * 1024
+"""Least pages of a share, …"""
+SHARES = 4
+"""… of which there are so many for each thread: one that is held up takes fewer."""
+_CELLS = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+}
+"""How numpy, which knows no bfloat16, holds the values of a pool: see `vector_memory.load`."""
+
+
+class CpuAttention:
+    """Reads every page once, in the type that it is stored in; sums are float32."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        """`threads`: most that attend; as many as torch computes with if not given."""
+        self._threads = threads or torch.get_num_threads()
+        self._team = Team(self._threads)
+
+    def run(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        groups: Sequence[tuple[KVGroup, PagedKV]],
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """See `AttentionBackend.run`."""
+        heads, rows, _ = query.shape
+        state = AttentionState(rows, heads, value.shape[-1], query.device)
+        for group, pool in groups:
+            for chunk in group.chunks(fewest=CHUNK_ROWS):
+                attend_chunk(state, query, key, value, chunk, pool, options)
+            if (spans := group.paged(below=CHUNK_ROWS)) is not None:
+                out, lse = self.attend(query, spans, pool, options)
+                chosen = _rows_of(spans, rows)
+                state.add(chosen, out[chosen], lse[chosen])
+        return state.finish(options.sinks, query.dtype)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        spans: PagedSpans,
+        pool: PagedKV,
+        options: AttentionOptions,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of `query` [H, n, D] over the pages of `spans`, without sinks.
+
+        Returns the output [n, H, V] and the log of the sum of exponentials [n, H], float32; rows of
+        no span are zeros and -inf.
+        """
+        heads, rows, dim = query.shape
+        _, kv_heads, page_tokens, _ = pool.keys.shape
+        value_dim = pool.values.shape[-1]
+        scaled = query.transpose(0, 1).to(torch.float32) * options.scaling
+        out = torch.zeros(rows, heads, value_dim)
+        lse = torch.full((rows, heads), -torch.inf)
+        table, pages, indices = _as_arrays(spans)
+        cells = pool.raw.view(-1).view(_CELLS[pool.raw.dtype]).numpy()
+        job = Job(
+            scaled.reshape(-1).numpy(),
+            cells,
+            (kv_heads, heads // kv_heads, page_tokens, dim, value_dim),
+            (options.sliding_window or 0, options.chunk or 0, options.softcap or 0.0),
+            table,
+            pages,
+            indices,
+            out.view(-1).numpy(),
+            lse.view(-1).numpy(),
+            rows,
+            spans.most_rows,
+        )
+        worth = len(pages) * pool.raw[0].nbytes // SHARE_BYTES
+        shares = max(1, min(SHARES * self._threads, len(pages), worth))
+        self._team.run(job, shares if self._threads > 1 else 1)
+        return out, lse
+
+    def close(self) -> None:
+        """Give back threads."""
+        self._team.close()
+
+
+def _as_arrays(spans: PagedSpans) -> tuple[Any, Any, Any]:
+    """[S + 1, 4] first row, rows, first position and first page; pages; their indices."""
+    if "arrays" not in spans.memo:
+        columns = [spans.first_row, spans.num_rows, spans.first_position, spans.table_start]
+        table = np.zeros((len(spans.table_start), 4), np.int64)
+        for number, column in enumerate(columns):
+            table[: len(column), number] = column.numpy()
+        numbers = [t.numpy().astype(np.int64) for t in (spans.pages, spans.indices)]
+        spans.memo["arrays"] = (table, *numbers)
+    table, pages, indices = spans.memo["arrays"]
+    return table, pages, indices
+
+
+def _rows_of(spans: PagedSpans, rows: int) -> torch.Tensor | slice:
+    """Rows of the micro-batch that are in `spans`; a slice if all of them are."""
+    if "rows" not in spans.memo:
+        table, _, _ = _as_arrays(spans)
+        chosen = [np.arange(row, row + count) for row, count in table[:-1, :2]]
+        spans.memo["rows"] = torch.from_numpy(np.concatenate(chosen))
+    found: torch.Tensor = spans.memo["rows"]
+    return slice(None) if len(found) == rows else found

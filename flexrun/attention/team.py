@@ -1,0 +1,187 @@
+"""Runs the shares of an attention call on the very threads that torch computes with.
+
+After each of its own operations torch's OpenMP threads spin for milliseconds, waiting for the next;
+threads of ours would share the cores with them and take twice as long. So the shares are given to
+that team, by the entry point that compilers use for OpenMP regions. Where torch has no such
+library, threads of a pool take them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numba import carray, cfunc, types
+
+from flexrun.attention.kernel_cpu import attend_share
+from flexrun.attention.vector_memory import pointer_to, take_ticket
+from flexrun.attention.vectors import Decorator, kernel
+
+_floats, _ints = pointer_to(types.float32), pointer_to(types.int64)
+_uint16s, _int16s = pointer_to(types.uint16), pointer_to(types.int16)
+_callback: Decorator = cfunc(types.void(types.CPointer(types.int64)), cache=True)
+_COUNTS = 14
+"""Numbers of a job before its addresses: the next share, shares, K, G, T, D, V, window, chunk,
+spans, entries, most states of a span, rows, cells."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One call of the kernel; the arrays and numbers are those of `attend_share`."""
+
+    query: Any
+    cells: Any
+    sizes: tuple[int, int, int, int, int]
+    masks: tuple[int, int, float]
+    spans: Any
+    pages: Any
+    indices: Any
+    out: Any
+    lse: Any
+    rows: int
+    most_rows: int
+    """Of one span."""
+
+
+@kernel
+def _take_shares(job: Any, cells: Any) -> None:
+    """Shares of `job`, a table of numbers and addresses, until none is left."""
+    shares, entries, states, rows = job[1], job[10], job[11], job[12]
+    sizes = (job[2], job[3], job[4], job[5], job[6])
+    heads = sizes[0] * sizes[1]
+    masks = job[7], job[8], carray(_floats(job[15]), 1)[0]
+    query = carray(_floats(job[16]), rows * heads * sizes[3])
+    out = carray(_floats(job[17]), rows * heads * sizes[4])
+    lse = carray(_floats(job[18]), rows * heads)
+    spans = carray(_ints(job[19]), (job[9] + 1, 4))
+    pages, indices = carray(_ints(job[20]), entries), carray(_ints(job[21]), entries)
+    part_span = carray(_ints(job[22]), (shares, 2))
+    part_out = carray(_floats(job[23]), (shares, 2, states * sizes[4]))
+    part_lse = carray(_floats(job[24]), (shares, 2, states))
+    while True:
+        number = take_ticket(job)
+        if number >= shares:
+            return
+        first, last = entries * number // shares, entries * (number + 1) // shares
+        attend_share(
+            query, cells, sizes, masks, spans, pages, indices, first, last, out, lse,
+            part_span[number], part_out[number], part_lse[number],
+        )  # fmt: skip
+
+
+@kernel
+def _merge_parts(
+    spans: Any, heads: Any, dim: Any, part_span: Any, part_out: Any, part_lse: Any, out: Any,
+    lse: Any,
+) -> None:  # fmt: skip
+    """Put spans together that were cut: part_span [parts], -1 for none, others like in shares.
+
+    out and lse of these spans start as zeros and -inf.
+    """
+    for number in range(part_span.shape[0]):
+        span = part_span[number]
+        if span < 0:
+            continue
+        first = spans[span, 0] * heads
+        for state in range(spans[span, 1] * heads):
+            new, old = part_lse[number, state], lse[first + state]
+            if new == -np.inf:
+                continue
+            high = max(old, new)
+            a, b = np.exp(old - high), np.exp(new - high)
+            lse[first + state] = high + np.log(a + b)
+            for i in range(dim):
+                at = (first + state) * dim + i
+                out[at] = (out[at] * a + part_out[number, state * dim + i] * b) / (a + b)
+
+
+@_callback
+def _on_bfloat16(data: Any) -> None:
+    job = carray(data, _COUNTS + 11)
+    _take_shares(job, carray(_uint16s(job[14]), job[13]))
+
+
+@_callback
+def _on_float16(data: Any) -> None:
+    job = carray(data, _COUNTS + 11)
+    _take_shares(job, carray(_int16s(job[14]), job[13]))
+
+
+@_callback
+def _on_float32(data: Any) -> None:
+    job = carray(data, _COUNTS + 11)
+    _take_shares(job, carray(_floats(job[14]), job[13]))
+
+
+_CALLBACKS: dict[Any, Any] = {"uint16": _on_bfloat16, "int16": _on_float16, "float32": _on_float32}
+
+
+class Team:
+    """Threads that take the shares of a job."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._start = _start_of_openmp()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def run(self, job: Job, shares: int) -> None:
+        """Attend in so many shares."""
+        heads, value_dim = job.sizes[0] * job.sizes[1], job.sizes[4]
+        states = job.most_rows * heads
+        part_span = np.full((shares, 2), -1, np.int64)
+        part_out = np.empty((shares, 2, states * value_dim), np.float32)
+        part_lse = np.empty((shares, 2, states), np.float32)
+        softcap = np.array([job.masks[2]], np.float32)
+        spans, entries = len(job.spans) - 1, len(job.pages)
+        counts = [0, shares, *job.sizes, *job.masks[:2], spans, entries, states, job.rows]
+        arrays = [job.cells, softcap, job.query, job.out, job.lse, job.spans, job.pages]
+        arrays += [job.indices, part_span, part_out, part_lse]
+        table = np.array([*counts, len(job.cells), *(a.ctypes.data for a in arrays)], np.int64)
+        self._share(_CALLBACKS[job.cells.dtype.name], table, min(self._threads, shares))
+        if shares > 1:
+            parts = (each.reshape(2 * shares, -1) for each in (part_out, part_lse))
+            into = job.out, job.lse
+            _merge_parts(job.spans, heads, value_dim, part_span.reshape(-1), *parts, *into)
+
+    def _share(self, callback: Any, table: Any, threads: int) -> None:
+        address = ctypes.cast(table.ctypes.data, ctypes.POINTER(ctypes.c_int64))
+        if threads == 1:
+            callback.ctypes(address)  # like all of these, without Python's lock
+        elif self._start is not None:
+            # As many threads as torch has: a team of another size would be made anew.
+            self._start(ctypes.c_void_p(callback.address), address, self._threads, 0)
+        else:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads - 1, "attention")
+            others = [self._pool.submit(callback.ctypes, address) for _ in range(threads - 1)]
+            callback.ctypes(address)
+            for other in others:
+                other.result()
+
+    def close(self) -> None:
+        """Give back threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+@functools.cache
+def _start_of_openmp() -> Any:
+    """`GOMP_parallel(function, data, threads, flags)` of the library that torch uses, if any."""
+    if "OpenMP" not in torch.__config__.parallel_info():
+        return None
+    here = Path(torch.__file__).parent
+    for path in (
+        *(here / "lib").glob("libgomp*.so*"),
+        *(here.parent / "torch.libs").glob("libgomp*"),
+    ):
+        try:
+            return ctypes.CDLL(str(path)).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+    return None

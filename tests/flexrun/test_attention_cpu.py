@@ -223,14 +223,15 @@ def test_sinks_take_their_share(backend):
     """A sink's logit counts once, whatever the number of parts."""
     draw = random.Random(5)
     layout = Layout(draw, Shape(2, 16, 16), torch.float32, pools=3, longest=40)
-    options = AttentionOptions(scaling=0.3, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    options = AttentionOptions(scaling=0.3, sinks=sinks)
     query = torch.randn(4, layout.rows, 16)
     state = AttentionState(layout.rows, 4, 16, torch.device("cpu"))
     for pool in range(3):
         state.add(slice(None), *layout.attend(backend, query, options, pool))
     expected, sums = layout.expected(query, replace(options, sinks=None))
-    share = torch.sigmoid(sums - options.sinks.double())
-    found = state.finish(options.sinks, torch.float32)
+    share = torch.sigmoid(sums - sinks.double())
+    found = state.finish(sinks, torch.float32)
     assert relative(found, expected * share.unsqueeze(-1)) <= 1e-5
 
 

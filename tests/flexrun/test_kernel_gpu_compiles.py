@@ -1,0 +1,39 @@
+"""Facts about the compiled Triton kernels, for which no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexrun.attention.gpu import triton_available
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = {80: 163, 86: 99, 90: 227}
+"""KB of shared memory that a program may have, on A100, RTX and H100."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not triton_available(), reason="Triton is not installed")
+def test_kernels_compile_and_fit(tmp_path):
+    """Kernels of all head sizes fit into shared memory, and read keys 16 bytes at a time."""
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path_of_modules()}
+    environment.pop("TRITON_INTERPRET", None)
+    script = str(Path(__file__).with_name("compile_kernels.py"))
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 72
+    for kernel in found:
+        assert kernel["shared"] <= SHARED[kernel["capability"]] * 1024, kernel["case"]
+        assert kernel["wide_copies"] >= 4, kernel["case"]
+
+
+def path_of_modules() -> str:
+    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -114,15 +114,16 @@ class Scheduler:
 
     def _make_room(self, span: RowSpan, chosen: list[RowSpan]) -> bool:
         """Pages for a running sequence's rows, if need be those of sequences that came after it."""
+        if self.pools.allocate(span.sequence, span.end):
+            return True
         order = list(self.running)
         later = order[order.index(span.sequence) + 1 :]
         riding = {each.sequence for each in chosen}
-        victims = [sequence for sequence in later if sequence not in riding]
-        while not self.pools.allocate(span.sequence, span.end):
-            if not victims:
-                return False  # it waits until one that came before it has ended
-            self._preempt(victims.pop())
-        return True
+        for victim in reversed([sequence for sequence in later if sequence not in riding]):
+            self._preempt(victim)
+            if self.pools.allocate(span.sequence, span.end):
+                return True
+        return False  # it waits until one that came before it has ended
 
     def _preempt(self, sequence: int) -> None:
         progress = self.running.pop(sequence)
@@ -132,6 +133,8 @@ class Scheduler:
         self.preemptions += 1
 
     def _admit(self, budget: int) -> Iterator[RowSpan]:
+        if not self.waiting:
+            return
         # What runs will want the rest of its prompts, and soon a page more each.
         free = self.pools.total_free - sum(map(self._pages_wanted, self.running.values()))
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
@@ -167,13 +170,14 @@ class Scheduler:
         filled = done = number = 0
         pages = _PageCount(self.pools)
         for span in spans:
-            full = filled + span.length > self.micro_batch_rows or not pages.room_for(span)
+            wanted = pages.of(span)
+            full = filled + span.length > self.micro_batch_rows or not pages.room_for(wanted)
             if batch and full:
                 yield MicroBatch(tuple(batch))
                 batch, filled, number = [], 0, number + 1
                 pages.clear()
             batch.append(span)
-            pages.add(span)
+            pages.add(wanted)
             filled += span.length
             done += span.length
             if done * count >= rows * (number + 1):
@@ -191,18 +195,19 @@ class _PageCount:
         self._pools = pools
         self._pages: Counter[Tier] = Counter()
 
-    def room_for(self, span: RowSpan) -> bool:
-        wanted, limits = self._pages_of(span), self._pools.largest_table
-        return all(self._pages[tier] + wanted[tier] <= most for tier, most in limits.items())
-
-    def add(self, span: RowSpan) -> None:
-        self._pages.update(self._pages_of(span))
-
-    def clear(self) -> None:
-        self._pages.clear()
-
-    def _pages_of(self, span: RowSpan) -> Counter[Tier]:
+    def of(self, span: RowSpan) -> Counter[Tier]:
+        """Pages of one span, where there is a limit to them."""
         if not self._pools.largest_table:
             return Counter()
         pages = self._pools.tables[span.sequence].pages
         return Counter(page.tier for page in pages[: self._pools.pages_for(span.end)])
+
+    def room_for(self, wanted: Counter[Tier]) -> bool:
+        limits = self._pools.largest_table
+        return all(self._pages[tier] + wanted[tier] <= most for tier, most in limits.items())
+
+    def add(self, wanted: Counter[Tier]) -> None:
+        self._pages.update(wanted)
+
+    def clear(self) -> None:
+        self._pages.clear()

@@ -108,8 +108,7 @@ class KVCache:
         for stores in self._last_store.values():
             for store in stores:
                 store.synchronize()  # or they would write the same values again
-        for tier in {page.tier for page in table.pages}:
-            pages, _ = table.on(tier, len(table.pages))
+        for tier, (pages, _) in table.by_tier(len(table.pages)).items():
             if (staged := self._staged.get(tier)) is not None:
                 staged.erase(pages)
                 continue
@@ -144,20 +143,18 @@ class KVCache:
         self._batches = [self._groups(spans) for spans in micro_batches]
 
     def _groups(self, spans: Sequence[Span]) -> list[KVGroup]:
-        by_tier: dict[Tier, list[SpanPages]] = {}
+        by_tier: dict[Tier, list[SpanPages]] = {tier: [] for tier in Tier}
         row = 0
         for span in spans:
             table = self._pools.tables[span.sequence]
             end = span.start + span.length
             count = self._pools.pages_for(end)
             newest = table.pages[count - 1].tier
-            for tier in {page.tier for page in table.pages[:count]}:
-                pages, indices = table.on(tier, count)
-                place = SpanPages(
-                    row, span.start, end, pages, indices, newest is tier, tail=table.tail
-                )
-                by_tier.setdefault(tier, []).append(place)
+            for tier, (pages, indices) in table.by_tier(count).items():
+                place = span.start, end, pages, indices, newest is tier, table.tail
+                by_tier[tier].append(SpanPages(row, *place))
             row += span.length
+        # In one order, whatever the batch: results are merged in it.
         return [
             build_group(
                 places,
@@ -168,6 +165,7 @@ class KVCache:
                 gathered_tokens=self._gathered_tokens,
             )
             for tier, places in by_tier.items()
+            if places
         ]
 
     def _turn(self, layer: int, number: int) -> int:

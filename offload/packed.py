@@ -68,8 +68,9 @@ def can_pack() -> bool:
     try:
         if not _OPS._is_mkldnn_bf16_supported():
             return False
-        matrix = torch.randn(64, 32).bfloat16()
-        rows = torch.randn(3, 32).bfloat16()
+        own = torch.Generator().manual_seed(0)  # the caller's random numbers stay what they are
+        matrix = torch.randn(64, 32, generator=own).bfloat16()
+        rows = torch.randn(3, 32, generator=own).bfloat16()
         room = torch.empty(matrix.nbytes, dtype=torch.uint8)  # has to outlive `packed`
         packed = pack_matrix(matrix, room)
         if packed is None:
@@ -113,9 +114,9 @@ def _tensor_over(room: torch.Tensor, shape: torch.Size, described: torch.Tensor)
     )
     if failed:
         raise RuntimeError("torch cannot make a tensor over reordered bytes")
-    make_capsule = ctypes.pythonapi.PyCapsule_New
-    make_capsule.restype = ctypes.py_object
-    capsule = make_capsule(handle, None, None)
+    arguments = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p
+    make_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, *arguments)
+    capsule = make_capsule(("PyCapsule_New", ctypes.pythonapi))(handle, None, None)
     interface: Any = torch._C._aoti
     tensor = interface.alloc_tensor_by_stealing_from_void_ptr(capsule)
     assert isinstance(tensor, torch.Tensor)

@@ -32,10 +32,17 @@ class PageTable:
     tail: int | None = None
     """With pages on DISK, which takes whole ones: the place in RAM of a page that is not full."""
 
-    def on(self, tier: Tier, count: int) -> tuple[list[int], list[int]]:
-        """Of the first `count` pages, the numbers of those on `tier`, and their places."""
-        found = [(p.number, index) for index, p in enumerate(self.pages[:count]) if p.tier is tier]
-        return [number for number, _ in found], [index for _, index in found]
+    def by_tier(self, count: int) -> dict[Tier, tuple[list[int], list[int]]]:
+        """Numbers and places of the first `count` pages, for every tier that some are on.
+
+        The tiers come in one order, whatever the table.
+        """
+        found: dict[Tier, tuple[list[int], list[int]]] = {tier: ([], []) for tier in Tier}
+        for index, page in enumerate(self.pages[:count]):
+            numbers, places = found[page.tier]
+            numbers.append(page.number)
+            places.append(index)
+        return {tier: lists for tier, lists in found.items() if lists[0]}
 
 
 @dataclass(slots=True)

@@ -7,19 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from flexrun.attention.prefill import attend_chunk
-from flexrun.attention.state import AttentionState
+from flexrun.attention.interface import AttentionBackend
 from flexrun.attention.team import Job, Team
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
 
+    from flexrun.attention.state import Rows
     from flexrun.paused_forward import AttentionOptions
     from offload.kv_layout import KVGroup, PagedSpans
     from offload.paged_kv import PagedKV
 
-CHUNK_ROWS = 16
-"""Spans of at least so many rows are products of large matrices, which torch computes faster."""
 SHARE_BYTES = 128 * 1024
 """Least pages of a share, …"""
 SHARES = 4
@@ -32,33 +30,24 @@ _CELLS = {
 """How numpy, which knows no bfloat16, holds the values of a pool: see `vector_memory.load`."""
 
 
-class CpuAttention:
+class CpuAttention(AttentionBackend):
     """Reads every page once, in the type that it is stored in; sums are float32."""
+
+    chunk_rows = 16
 
     def __init__(self, threads: int | None = None) -> None:
         """`threads`: most that attend; as many as torch computes with if not given."""
         self._threads = threads or torch.get_num_threads()
         self._team = Team(self._threads)
 
-    def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        groups: Sequence[tuple[KVGroup, PagedKV]],
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.run`."""
-        heads, rows, _ = query.shape
-        state = AttentionState(rows, heads, value.shape[-1], query.device)
-        for group, pool in groups:
-            for chunk in group.chunks(fewest=CHUNK_ROWS):
-                attend_chunk(state, query, key, value, chunk, pool, options)
-            if (spans := group.paged(below=CHUNK_ROWS)) is not None:
-                out, lse = self.attend(query, spans, pool, options)
-                chosen = _rows_of(spans, rows)
-                state.add(chosen, out[chosen], lse[chosen])
-        return state.finish(options.sinks, query.dtype)
+    def few_rows(
+        self, query: torch.Tensor, group: KVGroup, pool: PagedKV, options: AttentionOptions
+    ) -> Iterator[tuple[Rows, torch.Tensor, torch.Tensor]]:
+        """See `AttentionBackend.few_rows`."""
+        if (spans := group.paged(below=self.chunk_rows)) is not None:
+            out, lse = self.attend(query, spans, pool, options)
+            rows = _rows_of(spans, query.shape[1])
+            yield rows, out[rows], lse[rows]
 
     def attend(
         self,

@@ -1,24 +1,32 @@
-"""What the executor asks of an attention backend."""
+"""What the executor asks of an attention backend, and what all of them do alike."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from flexrun.attention.prefill import attend_chunk
+from flexrun.attention.state import AttentionState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
+    from flexrun.attention.state import Rows
     from flexrun.paused_forward import AttentionOptions
     from offload.kv_layout import KVGroup
     from offload.paged_kv import PagedKV
 
 
-class AttentionBackend(Protocol):
+class AttentionBackend(ABC):
     """Exact attention of packed, ragged rows over pages that already hold the rows' own keys.
 
     Every group is attended to where it lies, and the parts are merged: see `AttentionState`.
     """
+
+    chunk_rows: int
+    """Spans of at least so many rows are products of large matrices: see `attend_chunk`."""
 
     def run(
         self,
@@ -34,8 +42,20 @@ class AttentionBackend(Protocol):
         micro-batch; every row sees the positions of its own sequence up to itself. Returns
         [rows, query_heads, value_dim].
         """
-        ...
+        heads, rows, _ = query.shape
+        state = AttentionState(rows, heads, value.shape[-1], query.device)
+        for group, pool in groups:
+            for chunk in group.chunks(self.chunk_rows):
+                attend_chunk(state, query, key, value, chunk, pool, options)
+            for part in self.few_rows(query, group, pool, options):
+                state.add(*part)
+        return state.finish(options.sinks, query.dtype)
+
+    @abstractmethod
+    def few_rows(
+        self, query: torch.Tensor, group: KVGroup, pool: PagedKV, options: AttentionOptions
+    ) -> Iterator[tuple[Rows, torch.Tensor, torch.Tensor]]:
+        """Spans of fewer rows, over a group's pages: rows, output and log-sum-exp of each part."""
 
     def close(self) -> None:
         """Give back threads."""
-        ...

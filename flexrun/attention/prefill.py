@@ -5,7 +5,7 @@ Legend: H = query heads, K = KV heads, n = query rows, S = keys, D and V = sizes
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -44,18 +44,19 @@ def attend_chunk(
     """
     rows = query[:, chunk.rows]
     if chunk.own:
-        _add(
-            state, chunk, _over_own(rows, key[:, chunk.rows], value[:, chunk.rows], chunk, options)
-        )
+        own = key[:, chunk.rows], value[:, chunk.rows]
+        at = torch.arange(chunk.start, chunk.end, device=query.device)
+        _add(state, chunk, _attend(rows, *own, at, chunk, options, own=True))
     tokens = pool.keys.shape[2]
     slots = torch.arange(tokens, device=query.device)
     step = max(1, GATHERED // tokens)
-    for first in range(_first_page(chunk, tokens, options), len(chunk.pages), step):
+    seen_from = bisect_left(chunk.table, _lowest_seen(chunk.start, options) // tokens)
+    for first in range(seen_from, len(chunk.pages), step):
         pages, indices = (t[first : first + step] for t in (chunk.pages, chunk.indices))
         count = min(len(pages) * tokens, chunk.positions - first * tokens)
         keys, values = (t[0, :, :count] for t in pool.gather(pages.unsqueeze(0)))
         at = (indices.unsqueeze(1) * tokens + slots).view(-1)[:count]
-        _add(state, chunk, _over_earlier(rows, keys, values, at, chunk, options))
+        _add(state, chunk, _attend(rows, keys, values, at, chunk, options, own=False))
 
 
 def _add(state: AttentionState, chunk: Chunk, part: Part) -> None:
@@ -63,64 +64,38 @@ def _add(state: AttentionState, chunk: Chunk, part: Part) -> None:
     state.add(chunk.rows, out.transpose(0, 1), lse.T)
 
 
-def _first_page(chunk: Chunk, tokens: int, options: AttentionOptions) -> int:
-    """The first of the chunk's pages that its first row sees a position of."""
+def _lowest_seen(position: int, options: AttentionOptions) -> int:
+    """The first position that a row at `position` sees."""
     low = 0
     if options.sliding_window is not None:
-        low = chunk.start + 1 - options.sliding_window
+        low = max(low, position + 1 - options.sliding_window)
     if options.chunk is not None:
-        low = max(low, chunk.start // options.chunk * options.chunk)
-    # The page before the first that starts beyond `low` may have it.
-    return max(0, bisect_right(chunk.table, max(0, low) // tokens) - 1)
+        low = max(low, position // options.chunk * options.chunk)
+    return low
 
 
-def _hides(chunk: Chunk, options: AttentionOptions) -> bool:
-    """Whether some row does not see all positions before it."""
-    reaches = (options.sliding_window, options.chunk)
-    return any(reach is not None and reach < chunk.end for reach in reaches)
-
-
-def _over_own(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    chunk: Chunk,
-    options: AttentionOptions,
-) -> Part:
-    if not _hides(chunk, options) and options.softcap is None and _can_fuse(query, value):
-        return _fused(query, key, value, options, causal=True)
-    positions = torch.arange(chunk.start, chunk.end, device=query.device)
-    out, lse = _empty(query, value)
-    for row in range(0, query.shape[1], ROW_TILE):
-        last = min(row + ROW_TILE, query.shape[1])
-        low = 0
-        if options.sliding_window is not None:
-            low = max(0, row + 1 - options.sliding_window)
-        if options.chunk is not None:
-            low = max(low, (chunk.start + row) // options.chunk * options.chunk - chunk.start)
-        keys = slice(low, last)
-        rows = query[:, row:last]
-        tile = rows, key[:, keys], value[:, keys], positions[row:last], positions[keys]
-        out[:, row:last], lse[:, row:last] = _in_tiles(*tile, options)
-    return out, lse
-
-
-def _over_earlier(
+def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     keys: torch.Tensor,
     chunk: Chunk,
     options: AttentionOptions,
+    *,
+    own: bool,
 ) -> Part:
-    """Over keys at positions `keys` [S], all before the chunk."""
-    if not _hides(chunk, options) and options.softcap is None and _can_fuse(query, value):
-        return _fused(query, key, value, options, causal=False)
+    """A chunk's rows over keys at positions `keys` [S]: its `own`, or others all before it."""
+    hidden = _lowest_seen(chunk.end - 1, options) > 0
+    if not hidden and options.softcap is None and _can_fuse(query, value):
+        return _fused(query, key, value, options, causal=own)
     positions = torch.arange(chunk.start, chunk.end, device=query.device)
     out, lse = _empty(query, value)
     for row in range(0, query.shape[1], ROW_TILE):
-        rows = slice(row, row + ROW_TILE)
-        tile = query[:, rows], key, value, positions[rows], keys
+        rows, seen = slice(row, row + ROW_TILE), slice(None)
+        if own:
+            low = _lowest_seen(chunk.start + row, options) - chunk.start
+            seen = slice(max(0, low), row + ROW_TILE)
+        tile = query[:, rows], key[:, seen], value[:, seen], positions[rows], keys[seen]
         out[:, rows], lse[:, rows] = _in_tiles(*tile, options)
     return out, lse
 
@@ -153,9 +128,14 @@ def _in_tiles(
 
 
 def _can_fuse(query: torch.Tensor, value: torch.Tensor) -> bool:
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    fused = query.device.type == "cpu" or (query.device.type == "cuda" and half)
-    return fused and query.shape[-1] == value.shape[-1]
+    """Whether torch's flash attention takes these; on GPUs it is from compute capability 8 on."""
+    dim = query.shape[-1]
+    if dim != value.shape[-1]:
+        return False
+    if query.device.type == "cuda":
+        half = query.dtype in (torch.bfloat16, torch.float16) and dim % 8 == 0 and dim <= 256
+        return half and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return query.device.type == "cpu"
 
 
 def _fused(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
 
-if TYPE_CHECKING:
-    Rows = torch.Tensor | slice
+Rows: TypeAlias = "torch.Tensor | slice"
 
 
 class AttentionState:

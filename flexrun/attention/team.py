@@ -20,15 +20,16 @@ import torch
 from numba import carray, cfunc, types
 
 from flexrun.attention.kernel_cpu import attend_share
-from flexrun.attention.vector_memory import pointer_to, take_ticket
+from flexrun.attention.vector_memory import count_up, pointer_to
 from flexrun.attention.vectors import Decorator, kernel
 
 _floats, _ints = pointer_to(types.float32), pointer_to(types.int64)
 _uint16s, _int16s = pointer_to(types.uint16), pointer_to(types.int16)
 _callback: Decorator = cfunc(types.void(types.CPointer(types.int64)), cache=True)
-_COUNTS = 14
-"""Numbers of a job before its addresses: the next share, shares, K, G, T, D, V, window, chunk,
-spans, entries, most states of a span, rows, cells."""
+_FINISHED = 25
+"""Place of the number of shares that are done in a job, a table of int64: next share, shares, K, G,
+T, D, V, window, chunk, spans, entries, most states of a span, rows, cells; eleven addresses; this.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def _take_shares(job: Any, cells: Any) -> None:
     part_out = carray(_floats(job[23]), (shares, 2, states * sizes[4]))
     part_lse = carray(_floats(job[24]), (shares, 2, states))
     while True:
-        number = take_ticket(job)
+        number = count_up(job, 0)
         if number >= shares:
             return
         first, last = entries * number // shares, entries * (number + 1) // shares
@@ -73,6 +74,7 @@ def _take_shares(job: Any, cells: Any) -> None:
             query, cells, sizes, masks, spans, pages, indices, first, last, out, lse,
             part_span[number], part_out[number], part_lse[number],
         )  # fmt: skip
+        count_up(job, _FINISHED)
 
 
 @kernel
@@ -103,19 +105,19 @@ def _merge_parts(
 
 @_callback
 def _on_bfloat16(data: Any) -> None:
-    job = carray(data, _COUNTS + 11)
+    job = carray(data, _FINISHED + 1)
     _take_shares(job, carray(_uint16s(job[14]), job[13]))
 
 
 @_callback
 def _on_float16(data: Any) -> None:
-    job = carray(data, _COUNTS + 11)
+    job = carray(data, _FINISHED + 1)
     _take_shares(job, carray(_int16s(job[14]), job[13]))
 
 
 @_callback
 def _on_float32(data: Any) -> None:
-    job = carray(data, _COUNTS + 11)
+    job = carray(data, _FINISHED + 1)
     _take_shares(job, carray(_floats(job[14]), job[13]))
 
 
@@ -142,8 +144,11 @@ class Team:
         counts = [0, shares, *job.sizes, *job.masks[:2], spans, entries, states, job.rows]
         arrays = [job.cells, softcap, job.query, job.out, job.lse, job.spans, job.pages]
         arrays += [job.indices, part_span, part_out, part_lse]
-        table = np.array([*counts, len(job.cells), *(a.ctypes.data for a in arrays)], np.int64)
+        addresses = (each.ctypes.data for each in arrays)
+        table = np.array([*counts, len(job.cells), *addresses, 0], np.int64)
         self._share(_CALLBACKS[job.cells.dtype.name], table, min(self._threads, shares))
+        if table[_FINISHED] != shares:  # compiled code cannot raise through OpenMP
+            raise MemoryError("attention ran out of memory for its sums")
         if shares > 1:
             parts = (each.reshape(2 * shares, -1) for each in (part_out, part_lse))
             into = job.out, job.lse

@@ -6,41 +6,29 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flexrun.attention.prefill import attend_chunk
+from flexrun.attention.interface import AttentionBackend
 from flexrun.attention.reference import masked_attention, visible
-from flexrun.attention.state import AttentionState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
 
+    from flexrun.attention.state import Rows
     from flexrun.paused_forward import AttentionOptions
     from offload.kv_layout import DecodeBatch, KVGroup
     from offload.paged_kv import PagedKV
 
 
-class TorchAttention:
+class TorchAttention(AttentionBackend):
     """Chunks of one sequence each, then decodes in batches of similar length."""
 
-    def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        groups: Sequence[tuple[KVGroup, PagedKV]],
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.run`."""
-        heads, rows, _ = query.shape
-        state = AttentionState(rows, heads, value.shape[-1], query.device)
-        for group, pool in groups:
-            for chunk in group.chunks(fewest=2):
-                attend_chunk(state, query, key, value, chunk, pool, options)
-            for batch in group.decodes():
-                state.add(batch.rows, *decode(query, batch, pool, options))
-        return state.finish(options.sinks, query.dtype)
+    chunk_rows = 2
 
-    def close(self) -> None:
-        """See `AttentionBackend.close`."""
+    def few_rows(
+        self, query: torch.Tensor, group: KVGroup, pool: PagedKV, options: AttentionOptions
+    ) -> Iterator[tuple[Rows, torch.Tensor, torch.Tensor]]:
+        """See `AttentionBackend.few_rows`."""
+        for batch in group.decodes():
+            yield batch.rows, *decode(query, batch, pool, options)
 
 
 def decode(

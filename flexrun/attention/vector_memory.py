@@ -13,7 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.np.arrayobj import make_array
 
-from flexrun.attention.vectors import FLOATS, INTS, LANES, operation, vector
+from flexrun.attention.vectors import FLOATS, INTS, LANES, larger_of, operation, vector
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _FOUR = ir.VectorType(_FLOAT, 4)
@@ -108,10 +108,8 @@ def store_sums(_: Any, array: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at = _address(context, builder, signature.args[0], *arguments[:2])
-        quarters = [_fold(builder, each, builder.fadd) for each in arguments[2:]]
-        builder.store(
-            _transposed_sum(builder, quarters), builder.bitcast(at, _FOUR.as_pointer()), 4
-        )
+        quarters = [_fold(builder, each, ir.IRBuilder.fadd) for each in arguments[2:]]
+        _store_four(builder, _transposed_sum(builder, quarters), at)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector, vector, vector, vector), generate
@@ -127,10 +125,10 @@ def _pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
 
 def _fold(builder: Any, value: Any, join: Any) -> Any:
     """Four lanes from sixteen: what is in lanes 0, 4, 8 and 12 joined, and so on."""
-    half = join(
-        _pick(builder, value, value, [*range(8)]), _pick(builder, value, value, [*range(8, 16)])
-    )
-    return join(_pick(builder, half, half, [*range(4)]), _pick(builder, half, half, [*range(4, 8)]))
+    for width in (8, 4):
+        halves = [*range(width)], [*range(width, 2 * width)]
+        value = join(builder, *(_pick(builder, value, value, lanes) for lanes in halves))
+    return value
 
 
 def _transposed_sum(builder: Any, rows: list[Any]) -> Any:
@@ -146,13 +144,7 @@ def store_folded_max(_: Any, array: Any, index: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at = _address(context, builder, signature.args[0], *arguments[:2])
-
-        def join(a: Any, b: Any) -> Any:
-            return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-        builder.store(
-            _fold(builder, arguments[2], join), builder.bitcast(at, _FOUR.as_pointer()), 4
-        )
+        _store_four(builder, _fold(builder, arguments[2], larger_of), at)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
@@ -164,7 +156,7 @@ def store_folded_sum(_: Any, array: Any, index: Any, value: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at = _address(context, builder, signature.args[0], *arguments[:2])
-        _store_four(builder, _fold(builder, arguments[2], builder.fadd), at)
+        _store_four(builder, _fold(builder, arguments[2], ir.IRBuilder.fadd), at)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
@@ -183,14 +175,14 @@ def load_repeated(_: Any, array: Any, index: Any) -> Any:
 
 
 @operation
-def take_ticket(_: Any, array: Any) -> Any:
-    """Element 0 of an int64 array, counted up: no two threads get the same."""
+def count_up(_: Any, array: Any, index: Any) -> Any:
+    """What an element of an int64 array was before this added one: no two threads get the same."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = make_array(signature.args[0])(context, builder, arguments[0]).data
+        at = _address(context, builder, signature.args[0], *arguments)
         return builder.atomic_rmw("add", at, ir.IntType(64)(1), "seq_cst")
 
-    return types.int64(array), generate
+    return types.int64(array, types.intp), generate
 
 
 def pointer_to(kind: Any) -> Callable[..., Any]:

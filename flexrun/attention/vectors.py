@@ -76,44 +76,32 @@ def fma(_: Any, a: Any, b: Any, c: Any) -> Any:
     return vector(vector, vector, vector), generate
 
 
-def _of_two(name: str) -> Callable[..., Any]:
-    """An operation of LLVM's builder on two vectors."""
+def larger_of(builder: Any, a: Any, b: Any) -> Any:
+    """The larger number in each lane."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _smaller_of(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+
+def _of_two(made: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation on two vectors, `made(builder, a, b)`."""
 
     def typed(_: Any, a: Any, b: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return getattr(builder, name)(*arguments)
+            return made(builder, *arguments)
 
         return vector(vector, vector), generate
 
     return typed
 
 
-add = operation(_of_two("fadd"))
-sub = operation(_of_two("fsub"))
-mul = operation(_of_two("fmul"))
-div = operation(_of_two("fdiv"))
-
-
-@operation
-def larger(_: Any, a: Any, b: Any) -> Any:
-    """The larger number in each lane."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        a, b = arguments
-        return builder.select(builder.fcmp_ordered(">", a, b), a, b)
-
-    return vector(vector, vector), generate
-
-
-@operation
-def smaller(_: Any, a: Any, b: Any) -> Any:
-    """The smaller number in each lane."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        a, b = arguments
-        return builder.select(builder.fcmp_ordered("<", a, b), a, b)
-
-    return vector(vector, vector), generate
+add = operation(_of_two(ir.IRBuilder.fadd))
+sub = operation(_of_two(ir.IRBuilder.fsub))
+mul = operation(_of_two(ir.IRBuilder.fmul))
+div = operation(_of_two(ir.IRBuilder.fdiv))
+larger, smaller = operation(_of_two(larger_of)), operation(_of_two(_smaller_of))
 
 
 @operation

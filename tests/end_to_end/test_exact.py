@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flexrun import LLM
+from flexrun import LLM, runtime
+from offload.pages import PagePools
 from offload.tiers import Split, Tier
 from policy_search.memory import workspace
 from policy_search.policy import Policy
@@ -155,6 +156,32 @@ def test_pages_are_used_again(tiny_llama_dir, tiny, device):
         done = generate(llm, prompts, 6)
     assert done.tokens == greedy_tokens(tiny_llama_dir, prompts, 6, [0])
     assert sum(len(prompt) for prompt in prompts) > 2 * room
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_tokens_are_the_same_when_pages_run_out(tiny_llama_dir, tiny, device, monkeypatch):
+    """Sequences whose pages lie on three tiers, and are taken away, go on with the same tokens."""
+    pages = {Tier.DEVICE: 4, Tier.HOST: 3, Tier.DISK: 3}
+    monkeypatch.setattr(runtime, "kv_pages", lambda *_: pages)
+    prompts = [list(text.encode()) for text in ragged_prompts(12, seed=2, longest=6)]
+    settings = tiny.settings(device, "device=50,host=50", "device=40,host=30,disk=30", **cut(3))
+    settings["policy"] = Policy(page_tokens=8, prefetch_depth=2)
+    with LLM(tiny_llama_dir, **settings) as llm:
+        pools = engine_of(llm)._runtime.pools
+        allocate, seen = pools.allocate, set()
+
+        def noted(sequence: int, tokens: int) -> bool:
+            done = allocate(sequence, tokens)
+            if sequence in pools.tables:
+                seen.add(frozenset(page.tier for page in pools.tables[sequence].pages))
+            return done
+
+        monkeypatch.setattr(PagePools, "allocate", lambda _, *call: noted(*call))
+        done = generate(llm, prompts, 24)
+    assert done.tokens == greedy_tokens(tiny_llama_dir, prompts, 24, [0])
+    assert done.summary["preemptions"] > 0
+    assert frozenset(pages) in seen
+    assert max(done.micro_batches) >= 2
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])

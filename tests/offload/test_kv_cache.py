@@ -446,7 +446,7 @@ def test_an_erased_sequence_leaves_zeros(name, tier):
     rig.cache.erase(2)  # one that never ran
     for layer in range(len(SHAPES)):
         home = rig.cache._layers[tier][layer].raw
-        erased, kept = (rig.pools.tables[number].on(tier, 3)[0] for number in (0, 1))
+        erased, kept = (rig.pools.tables[number].by_tier(3)[tier][0] for number in (0, 1))
         assert not home[erased].any()
         assert home[kept].any(1).all()
     rig.close()

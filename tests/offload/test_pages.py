@@ -91,12 +91,13 @@ def test_pages_on_disk_need_a_place_for_the_one_that_fills():
 
 
 def test_pages_of_a_tier_in_table_order():
-    """`on` gives numbers and places of one tier's pages among the first ones."""
+    """`by_tier` gives numbers and places of each tier's pages among the first ones."""
     pools = PagePools({Tier.DEVICE: 8, Tier.HOST: 8}, 4)
     pools.allocate(0, 64)
     pages = pools.tables[0].pages
-    for tier in (Tier.DEVICE, Tier.HOST):
-        numbers, places = pools.tables[0].on(tier, 11)
+    found = pools.tables[0].by_tier(11)
+    assert list(found) == [Tier.DEVICE, Tier.HOST]
+    for tier, (numbers, places) in found.items():
         assert places == sorted(places)
         assert numbers == [pages[place].number for place in places]
         assert places == [place for place in range(11) if pages[place].tier is tier]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexrun.row_counts import rounded
 from flexrun.zigzag import Action, zigzag
 from offload.timeline import COMPUTE, SAMPLING, Timeline
 
@@ -32,17 +33,20 @@ class _Running:
 
     batch: MicroBatch
     input_ids: torch.Tensor
-    """[rows]"""
+    """[rows], or more: copies of the last one make up a round number."""
     positions: torch.Tensor
-    """[rows]"""
+    """Of the same rows."""
     logit_rows: torch.Tensor
-    """Rows that the head gets."""
+    """Rows that the head gets; copies of the last one here, too."""
     forward: PausedForward | None = None
     logits: Any = None
 
 
 class Executor:
-    """Runs sweeps: resumes paused forward passes in zig-zag order while bytes travel."""
+    """Runs sweeps: resumes paused forward passes in zig-zag order while bytes travel.
+
+    Micro-batches of up to `filled_rows` rows are filled up to a round number.
+    """
 
     def __init__(
         self,
@@ -57,6 +61,7 @@ class Executor:
         embedding: EmbeddingTable | None = None,
         overlap: bool = True,
         depth: int = 2,
+        filled_rows: int = 0,
     ) -> None:
         self._model = model
         self._weights = weights
@@ -69,6 +74,7 @@ class Executor:
         self._device = backend.device
         self._overlap = overlap
         self._depth = depth
+        self._filled_rows = filled_rows
         self._micro_batches: list[_Running] = []
         self._since: tuple[Any, str, str] = (None, "", "")
         """When what is timed now began, its row and its name."""
@@ -169,19 +175,24 @@ class Executor:
         if self._embedding is not None:
             ids = self._embedding.bind(ids, self._model.embedding)
         positions = torch.cat([torch.arange(s.start, s.end) for s in spans])
-        wanted = [_logit_rows(batch) for batch in plan.micro_batches]
-        sent = torch.cat([ids, positions, *wanted]).to(self._device)
         rows = [batch.rows for batch in plan.micro_batches]
-        parts = sent.split([*rows, *rows, *map(len, wanted)])
+        inputs = [
+            *map(self._filled, ids.split(rows)),
+            *map(self._filled, positions.split(rows)),
+            *(self._filled(_logit_rows(batch)) for batch in plan.micro_batches),
+        ]
+        sent = torch.cat(inputs).to(self._device).split([len(each) for each in inputs])
         count = len(rows)
         self._micro_batches = [
-            _Running(batch, *inputs)
-            for batch, *inputs in zip(
-                plan.micro_batches, parts[:count], parts[count : 2 * count], parts[2 * count :]
-            )
+            _Running(batch, *sent[number::count]) for number, batch in enumerate(plan.micro_batches)
         ]
         self._kv.begin([batch.spans for batch in plan.micro_batches])
-        self._activations.begin(rows)
+        self._activations.begin([len(running.input_ids) for running in self._micro_batches])
+
+    def _filled(self, rows: torch.Tensor) -> torch.Tensor:
+        """Of a round number, if the model wants that: the last one again and again."""
+        more = min(rounded(len(rows)), self._filled_rows) - len(rows)
+        return torch.cat([rows, rows[-1:].expand(more)]) if more > 0 else rows
 
     def _start(self, number: int) -> None:
         running = self._micro_batches[number]
@@ -202,13 +213,18 @@ class Executor:
         value: torch.Tensor,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        forward = self._micro_batches[number].forward
+        running = self._micro_batches[number]
+        forward = running.forward
         assert forward is not None
         if arriving := self._kv.arriving(forward.unit, number):
             self._wait(arriving)
+        rows = running.batch.rows
+        if more := len(running.input_ids) - rows:
+            query, key, value = query[:, :rows], key[:, :rows], value[:, :rows]
         self._kv.append(forward.unit, number, key, value)
         groups = self._kv.view(forward.unit, number)
-        return self._attention.run(query, key, value, groups, options)
+        out = self._attention.run(query, key, value, groups, options)
+        return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, more)) if more else out
 
     def _choose(
         self, running: _Running, choose: Callable[[list[int], torch.Tensor], torch.Tensor]
@@ -216,7 +232,8 @@ class Executor:
         sequences = [span.sequence for span in running.batch.spans if span.wants_logits]
         logits, running.logits, running.forward = running.logits.logits[0], None, None
         with self._timed(SAMPLING, "sampling"):
-            return [(sequences, choose(sequences, logits))] if sequences else []
+            chosen = choose(sequences, logits[: len(sequences)]) if sequences else None
+        return [] if chosen is None else [(sequences, chosen)]
 
 
 def _logit_rows(batch: MicroBatch) -> torch.Tensor:

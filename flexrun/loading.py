@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from flexrun.model import Model
     from offload.backend import DeviceBackend
     from offload.transfer_engine import TransferEngine
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -174,8 +177,12 @@ def load_weights(
         )
         closing.callback(store.close)
         _fill(model, weights, checkpoint, store, tiers)
-        packed = [w for w in _packable(model, weights, tiers, backend) if pack(w, _home(store, w))]
+        packed: list[Weight] = []
         closing.callback(unpack, packed)
+        for weight in _packable(model, weights, tiers, backend):
+            if pack(weight, _home(store, weight)):
+                packed.append(weight)
+        logger.info("%d matrices are in the order of this processor's products", len(packed))
         embedding = _embedding_table(weights.embedding, tiers, store, backend, transfers, max_rows)
         if embedding is not None:
             closing.callback(embedding.close)

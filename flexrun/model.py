@@ -36,7 +36,7 @@ class Model:
     stored_dtypes: dict[str, torch.dtype]
     """Of each tensor of the state dict: it may be computed in a larger type."""
     products: frozenset[str]
-    """Weights that rows are only multiplied with, by `torch.nn.functional.linear`."""
+    """Weights that rows are only multiplied with, by their own `torch.nn.Linear`."""
 
     @property
     def config(self) -> PretrainedConfig:

@@ -15,8 +15,6 @@ from flexrun.paused_forward import PausedForward
 from flexrun.skeleton import instantiate, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from transformers import PretrainedConfig, PreTrainedModel
 
 _TRACED_EXPERTS = "flexrun_shapes_only"
@@ -44,15 +42,20 @@ class Trace:
     layers: list[str]
     """Names of the decoder layers."""
     products: frozenset[str]
-    """Weights that are nothing but the matrix of `torch.nn.functional.linear`, by name."""
+    """Weights that are nothing but the matrix of their own `torch.nn.Linear`, by name."""
 
 
 class _WeightUse(TorchFunctionMode):
     """Sees every operation that a weight takes part in."""
 
-    def __init__(self, weights: Mapping[str, torch.nn.Parameter]) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self._names = {id(weight): name for name, weight in weights.items()}
+        self._names = {id(weight): name for name, weight in model.named_parameters()}
+        self._running: torch.nn.Module | None = None
+        for module in model.modules():
+            if type(module) is torch.nn.Linear:
+                module.register_forward_pre_hook(lambda module, _: self._run(module))
+                module.register_forward_hook(lambda *_: self._run(None))
         self._products: set[str] = set()
         self._others: set[str] = set()
 
@@ -60,10 +63,14 @@ class _WeightUse(TorchFunctionMode):
     def only_products(self) -> frozenset[str]:
         return frozenset(self._products - self._others)
 
+    def _run(self, module: torch.nn.Module | None) -> None:
+        self._running = module
+
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         others = list(args)
-        if func is torch.nn.functional.linear and len(args) > 1:
+        own = None if self._running is None else self._running.weight
+        if func is torch.nn.functional.linear and len(args) > 1 and args[1] is own:
             self._products |= self._among([others.pop(1)])
         if func not in _QUESTIONS:
             self._others |= self._among([others, kwargs])
@@ -91,7 +98,7 @@ def trace(config: PretrainedConfig, dtype: torch.dtype) -> Trace:
             rows = torch.zeros(1, 2, dtype=torch.long)
             inputs = {"input_ids": rows, "position_ids": rows, "use_cache": False}
             inputs["logits_to_keep"] = torch.zeros(1, dtype=torch.long)
-            used = _WeightUse(dict(module.named_parameters()))
+            used = _WeightUse(module)
             with used:
                 PausedForward(module.eval(), inputs, record).resume()
     except UnsupportedModelError:

@@ -114,7 +114,11 @@ class Runtime:
             embedding=self.weights.embedding,
             overlap=self.policy.overlap,
             depth=self.policy.depth,
+            filled_rows=self.policy.micro_batch_rows if self._compiles_per_row_count() else 0,
         )
+
+    def _compiles_per_row_count(self) -> bool:
+        return self.backend.device.type == "cpu" and self.dtype != torch.float32
 
     def _choose_policy(self, config: EngineConfig) -> Policy:
         changed = {f: getattr(config, f) for f in _POLICY_FIELDS if getattr(config, f) is not None}

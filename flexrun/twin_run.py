@@ -100,6 +100,7 @@ class TwinRun:
             activations,
             embedding=weights.embedding,
             depth=3,
+            filled_rows=20,
         )
 
     def forced_logits(self, sequences: list[list[int]]) -> list[torch.Tensor]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import types
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,20 +21,29 @@ if TYPE_CHECKING:
 
     from offload.slabs import Weight
 
+logger = logging.getLogger(__name__)
+
 _OPS = torch.ops.mkldnn
 
 
 def pack(weight: Weight, data: torch.Tensor) -> bool:
     """Reorder a matrix at `data` (uint8 [nbytes]) in place and bind it to its linear module.
 
-    False, and nothing is changed, where that cannot be done.
+    False, and nothing is changed, where that cannot be done. While it reorders, oneDNN holds a
+    second copy of the matrix.
     """
     if not (_is_matrix_of_one_linear(weight) and can_pack()):
         return False
-    packed = pack_matrix(data.view(torch.bfloat16).view(weight.shape), data)
+    try:
+        packed = pack_matrix(data.view(torch.bfloat16).view(weight.shape), data)
+    except (RuntimeError, MemoryError) as error:  # it runs as well without, only slower
+        logger.warning("weight %s is not reordered: %s", weight.name, error)
+        return False
     if packed is None:
         return False
-    weight.bind(torch.nn.Parameter(packed, requires_grad=False))
+    parameter = torch.nn.Parameter(packed, requires_grad=False)
+    parameter._home = data  # type: ignore[attr-defined]  # the memory has to outlive the pointer
+    weight.bind(parameter)
     ((module, _),) = weight.users
     module.forward = types.MethodType(_forward, module)
     return True
@@ -49,11 +58,10 @@ def unpack(weights: Sequence[Weight]) -> None:
 
 
 def _is_matrix_of_one_linear(weight: Weight) -> bool:
-    users = [type(module) for module, _ in weight.users]
-    return users == [torch.nn.Linear] and (weight.dtype, weight.expanded_bytes) == (
-        torch.bfloat16,
-        0,
-    )
+    if (weight.dtype, weight.expanded_bytes, len(weight.users)) != (torch.bfloat16, 0, 1):
+        return False
+    ((module, _),) = weight.users
+    return type(module) is torch.nn.Linear and "forward" not in vars(module)
 
 
 def _forward(module: torch.nn.Linear, rows: torch.Tensor) -> torch.Tensor:
@@ -77,7 +85,14 @@ def can_pack() -> bool:
             return False
         out = _OPS._linear_pointwise(rows, packed, None, "none", [], "")
         return torch.allclose(out, torch.nn.functional.linear(rows, matrix), rtol=0.02, atol=0.1)
-    except (AttributeError, RuntimeError, OSError, TypeError):
+    except (
+        AttributeError,
+        RuntimeError,
+        OSError,
+        TypeError,
+        AssertionError,
+        ctypes.ArgumentError,
+    ):
         return False
 
 
@@ -90,8 +105,10 @@ def pack_matrix(matrix: torch.Tensor, room: torch.Tensor) -> torch.Tensor | None
     if _OPS._nbytes(reordered) != room.nbytes:
         return None
     described = _OPS._get_mkldnn_serialized_md(reordered)
+    packed = _tensor_over(room, matrix.shape, described)
+    # Last of all: until here nothing has changed, if anything fails.
     ctypes.memmove(room.data_ptr(), _OPS.data_ptr(reordered), room.nbytes)
-    return _tensor_over(room, matrix.shape, described)
+    return packed
 
 
 def _tensor_over(room: torch.Tensor, shape: torch.Size, described: torch.Tensor) -> torch.Tensor:
@@ -125,4 +142,4 @@ def _tensor_over(room: torch.Tensor, shape: torch.Size, described: torch.Tensor)
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    return ctypes.CDLL(torch._C.__file__)  # it finds the functions in what it depends on

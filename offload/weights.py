@@ -241,7 +241,8 @@ class WeightStore:
     def _expand(self, unit: _Unit) -> None:
         """Once per unit and sweep, however many micro-batches ride."""
         assert self._expanded is not None
-        at_home = [(weight, self._views[weight.name]) for weight in unit.stays]
+        # What is computed in the type that it is stored in is bound for good, and maybe reordered.
+        at_home = [(w, self._views[w.name]) for w in unit.stays if w.expanded_bytes]
         start = 0
         for weight, data in [*at_home, *self._arrived(unit)]:
             assert isinstance(data, torch.Tensor)

@@ -18,8 +18,9 @@ SHARE_OF_FREE = 0.85
 """Part of the free memory that is taken where no budget is given; other programs keep the rest."""
 
 
-_BFLOAT16_FLAGS = {"avx512bw", "avx_ne_convert", "bf16", "amx_bf16"}
-"""Of x86 and Arm processors on which bfloat16 products are at least as fast as float32."""
+_BFLOAT16_FLAGS = {"avx512_bf16", "avx_ne_convert", "bf16", "amx_bf16"}
+"""Of x86 and Arm processors that multiply bfloat16. With AVX-512 alone, products of more than a few
+rows take twice as long as in float32."""
 
 
 @functools.cache

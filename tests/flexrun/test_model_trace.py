@@ -33,7 +33,7 @@ def test_a_tied_table_is_looked_up_in_too() -> None:
     assert trace(config, torch.float32).products == linear_weights(config) - {"lm_head.weight"}
 
 
-@pytest.mark.parametrize("use", ["matmul", "transpose", "scaled"])
+@pytest.mark.parametrize("use", ["matmul", "transpose", "scaled", "borrowed"])
 def test_other_uses_are_noticed(use: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that also takes a linear's matrix for something else."""
     from transformers.models.llama import modeling_llama
@@ -45,6 +45,9 @@ def test_other_uses_are_noticed(use: str, monkeypatch: pytest.MonkeyPatch) -> No
         assert matrix.dtype == rows.dtype  # a question, not a use
         if use == "matmul":
             return plain(self, rows) + rows @ (matrix @ matrix.T)
+        if use == "borrowed":  # a product, but not one of the module's own forward
+            up = torch.nn.functional.linear(rows, self.up_proj.weight)
+            return torch.nn.functional.linear(up, matrix) + 0 * self.up_proj(rows).sum()
         if use == "transpose":
             return plain(self, rows) + rows @ (matrix.mT.T @ matrix.mT)
         return plain(self, rows) + torch.nn.functional.linear(rows, matrix @ (2 * matrix).T)
@@ -52,4 +55,10 @@ def test_other_uses_are_noticed(use: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
     config = tiny_llama_config()
     left = linear_weights(config) - trace(config, torch.float32).products
+    if use == "borrowed":
+        left -= {
+            f"model.layers.{layer}.mlp.{up}_proj.weight"
+            for layer in range(4)
+            for up in ("up", "gate")
+        }
     assert left == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)}

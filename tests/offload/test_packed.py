@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,13 @@ import torch
 from offload import packed
 from offload.packed import can_pack, pack, unpack
 from offload.slabs import Weight
+
+
+def cpu_flags() -> set[str]:
+    """What the processor says it can; nothing where it does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+
 
 needs_packing = pytest.mark.skipif(
     not can_pack(), reason="this processor or torch cannot reorder bfloat16 matrices"
@@ -65,6 +73,9 @@ def test_lies_in_the_given_memory() -> None:
 @needs_packing
 def test_odd_sizes_stay_as_they_are() -> None:
     weight, data = linear_at(100, 66, bias=False)
+    plain = module_of(weight).weight
+    if torch.ops.mkldnn._nbytes(torch.ops.mkldnn._reorder_linear_weight(plain)) == plain.nbytes:
+        pytest.skip("this processor reads such a matrix without padding")
     before = data.clone()
     assert not pack(weight, data)
     assert torch.equal(data, before)
@@ -95,6 +106,55 @@ def test_unpacked_modules_are_as_before() -> None:
     weight.bind(weight.parameter(values))
     plain = torch.nn.functional.linear(rows, values.view(torch.bfloat16).view(64, 32))
     assert torch.equal(module_of(weight)(rows), plain)
+
+
+@needs_packing
+@pytest.mark.parametrize("broken", ["_reorder_linear_weight", "_get_mkldnn_serialized_md"])
+def test_what_fails_half_way_changes_nothing(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, data = linear_at(64, 32, bias=False)
+    before = data.clone()
+
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            if name == broken:
+                raise RuntimeError("no memory")
+            return getattr(torch.ops.mkldnn, name)
+
+    monkeypatch.setattr(packed, "_OPS", Broken())
+    assert not pack(weight, data)
+    assert torch.equal(data, before)
+    module = module_of(weight)
+    assert not module.weight.is_mkldnn
+    assert "forward" not in vars(module)
+
+
+@needs_packing
+def test_a_forward_of_the_modules_own_is_kept() -> None:
+    weight, data = linear_at(64, 32, bias=False)
+    module = module_of(weight)
+    vars(module)["forward"] = lambda rows: 2 * rows
+    assert not pack(weight, data)
+
+
+@needs_packing
+def test_the_memory_lives_as_long_as_the_matrix() -> None:
+    weight, data = linear_at(64, 32, bias=False)
+    rows = torch.randn(3, 32).bfloat16()
+    expected = module_of(weight)(rows)
+    assert pack(weight, data)
+    module, address = module_of(weight), data.data_ptr()
+    del data, weight
+    gc.collect()
+    assert vars(module.weight)["_home"].data_ptr() == address
+    torch.testing.assert_close(module(rows), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(
+    "avx512_bf16" not in cpu_flags(), reason="this processor does not multiply bfloat16"
+)
+def test_a_processor_that_can_is_known() -> None:
+    """So that a newer torch cannot switch this off without anyone noticing."""
+    assert can_pack()
 
 
 def test_a_torch_without_the_interface_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

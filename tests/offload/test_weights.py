@@ -190,6 +190,21 @@ def test_weights_are_expanded_once_a_sweep(tmp_path, name, seed):
     assert set(rig.backend.account.used.values()) == {0}
 
 
+def test_what_is_stored_as_it_is_computed_stays_bound(tmp_path):
+    """In a unit that is expanded, too: its bytes may have been put in another order since."""
+    rig = Rig(make_backend("cpu"), tmp_path, 0, depth=3, compute=torch.float32)
+    norms = [unit[0] for unit in rig.units[:-1] if rig.tiers[unit[0].name] is Tier.DEVICE]
+    assert norms
+    before = [rig.bound(norm) for norm in norms]
+    for unit in range(LAYERS + 1):
+        rig.store.prefetch(unit)
+        rig.store.arrive(unit)
+        rig.store.bind(unit)
+        rig.store.release(unit)
+    assert all(rig.bound(norm) is kept for norm, kept in zip(norms, before))
+    rig.close()
+
+
 @pytest.mark.parametrize("name", ["cpu", "emulated"])
 def test_homes_are_charged_and_given_back(tmp_path, name):
     """DEVICE holds weights, two slots for the widest layer and one for the head, until close."""

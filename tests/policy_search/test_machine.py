@@ -14,7 +14,8 @@ from policy_search import machine
     ("flags", "expected"),
     [
         ("flags\t\t: fpu avx2 fma", False),
-        ("flags\t\t: fpu avx2 avx512f avx512bw avx512vl", True),
+        ("flags\t\t: fpu avx2 avx512f avx512bw avx512vl", False),
+        ("flags\t\t: fpu avx2 avx512f avx512bw avx512vl avx512_bf16", True),
         ("Features\t: fp asimd bf16", True),
         ("Features\t: fp asimd", False),
         ("processor\t: 0", True),

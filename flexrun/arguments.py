@@ -12,7 +12,7 @@ from flexrun.config import DEVICES, DTYPES, EngineConfig
 from flexrun.errors import FlexrunError, UsageError
 from flexrun.request import SamplingParams
 from offload.tiers import Split, parse_size
-from policy_search.policy import Policy
+from policy_search.policy import ATTENTION, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +28,7 @@ OVERRIDES = (
     "num_micro_batches",
     "max_rows",
     "max_sequences",
+    "attention",
 )
 """Settings that replace single fields of the policy."""
 
@@ -148,6 +149,8 @@ def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add("--num-micro-batches", "cut every sweep into so many", type=int, metavar="K")
     add("--max-rows", "most rows of one sweep", type=int, metavar="ROWS")
     add("--max-sequences", "most sequences running at once", type=int, metavar="N")
+    text = "rows of running sequences attend to KV on host there, or move it to the device (auto)"
+    add("--attention", text, choices=ATTENTION)
     add("--trace", "write a Chrome trace: what each link and compute did when", metavar="FILE")
     help_text = "transfer and compute one after another; same tokens, slower"
     group.add_argument("--no-overlap", dest="overlap", action="store_false", help=help_text)
@@ -178,7 +181,9 @@ def engine_config(values: dict[str, Any], spell: Callable[[str], str] = str) -> 
     _check_choice(spell("dtype"), config.dtype, DTYPES)
     overrides = {k: v for k in OVERRIDES if (v := getattr(config, k)) is not None}
     for name, value in overrides.items():
-        if not isinstance(value, Split) and (type(value) is not int or value < 1):
+        if name == "attention":
+            _check_choice(spell(name), value, ATTENTION)
+        elif not isinstance(value, Split) and (type(value) is not int or value < 1):
             raise UsageError(f"{spell(name)} must be a whole number of at least 1, not {value!r}")
     replace(config.policy or Policy(), **overrides)  # to fail before the model is loaded
     if config.emulate is not None and config.device != "emulated":

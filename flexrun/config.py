@@ -28,13 +28,14 @@ class EngineConfig:
     policy: Policy | None = None
     """None: placed automatically under the budgets."""
     weights: Split | None = None
-    """Overrides the policy's field; so do the next six."""
+    """Overrides the policy's field; so do the next seven."""
     kv_cache: Split | None = None
     activations: Split | None = None
     micro_batch_rows: int | None = None
     num_micro_batches: int | None = None
     max_rows: int | None = None
     max_sequences: int | None = None
+    attention: str | None = None
     overlap: bool = True
     device_memory: int | None = None
     """Budget in bytes; None: what the device has free. The next two likewise."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from flexrun.attention.interface import AttentionBackend
+    from flexrun.host_attention import HostAttention
     from flexrun.model import Model
     from flexrun.paused_forward import AttentionOptions, PausedForward
     from flexrun.plan import MicroBatch, SweepPlan
@@ -45,7 +46,8 @@ class _Running:
 class Executor:
     """Runs sweeps: resumes paused forward passes in zig-zag order while bytes travel.
 
-    Micro-batches of up to `filled_rows` rows are filled up to a round number.
+    Micro-batches of up to `filled_rows` rows are filled up to a round number. While the host
+    attends, two layers may be in use at a time, if the weights of `two_bound` have room.
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Executor:
         overlap: bool = True,
         depth: int = 2,
         filled_rows: int = 0,
+        host_attention: HostAttention | None = None,
+        two_bound: bool = True,
     ) -> None:
         self._model = model
         self._weights = weights
@@ -75,6 +79,10 @@ class Executor:
         self._overlap = overlap
         self._depth = depth
         self._filled_rows = filled_rows
+        self._host_attention = host_attention
+        self._across = two_bound and depth > 1
+        self._breaks = False
+        """In this sweep, HOST attends to some of the pages."""
         self._micro_batches: list[_Running] = []
         self._since: tuple[Any, str, str] = (None, "", "")
         """When what is timed now began, its row and its name."""
@@ -96,7 +104,8 @@ class Executor:
         chosen: list[tuple[list[int], torch.Tensor]] = []
         head, count = len(self._model.layers), len(self._micro_batches)
         try:
-            for step in zigzag(head, count, self._depth, warm=self._warm, last=plan.last):
+            ring = {"warm": self._warm, "last": plan.last, "across": self._across}
+            for step in zigzag(head, count, self._depth, breaks=self._breaks, **ring):
                 self._do(step.action, step.unit, step.micro_batch)
                 if step.action is Action.COMPUTE and step.unit == head:
                     chosen.extend(self._choose(self._micro_batches[step.micro_batch], choose))
@@ -115,27 +124,37 @@ class Executor:
             case Action.PREFETCH:
                 self._settle(self._weights.prefetch(unit))
             case Action.BIND:
-                self._weights.arrive(unit)
-                with self._timed(COMPUTE, "weights"):
-                    self._weights.bind(unit)
+                self._bind(unit)
             case Action.RELEASE:
                 self._weights.release(unit)
             case Action.START:
-                with self._timed(COMPUTE, f"start of micro-batch {number}"):
-                    self._start(number)
-                self._settle([self._wait_for(0, number)])
+                self._start(number)
             case Action.FETCH_KV:
-                self._settle([*self._kv.fetch(unit, number), self._activations.fetch(number)])
+                self._settle(self._kv.fetch(unit, number))
+            case Action.FETCH:
+                self._settle([self._activations.fetch(number)])
+            case Action.COMPUTE | Action.FINISH:
+                self._compute(action, unit, number)
             case Action.STORE_KV:
-                self._settle([*self._kv.store(unit, number), self._wait_for(unit + 1, number)])
-            case Action.COMPUTE:
-                running = self._micro_batches[number]
-                assert running.forward is not None
-                self._activations.arrive(number)
-                with self._timed(COMPUTE, f"unit {unit}, micro-batch {number}"):
-                    running.logits = running.forward.resume()
+                self._settle(self._kv.store(unit, number))
+            case Action.PARK:
+                self._settle([self._park(unit, number)])
 
-    def _wait_for(self, unit: int, number: int) -> Transfer | None:
+    def _bind(self, unit: int) -> None:
+        self._weights.arrive(unit)
+        with self._timed(COMPUTE, "weights"):
+            self._weights.bind(unit)
+
+    def _compute(self, action: Action, unit: int, number: int) -> None:
+        running = self._micro_batches[number]
+        assert running.forward is not None
+        if action is Action.COMPUTE:
+            self._activations.arrive(number)
+        what = "rest of unit" if action is Action.FINISH else "unit"
+        with self._timed(COMPUTE, f"{what} {unit}, micro-batch {number}"):
+            running.logits = running.forward.resume()
+
+    def _park(self, unit: int, number: int) -> Transfer | None:
         """The micro-batch waits for its turn in `unit`: its hidden states may leave the device."""
         forward = self._micro_batches[number].forward
         assert forward is not None
@@ -187,6 +206,7 @@ class Executor:
             _Running(batch, *sent[number::count]) for number, batch in enumerate(plan.micro_batches)
         ]
         self._kv.begin([batch.spans for batch in plan.micro_batches])
+        self._breaks = self._host_attention is not None and self._kv.any_hosted
         self._activations.begin([len(running.input_ids) for running in self._micro_batches])
 
     def _filled(self, rows: torch.Tensor) -> torch.Tensor:
@@ -202,7 +222,8 @@ class Executor:
             running.positions,
             running.logit_rows,
         )
-        running.forward.resume()
+        with self._timed(COMPUTE, f"start of micro-batch {number}"):
+            running.forward.resume()
 
     def _attend(
         self,
@@ -221,9 +242,18 @@ class Executor:
         rows = running.batch.rows
         if more := len(running.input_ids) - rows:
             query, key, value = query[:, :rows], key[:, :rows], value[:, :rows]
+        sent = None
+        if self._breaks and self._host_attention is not None:
+            sent = self._host_attention.send(forward.unit, number, query, key, value, options)
         self._kv.append(forward.unit, number, key, value)
         groups = self._kv.view(forward.unit, number)
-        out = self._attention.run(query, key, value, groups, options)
+        state = self._attention.parts(query, key, value, groups, options)
+        if self._breaks:
+            forward.pause()
+        if sent is not None and self._host_attention is not None:
+            self._wait(self._host_attention.waits_for(sent))
+            state.add(*self._host_attention.receive(sent))
+        out = state.finish(options.sinks, query.dtype)
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, more)) if more else out
 
     def _choose(

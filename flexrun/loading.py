@@ -120,6 +120,8 @@ def model_shape(
         vocab_size=model.vocab_size,
         kv_bytes_per_token=kv,
         value_bytes=size,
+        query_values=max(s.query_heads * s.key_dim for s in model.attention),
+        output_values=max(s.query_heads * (s.value_dim + 1) for s in model.attention),
         expanded_bytes=max(sum(w.expanded_bytes for w in unit) for unit in units),
         prepared_bytes=disk.to_write,
         tensors=tuple(

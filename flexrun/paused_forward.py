@@ -58,6 +58,11 @@ class PausedForward(greenlet.greenlet):  # type: ignore[misc]  # greenlet has no
         self.unit = -1
         """The layer, or the head after the last one, that runs when it is resumed next."""
 
+    def pause(self) -> None:
+        """From inside: stop here until it is resumed."""
+        assert self.parent is not None
+        self.parent.switch()
+
     def resume(self) -> Any:
         """Run up to the next pause; the model's output once it is through."""
         return self.switch()
@@ -75,8 +80,7 @@ def _pause_before(unit: int) -> Callable[..., None]:
         if isinstance(current, PausedForward):
             current.unit = unit
             current.hidden = args[0] if args else kwargs.get("hidden_states")
-            assert current.parent is not None
-            current.parent.switch()
+            current.pause()
 
     return hook
 

@@ -9,6 +9,7 @@ import torch
 
 from flexrun.architecture_check import ensure_exact
 from flexrun.attention.torch_ops import TorchAttention
+from flexrun.attention_split import AttentionSplit
 from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
 from flexrun.loading import find_weights, load_weights, model_shape
@@ -20,20 +21,15 @@ from offload.activations import ActivationStore
 from offload.checkpoint import Checkpoint
 from offload.errors import CapacityError
 from offload.kv_cache import KVCache
+from offload.links import Link
 from offload.pages import PagePools
 from offload.raw_speed import raw_speeds
 from offload.tiers import Tier, format_size
 from offload.timeline import Timeline
 from offload.transfer_engine import TransferEngine
 from policy_search.automatic import automatic_policy, with_depth
-from policy_search.memory import (
-    kv_pages,
-    kv_room,
-    leaving_rows_bytes,
-    parked_rows,
-    smallest_relay,
-    workspace,
-)
+from policy_search.kv_memory import kv_pages, kv_room, leaving_rows_bytes
+from policy_search.memory import parked_rows, smallest_relay, workspace
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -42,8 +38,9 @@ if TYPE_CHECKING:
 
     from flexrun.attention.interface import AttentionBackend
     from flexrun.config import EngineConfig
+    from flexrun.disk_weights import DiskPlan
+    from flexrun.loading import LoadedWeights, ModelWeights
     from flexrun.plan import SweepPlan
-    from offload.links import Link
 
 _POLICY_FIELDS = (
     "weights",
@@ -53,6 +50,7 @@ _POLICY_FIELDS = (
     "num_micro_batches",
     "max_rows",
     "max_sequences",
+    "attention",
 )
 
 
@@ -84,21 +82,20 @@ class Runtime:
         self.timeline = Timeline(self.backend, traced=config.trace is not None)
         self.transfers = TransferEngine(self.backend, self.timeline)
         closing.callback(self.transfers.close)
-        self.weights = load_weights(
-            self.model,
-            weights,
-            checkpoint,
-            self.policy.weights,
-            self.backend,
-            self.transfers,
-            disk,
-            self.policy.depth,
-            self.policy.max_rows,
-            smallest_relay(self.policy),
-        )
+        self.weights = self._load(weights, checkpoint, disk)
         closing.callback(self.weights.close)
         self.activations = self._add_activations(closing)
         self._add_kv_cache(closing)
+        self._split = AttentionSplit(
+            self.policy,
+            self.shape,
+            self.model.attention[0],
+            self.kv_cache,
+            self.scheduler,
+            self.backend,
+            self.transfers,
+        )
+        closing.callback(self._split.close)
         # The last to be registered is the first to be called: nothing may still be on its way
         # when the memory it reads or writes is given back.
         closing.callback(self.transfers.close)
@@ -114,7 +111,23 @@ class Runtime:
             embedding=self.weights.embedding,
             overlap=self.policy.overlap,
             depth=self.policy.depth,
+            host_attention=self._split.host,
+            two_bound=not self.shape.expanded_bytes,
             filled_rows=self.policy.micro_batch_rows if self._compiles_per_row_count() else 0,
+        )
+
+    def _load(self, weights: ModelWeights, checkpoint: Checkpoint, disk: DiskPlan) -> LoadedWeights:
+        return load_weights(
+            self.model,
+            weights,
+            checkpoint,
+            self.policy.weights,
+            self.backend,
+            self.transfers,
+            disk,
+            self.policy.depth,
+            self.policy.max_rows,
+            smallest_relay(self.policy),
         )
 
     def _compiles_per_row_count(self) -> bool:
@@ -203,6 +216,8 @@ class Runtime:
         """Find out what the links can do, before they have anything else to do."""
         with torch.inference_mode():
             self.raw_speeds = raw_speeds(self.backend, self.weights.store.raw_copies())
+            link = self.raw_speeds.get(Link.HOST_TO_DEVICE)
+            self._split.measure(link, self.weights.store.streamed_bytes)
 
     def run(
         self,

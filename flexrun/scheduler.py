@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flexrun.plan import MicroBatch, RowSpan, SweepPlan
+from offload.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from offload.pages import PagePools
-    from offload.tiers import Tier
 
 
 @dataclass(slots=True)
@@ -61,6 +61,8 @@ class Scheduler:
         self.waiting: deque[Progress] = deque()
         self.preemptions = 0
         """How often a running sequence had to give its pages away."""
+        self.rows_stay_on_host = False
+        """Single rows attend to pages on HOST there: these need no room in staging."""
         self._sweeps = 0
 
     def add(self, sequence: int, prompt_tokens: int, most_tokens: int) -> None:
@@ -168,7 +170,7 @@ class Scheduler:
         count = max(-(-rows // self.micro_batch_rows), self.num_micro_batches or 1)
         batch: list[RowSpan] = []
         filled = done = number = 0
-        pages = _PageCount(self.pools)
+        pages = _PageCount(self.pools, self.rows_stay_on_host)
         for span in spans:
             wanted = pages.of(span)
             full = filled + span.length > self.micro_batch_rows or not pages.room_for(wanted)
@@ -191,8 +193,9 @@ class Scheduler:
 class _PageCount:
     """Pages of a micro-batch per tier, held against what the tier's staging takes."""
 
-    def __init__(self, pools: PagePools) -> None:
+    def __init__(self, pools: PagePools, rows_stay_on_host: bool) -> None:
         self._pools = pools
+        self._rows_stay_on_host = rows_stay_on_host
         self._pages: Counter[Tier] = Counter()
 
     def of(self, span: RowSpan) -> Counter[Tier]:
@@ -200,7 +203,10 @@ class _PageCount:
         if not self._pools.largest_table:
             return Counter()
         pages = self._pools.tables[span.sequence].pages
-        return Counter(page.tier for page in pages[: self._pools.pages_for(span.end)])
+        count = Counter(page.tier for page in pages[: self._pools.pages_for(span.end)])
+        if self._rows_stay_on_host and span.length == 1:
+            del count[Tier.HOST]
+        return count
 
     def room_for(self, wanted: Counter[Tier]) -> bool:
         limits = self._pools.largest_table

@@ -23,11 +23,17 @@ class Action(Enum):
     BIND = "bind"
     """Wait for a unit's weights and make them the model's parameters."""
     FETCH_KV = "fetch_kv"
-    """Send a micro-batch's KV pages of one layer and its activations to the device."""
+    """Send a micro-batch's KV pages of one layer to the device."""
+    FETCH = "fetch"
+    """Bring the activations of a micro-batch that waits for a unit back to the device."""
     COMPUTE = "compute"
-    """Run one unit of one micro-batch."""
+    """Run one unit of one micro-batch; with a break, only up to what the host attends to."""
     STORE_KV = "store_kv"
-    """Send the new keys and values to the tier of their pages, activations to where they wait."""
+    """Send the new keys and values to the tier of their pages."""
+    FINISH = "finish"
+    """Run the rest of a layer, once the host has attended."""
+    PARK = "park"
+    """The micro-batch waits for a unit: its activations may leave the device."""
     RELEASE = "release"
     """The unit's working memory may be overwritten."""
 
@@ -48,6 +54,8 @@ def zigzag(
     *,
     warm: bool = False,
     last: bool = True,
+    breaks: bool = False,
+    across: bool = True,
 ) -> Iterator[Step]:
     """Steps of one sweep over `layers` decoder layers and the output head, which is unit `layers`.
 
@@ -57,30 +65,81 @@ def zigzag(
     urgent does. KV pages, and activations that wait on HOST, are asked for one micro-batch ahead.
     So all of it travels while earlier micro-batches compute. Each unit is prefetched, bound and
     released once, however many micro-batches ride.
+
+    With `breaks`, the host attends to a part of the pages: a layer of one micro-batch breaks off
+    there, and goes on when the next micro-batch has got as far. That one may be in the next layer
+    if `across`, as long as both layers' weights have room; else the break ends before it.
     """
-    units = layers + 1
-    depth = min(depth, units)
-    for unit in () if warm else range(min(depth - 1, layers)):
-        yield Step(Action.PREFETCH, unit)
-    yield Step(Action.PREFETCH, layers)
-    for batch in range(micro_batches):
-        yield Step(Action.START, micro_batch=batch)
-    # The walk over (unit, micro-batch) flattened: the neighbour after the last micro-batch of one
-    # layer is the first of the next, so no corner needs a case of its own.
-    walk = [(unit, batch) for unit in range(units) for batch in range(micro_batches)]
-    for here, ahead in zip(walk, [*walk[1:], None]):
-        unit, batch = here
-        if batch == 0:
-            wanted = unit + depth - 1
-            if wanted < layers or (wanted > layers and not last):
-                yield Step(Action.PREFETCH, wanted % units)
-            yield Step(Action.BIND, unit)
-        if here == walk[0]:
-            yield Step(Action.FETCH_KV, *here)
-        if ahead is not None and ahead[0] < layers:
+    return _Sweep(layers, micro_batches, depth, warm, last, breaks, across).steps()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    layers: int
+    micro_batches: int
+    depth: int
+    warm: bool
+    last: bool
+    breaks: bool
+    across: bool
+
+    def steps(self) -> Iterator[Step]:
+        yield from self._start()
+        # The walk over (unit, micro-batch) flattened: the neighbour after the last micro-batch of
+        # one layer is the first of the next, so no corner needs a case of its own.
+        count = self.micro_batches
+        walk = [(unit, batch) for unit in range(self.layers + 1) for batch in range(count)]
+        begun: list[tuple[int, int]] = []
+        for here, ahead in zip(walk, [*walk[1:], (self.layers + 1, 0)]):
+            unit, batch = here
+            if batch == 0:
+                while begun and not self.across:
+                    yield from self._finish(*begun.pop())
+                yield Step(Action.BIND, unit)
+            if here == walk[0]:
+                yield Step(Action.FETCH_KV, *here)
+                yield Step(Action.FETCH, *here)
+            yield from self._compute(here, ahead, begun)
+
+    def _start(self) -> Iterator[Step]:
+        ahead = min(self.depth - 1, self.layers)
+        for unit in () if self.warm else range(ahead):
+            yield Step(Action.PREFETCH, unit)
+        yield Step(Action.PREFETCH, self.layers)
+        for batch in range(self.micro_batches):
+            yield Step(Action.START, micro_batch=batch)
+            yield Step(Action.PARK, 0, batch)
+        yield from self._prefetch(0)
+
+    def _compute(
+        self, here: tuple[int, int], ahead: tuple[int, int], begun: list[tuple[int, int]]
+    ) -> Iterator[Step]:
+        layer, more = here[0] < self.layers, ahead[0] < self.layers
+        if more:
             yield Step(Action.FETCH_KV, *ahead)
-        yield Step(Action.COMPUTE, unit, batch)
-        if unit < layers:
-            yield Step(Action.STORE_KV, unit, batch)
-        if batch == micro_batches - 1:
+        if more and not self.breaks:
+            yield Step(Action.FETCH, *ahead)
+        yield Step(Action.COMPUTE, *here)
+        if layer:
+            yield Step(Action.STORE_KV, *here)
+        begun.append(here)
+        while len(begun) > int(self.breaks and self.micro_batches > 1 and layer):
+            yield from self._finish(*begun.pop(0))
+        if more and self.breaks:
+            yield Step(Action.FETCH, *ahead)
+
+    def _finish(self, unit: int, batch: int) -> Iterator[Step]:
+        if unit < self.layers:
+            if self.breaks:
+                yield Step(Action.FINISH, unit, batch)
+            yield Step(Action.PARK, unit + 1, batch)
+        if batch == self.micro_batches - 1:
             yield Step(Action.RELEASE, unit)
+            yield from self._prefetch(unit + 1)
+
+    def _prefetch(self, unit: int) -> Iterator[Step]:
+        """While `unit` computes, the slot of the one before is free."""
+        units = self.layers + 1
+        wanted = unit + min(self.depth, units) - 1
+        if unit < units and (wanted < self.layers or (wanted > self.layers and not self.last)):
+            yield Step(Action.PREFETCH, wanted % units)

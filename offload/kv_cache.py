@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
+from offload.kv_batches import KVBatch, KVPlanner
 from offload.kv_disk import DiskPages
 from offload.kv_host import HostPages
-from offload.kv_layout import KVGroup, build_group
-from offload.kv_moves import SpanPages
-from offload.kv_staging import TURNS, StagedPages, Visit
+from offload.kv_staging import StagedPages, Visit
+from offload.links import Link
 from offload.paged_kv import PagedKV, page_elements
-from offload.tiers import Tier
+from offload.raw_speed import RawCopy
+from offload.tiers import REQUEST_BYTES, TURNS, Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from offload.backend import DeviceBackend
+    from offload.kv_batches import Span
+    from offload.kv_hosted import HostedRows
+    from offload.kv_layout import KVGroup
     from offload.paged_kv import LayerShape
     from offload.pages import PagePools
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
-
-
-class Span(Protocol):
-    """Rows of one sequence in a micro-batch."""
-
-    @property
-    def sequence(self) -> int: ...
-    @property
-    def start(self) -> int: ...
-    @property
-    def length(self) -> int: ...
 
 
 class KVCache:
@@ -57,13 +50,15 @@ class KVCache:
         self._pools = pools
         self._backend = backend
         self._transfers = transfers
-        self._gathered_tokens = gathered_tokens
+        elements = sum(page_elements(shape, pools.page_tokens) for shape in shapes)
+        self._page_bytes = elements * dtype.itemsize
+        """Of one page in all layers."""
         self._homes: list[tuple[Tier, torch.Tensor]] = []
         self._layers: dict[Tier, list[PagedKV]] = {}
         """Pages in memory."""
         self._staged: dict[Tier, StagedPages] = {}
         """Those that attention does not read where they are."""
-        self._batches: list[list[KVGroup]] = []
+        self._batches: list[KVBatch] = []
         self._arriving: dict[tuple[int, int], list[Transfer]] = {}
         """By layer and micro-batch."""
         self._new: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
@@ -75,6 +70,14 @@ class KVCache:
         try:
             self._add_pools()
             self._add_staged(staging_pages, directory)
+            self._planner = KVPlanner(
+                pools,
+                backend.device,
+                self._staged.keys(),
+                staging_pages,
+                gathered_tokens,
+                self._page_bytes,
+            )
         except BaseException:
             self.close()
             raise
@@ -118,9 +121,7 @@ class KVCache:
     def _charge_pages(self, tier: Tier, pages: int) -> None:
         if tier not in self._backend.lazy:
             return  # the whole pool was charged
-        tokens = self._pools.page_tokens
-        elements = sum(page_elements(shape, tokens) for shape in self._shapes)
-        nbytes = pages * elements * self._dtype.itemsize
+        nbytes = pages * self._page_bytes
         if nbytes > 0:
             self._backend.account.charge(tier, nbytes, "the KV cache")
         else:
@@ -135,51 +136,31 @@ class KVCache:
             data = self._allocate(tier, elements, "the KV cache")
         return PagedKV.of(data, shape, tokens)
 
+    def raw_copies(self) -> list[tuple[Link, list[RawCopy]]]:
+        """Copies that show what the link from HOST can do; only before the first sweep."""
+        pages = self._layers[Tier.HOST][0].raw.view(-1).view(torch.uint8)
+        target = self._staged[Tier.HOST].stagings[0].device.view(torch.uint8)
+        size = min(len(pages), len(target), REQUEST_BYTES)
+        return [(Link.HOST_TO_DEVICE, [RawCopy(pages[:size], target[:size], 0)])]
+
     def begin(self, micro_batches: Sequence[Sequence[Span]]) -> None:
         """Prepare the index tensors of a sweep's micro-batches (each a sequence of spans)."""
         self._earlier_store = dict(self._last_store)
         self._arriving.clear()
         self._new.clear()
-        self._batches = [self._groups(spans) for spans in micro_batches]
-
-    def _groups(self, spans: Sequence[Span]) -> list[KVGroup]:
-        by_tier: dict[Tier, list[SpanPages]] = {tier: [] for tier in Tier}
-        row = 0
-        for span in spans:
-            table = self._pools.tables[span.sequence]
-            end = span.start + span.length
-            count = self._pools.pages_for(end)
-            newest = table.pages[count - 1].tier
-            for tier, (pages, indices) in table.by_tier(count).items():
-                place = span.start, end, pages, indices, newest is tier, table.tail
-                by_tier[tier].append(SpanPages(row, *place))
-            row += span.length
-        # In one order, whatever the batch: results are merged in it.
-        return [
-            build_group(
-                places,
-                self._pools.page_tokens,
-                self._backend.device,
-                tier,
-                staged=tier in self._staged,
-                gathered_tokens=self._gathered_tokens,
-            )
-            for tier, places in by_tier.items()
-            if places
-        ]
+        self._batches = self._planner.plan(micro_batches)
 
     def _turn(self, layer: int, number: int) -> int:
         return (layer * len(self._batches) + number) % TURNS
 
     def _visit(self, layer: int, number: int, group: KVGroup) -> Visit:
-        after = self._earlier_store.get(layer, ())
-        return Visit(layer, self._turn(layer, number), group, after)
+        return Visit(layer, self._turn(layer, number), group, self.earlier_stores(layer))
 
     def fetch(self, layer: int, number: int) -> list[Transfer]:
         """Send the pages of a micro-batch's layer that have to move to the device's staging."""
         transfers = [
             transfer
-            for group in self._batches[number]
+            for group in self._batches[number].groups
             if group.staged
             for transfer in self._staged[group.tier].fetch(self._visit(layer, number, group))
         ]
@@ -219,13 +200,38 @@ class KVCache:
                 if group.staged
                 else self._layers[group.tier][layer],
             )
-            for group in self._batches[number]
+            for group in self._batches[number].groups
         ]
+
+    def attend_on_host(self, share: Callable[[int], float]) -> None:
+        """Let HOST attend to pages there for single rows: see `KVPlanner.host_share`."""
+        self._planner.host_share = share
+
+    def hosted(self, number: int) -> HostedRows | None:
+        """The rows of a micro-batch that attend to pages on HOST there."""
+        return self._batches[number].hosted
+
+    @property
+    def any_hosted(self) -> bool:
+        """Whether some of this sweep's rows do."""
+        return any(batch.hosted is not None for batch in self._batches)
+
+    def host_pool(self, layer: int) -> PagedKV:
+        """All pages of a layer on HOST."""
+        return self._layers[Tier.HOST][layer]
+
+    def earlier_stores(self, layer: int) -> Sequence[Transfer]:
+        """What stores this layer's rows of earlier sweeps: who reads pages comes after it."""
+        return self._earlier_store.get(layer, ())
+
+    def add_store(self, layer: int, number: int, transfer: Transfer) -> None:
+        """`transfer` stores new rows of a micro-batch on HOST."""
+        self._new[layer, number].append(transfer)
 
     def store(self, layer: int, number: int) -> list[Transfer]:
         """The layer has run: its staging may be reused, its new rows are on their way."""
         self._arriving.pop((layer, number), None)
-        for group in self._batches[number]:
+        for group in self._batches[number].groups:
             if group.staged:
                 self._staged[group.tier].release(self._turn(layer, number))
         stored = self._new.pop((layer, number), [])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from offload.links import Link, ScatteredRows, TensorRows
 from offload.paged_kv import PagedKV, page_elements
-from offload.tiers import Tier
+from offload.tiers import TURNS, Tier
 from offload.transfer import URGENT
 
 if TYPE_CHECKING:
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from offload.paged_kv import LayerShape
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
-
-TURNS = 2
-"""Micro-batches with pages in staging: the one that computes, and the next."""
 
 
 class Visit(NamedTuple):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from offload.direct_file import DirectFile
     from offload.paged_kv import PagedKV, TokenSlots
 
@@ -24,6 +26,8 @@ class Link(str, Enum):
     HOST_TO_DISK = "host->disk"
     DISK_TO_DEVICE = "disk->device"
     """Only where the device computes in RAM, so that a read lands where it is used."""
+    HOST_ATTENTION = "host attention"
+    """No path, but a queue like theirs: the processor attends to pages on HOST."""
 
     __str__ = str.__str__
 
@@ -76,6 +80,14 @@ class TensorRows:
         # torch would start a team of threads of its own in every link's thread.
         table, target = (each.view(torch.uint8).numpy() for each in (self.table, out))
         np.take(table, self.indices.numpy(), axis=0, out=target, mode="clip")
+
+
+@dataclass(frozen=True, slots=True)
+class HostWork:
+    """Work of the processor that reads `nbytes` of RAM, queued like a copy."""
+
+    run: Callable[[], None]
+    nbytes: int
 
 
 class ScatteredRows(ABC):

@@ -35,6 +35,9 @@ REQUEST_BYTES = 4 * 2**20
 """Of one disk request or one copy of a large piece: some 0.3 ms on a fast link."""
 STAGING_BUFFERS = 8
 """Buffers of at most one request each that bytes pass through from disk to a separate device."""
+TURNS = 2
+"""Micro-batches whose KV pages are in staging, or whose rows attend on HOST: the one that computes,
+and the next."""
 LEAVING_BATCHES = 6
 """Micro-batches whose new keys and values of one layer may be on their way from device to HOST: so
 many that neither has to wait for the other where the link and compute take the same time."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from offload.backend import DeviceBackend, Source, Target
-    from offload.links import Link
+    from offload.links import HostWork, Link
 
 URGENT = 0
 """Priority of what is computed next: KV pages, embedding rows. Weights have later deadlines."""
@@ -108,8 +108,9 @@ class Part:
     priority: int
     number: int
     link: Link
-    source: Source
-    target: Target
+    source: Source | HostWork
+    target: Target | None
+    """None for work."""
     kind: str
     after: Sequence[Any]
     transfer: Transfer

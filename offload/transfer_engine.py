@@ -11,24 +11,21 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from offload.cut import cut
 from offload.lane import Lane
-from offload.links import FileExtent, FileRows, Link
+from offload.links import FileExtent, HostWork, Link
 from offload.timeline import Timeline
 from offload.transfer import URGENT, LinkCounters, Part, Transfer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from offload.backend import DeviceBackend, Source, Target
     from offload.staging import StagingBuffers
-
-ROWS_PER_REQUEST = 16
-"""Of a table on disk, whose rows are read one by one."""
 
 
 class TransferEngine:
@@ -110,27 +107,28 @@ class TransferEngine:
         requests = [part for pair in copies for part in self._requests(link, *pair)]
         return self._submit(link, requests, kind, after, priority, padding, relayed)
 
+    def submit_work(
+        self, link: Link, work: HostWork, *, kind: str, after: Sequence[Any] = ()
+    ) -> Transfer:
+        """Queue work of the processor under `link`, which is none of the backend's.
+
+        It runs in one thread, one after another, once all of `after` is over.
+        """
+        if link not in self._lanes:
+            self.counters[link] = LinkCounters()
+            self._lanes[link] = Lane(f"flexrun {link}", 1, self._run)
+        return self._submit(link, [(work, None)], kind, after, URGENT, padding=0)
+
     def _requests(self, link: Link, source: Source, target: Target) -> list[tuple[Source, Target]]:
-        """Large plain copies and many rows of a file in pieces; anything else as it is."""
-        if isinstance(source, FileRows) and isinstance(target, torch.Tensor):
-            return list(_row_requests(source, target))
         size = self._backend.request_bytes(link)
         if link is Link.DISK_TO_HOST and self._staging is not None:
             size = min(size, self._staging.size)
-        plain = all(
-            isinstance(side, FileExtent)
-            or (isinstance(side, torch.Tensor) and side.dtype is torch.uint8 and side.dim() == 1)
-            for side in (source, target)
-        )
-        if not plain or source.nbytes <= size:
-            return [(source, target)]
-        starts = range(0, source.nbytes, size)
-        return [(_piece(source, start, size), _piece(target, start, size)) for start in starts]
+        return list(cut(source, target, size))
 
     def _submit(
         self,
         link: Link,
-        requests: list[tuple[Source, Target]],
+        requests: Sequence[tuple[Source | HostWork, Target | None]],
         kind: str,
         after: Sequence[Any],
         priority: int,
@@ -214,10 +212,17 @@ class TransferEngine:
         self._lane_of(onward).put([onward])
 
     def _copy(self, part: Part) -> Any:
-        start = time.perf_counter()
-        event = self._backend.copy(
-            part.link, part.source, part.target, part.after, urgent=part.urgent
-        )
+        if isinstance(part.source, HostWork):
+            for each in part.after:
+                self._backend.synchronize(each)
+            start, event = time.perf_counter(), None
+            part.source.run()
+        else:
+            start = time.perf_counter()
+            assert part.target is not None
+            event = self._backend.copy(
+                part.link, part.source, part.target, part.after, urgent=part.urgent
+            )
         nbytes, link = part.source.nbytes, str(part.link)
         if event is None:
             self.timeline.add(link, part.kind, start, time.perf_counter(), nbytes)
@@ -255,21 +260,6 @@ class TransferEngine:
             self.drain()
         for lane in self._all_lanes:
             lane.close()
-
-
-def _row_requests(source: FileRows, target: torch.Tensor) -> Iterator[tuple[Source, Target]]:
-    """Rows lie apart on the disk: what counts is how many reads are under way."""
-    rows = target.view(-1, source.row_bytes)
-    for start in range(0, len(source.indices), ROWS_PER_REQUEST):
-        places = slice(start, start + ROWS_PER_REQUEST)
-        yield replace(source, indices=source.indices[places]), rows[places]
-
-
-def _piece(whole: Any, start: int, size: int) -> Any:
-    if isinstance(whole, FileExtent):
-        nbytes = min(size, whole.nbytes - start)
-        return FileExtent(whole.file, whole.offset + start, nbytes)
-    return whole[start : start + size]
 
 
 def _when_all_issued(transfers: Sequence[Transfer], then: Callable[[], None]) -> None:

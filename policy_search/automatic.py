@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from offload.errors import CapacityError
 from offload.tiers import STAGING_BUFFERS, Split, Tier, format_size, staging_buffer_bytes
-from policy_search.memory import LAZY_FILL, memory_of, workspace
+from policy_search.kv_memory import LAZY_FILL
+from policy_search.memory import memory_of, workspace
 from policy_search.policy import DEFAULT_DEPTH
 
 if TYPE_CHECKING:

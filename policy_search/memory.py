@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 from offload.disk_layout import DiskPlace, lay_out
 from offload.errors import CapacityError
-from offload.pages import kv_file_layout
 from offload.placement import place
 from offload.tiers import (
     BUDGET_FLAG,
     CACHE_LINE,
     DISK_BLOCK,
-    LEAVING_BATCHES,
     REQUEST_BYTES,
     STAGING_BUFFERS,
     Tier,
@@ -21,9 +19,10 @@ from offload.tiers import (
     staging_buffer_bytes,
 )
 from offload.tiers import padded as round_up
+from policy_search.kv_memory import embedding_rows, kv_file_bytes, kv_pages, kv_room, kv_working
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 IN_MOTION = 4
 """Micro-batches whose activations are on DEVICE although they live on HOST: the one that computes,
 the next one, and those on their way out."""
-LAZY_FILL = 0.9
-"""Share of the room on DISK or a lazy tier that KV pages may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +103,11 @@ def memory_of(
     room, staging = kv_room(shape, policy, free, context_length, unified=unified, lazy=lazy)
     pages = kv_pages(shape, policy, room, context_length)
     page_bytes = shape.kv_token_bytes * policy.page_tokens
-    for tier, nbytes in _kv_working(shape, policy, staging, unified).items():
+    for tier, nbytes in kv_working(shape, policy, staging, unified).items():
         working[tier] += nbytes
-    working[Tier.HOST] += _embedding_rows(shape, policy, unified)
+    working[Tier.HOST] += embedding_rows(shape, policy, unified)
     kv = {tier: pages.get(tier, 0) * page_bytes for tier in Tier}
-    working[Tier.DISK] += _kv_file_bytes(shape, policy, pages[Tier.DISK]) - kv[Tier.DISK]
+    working[Tier.DISK] += kv_file_bytes(shape, policy, pages[Tier.DISK]) - kv[Tier.DISK]
     result = {t: TierMemory(weights[t], kv[t], working[t], limits[t], elsewhere[t]) for t in Tier}
     for tier in (Tier.HOST, Tier.DEVICE):
         if result[tier].free < 0:
@@ -129,97 +126,6 @@ def _remedy(tier: Tier, unified: bool, weights: int) -> str:
     slower = "--disk-space" if tier is Tier.HOST or unified else "--host-memory"
     move = f", or {slower} to move weights there" if weights else ""
     return f"raise {BUDGET_FLAG[tier]}{move}, or lower --micro-batch and --max-rows"
-
-
-def kv_room(
-    shape: ModelShape,
-    policy: Policy,
-    free: Mapping[Tier, int],
-    context_length: int,
-    *,
-    unified: bool,
-    lazy: Collection[Tier] = (),
-) -> tuple[dict[Tier, int], int]:
-    """Bytes per tier that KV pages may take of `free`, and the pages of one staging buffer.
-
-    Pages on DISK, or on a HOST that is not the device's memory, pass through two buffers on the
-    device, each with two on HOST. The buffers take at most half of what is free on the device.
-    Pages on DISK, or on `lazy` tiers, whose memory is taken when it is first written, leave a part
-    of the room to others.
-    """
-    room = dict(free)
-    room[Tier.HOST] -= _embedding_rows(shape, policy, unified)
-    staging = 0
-    if staged := _staged_tiers(policy, unified):
-        layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
-        whole_sequence = -(-context_length // policy.page_tokens)
-        most = room[Tier.DEVICE] // (4 * staged) // layer_page_bytes
-        staging = max(1, min(whole_sequence, most))
-        for tier, nbytes in _kv_working(shape, policy, staging, unified).items():
-            room[tier] -= nbytes
-    # The file of pages on DISK is reserved whole; results are written to that disk, too.
-    for tier in (*lazy, Tier.DISK):
-        room[tier] = int(room[tier] * LAZY_FILL)
-    return {tier: max(0, nbytes) for tier, nbytes in room.items()}, staging
-
-
-def _staged_tiers(policy: Policy, unified: bool) -> int:
-    return int(policy.kv_cache.disk > 0) + int(policy.kv_cache.host > 0 and not unified)
-
-
-def _kv_working(shape: ModelShape, policy: Policy, staging: int, unified: bool) -> dict[Tier, int]:
-    """What moving KV takes: staging of so many pages, new rows that leave, and for DISK pages that
-    are not full. Of those there is one for every sequence.
-    """
-    buffers = _staged_tiers(policy, unified) * staging
-    buffers *= max(shape.kv_bytes_per_token) * policy.page_tokens
-    working = {Tier.DEVICE: 2 * buffers, Tier.HOST: 0 if unified else 4 * buffers}
-    working[Tier.DEVICE] += leaving_rows_bytes(shape, policy, unified=unified)
-    if policy.kv_cache.disk:
-        tails = policy.max_sequences * policy.page_tokens * shape.kv_token_bytes
-        working[Tier.DEVICE if unified else Tier.HOST] += tails
-    return working
-
-
-def leaving_rows_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> int:
-    """New keys and values that are on DEVICE until they have arrived on HOST."""
-    if unified or not policy.kv_cache.host:
-        return 0
-    return LEAVING_BATCHES * policy.micro_batch_rows * max(shape.kv_bytes_per_token)
-
-
-def _kv_file_bytes(shape: ModelShape, policy: Policy, pages: int) -> int:
-    page_bytes = [nbytes * policy.page_tokens for nbytes in shape.kv_bytes_per_token]
-    return kv_file_layout(page_bytes, pages)[1] if pages else 0
-
-
-def kv_pages(
-    shape: ModelShape, policy: Policy, room: Mapping[Tier, int], context_length: int
-) -> dict[Tier, int]:
-    """Pages per tier that follow the policy's split and fit into `room` (bytes left per tier).
-
-    Raises `CapacityError` where a tier that is to hold KV has not the room for one page.
-    """
-    page_bytes = shape.kv_token_bytes * policy.page_tokens
-    used = [tier for tier in Tier if policy.kv_cache.fraction(tier)]
-    room = dict(room)
-    if policy.kv_cache.disk:
-        room[Tier.DISK] -= shape.num_layers * DISK_BLOCK  # each layer's pages start a block
-    total = float(policy.max_sequences * -(-context_length // policy.page_tokens))
-    for tier in used:
-        total = min(total, room[tier] // page_bytes / policy.kv_cache.fraction(tier))
-    pages = {tier: max(0, int(total * policy.kv_cache.fraction(tier))) for tier in Tier}
-    for tier in used:
-        # At least one, where rounding alone took it away.
-        pages[tier] = max(pages[tier], min(1, room[tier] // page_bytes))
-        if pages[tier] < 1:
-            raise CapacityError(
-                f"no room for the KV cache on {tier}: one page of {policy.page_tokens} tokens "
-                f"needs {format_size(page_bytes)}, {format_size(max(0, room[tier]))} is left",
-                hint=f"raise {BUDGET_FLAG[tier]}, move the KV cache (--kv-cache) or "
-                "weights (--weights) to another tier, or lower --micro-batch and --max-rows",
-            )
-    return pages
 
 
 def _weights(
@@ -286,10 +192,3 @@ def _disk_slabs(shape: ModelShape, tiers: Mapping[str, Tier], unified: bool) -> 
                 end += round_up(tensor.nbytes, CACHE_LINE)
         slabs.append(lay_out(places, shifted=not unified).nbytes)
     return slabs
-
-
-def _embedding_rows(shape: ModelShape, policy: Policy, unified: bool) -> int:
-    """HOST staging for a sweep's rows of an embedding table that may not be on the device."""
-    away = not unified and policy.weights.device < 100
-    rows = min(policy.max_rows, shape.vocab_size)
-    return rows * shape.hidden_size * shape.value_bytes if away else 0

@@ -107,12 +107,21 @@ class ModelConfig:
         )
 
     @property
+    def key_dim(self) -> int:
+        """Values of one head's key, and of its query."""
+        if self.optional("kv_lora_rank"):
+            return self.number("qk_nope_head_dim") + self.number("qk_rope_head_dim")
+        return self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Values of one head's value."""
+        return self.number("v_head_dim") if self.optional("kv_lora_rank") else self.head_dim
+
+    @property
     def kv_values(self) -> int:
         """Values of one token's keys and values in one layer."""
-        if self.optional("kv_lora_rank"):
-            key = self.number("qk_nope_head_dim") + self.number("qk_rope_head_dim")
-            return self.kv_heads * (key + self.number("v_head_dim"))
-        return self.kv_heads * 2 * self.head_dim
+        return self.kv_heads * (self.key_dim + self.value_dim)
 
     @property
     def experts_per_row(self) -> int:

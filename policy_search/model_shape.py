@@ -26,6 +26,10 @@ class ModelShape:
     """Keys and values of one token, per layer."""
     value_bytes: int
     """Bytes of one activation value, and of one key or value."""
+    query_values: int = 0
+    """Of one row in the widest layer, over all its query heads."""
+    output_values: int = 0
+    """That attention gives for one row: values of every head, and a log-sum-exp of each."""
     expanded_bytes: int = 0
     """Of the largest unit in the type that is computed in, if weights are stored in another one."""
     prepared_bytes: int = 0

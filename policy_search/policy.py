@@ -19,6 +19,7 @@ _COUNTS = (
     "prefetch_depth",
 )
 
+ATTENTION = ("auto", "host", "device")
 DEFAULT_DEPTH = 3
 """A layer that computes and two on their way: one may be late without stopping compute."""
 
@@ -46,6 +47,9 @@ class Policy:
     prefetch_depth: int | None = None
     """Layers whose streamed weights are in working memory or on their way; None: 3, or 2 where the
     device's memory does not suffice."""
+    attention: str = "auto"
+    """Where rows of running sequences attend to pages on HOST: there, or on the device, to which
+    the pages move; auto splits them so that link and processor take as long."""
     overlap: bool = True
     """Transfers run beside compute; False runs the same steps one after another."""
 
@@ -54,6 +58,8 @@ class Policy:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PolicyError(f"{name} must be at least 1, not {value}")
+        if self.attention not in ATTENTION:
+            raise PolicyError(f"attention must be one of {', '.join(ATTENTION)}")
         if self.activations.disk:
             raise PolicyError(
                 "activations cannot live on disk", hint="use --activations device=A,host=B"
@@ -125,6 +131,10 @@ def _checked(name: str, value: Any) -> Any:
         if not isinstance(value, str):
             raise PolicyError(f'policy field {name} must be a split such as "device=20,host=80"')
         return Split.parse(value)
+    if name == "attention":
+        if value not in ATTENTION:
+            raise PolicyError(f"policy field attention must be one of {', '.join(ATTENTION)}")
+        return value
     if name == "overlap":
         if not isinstance(value, bool):
             raise PolicyError("policy field overlap must be true or false")

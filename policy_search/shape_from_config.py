@@ -77,6 +77,8 @@ def shape_from_config(config: ModelConfig, dtype: str, computed: str | None = No
         vocab_size=config.number("vocab_size"),
         kv_bytes_per_token=(nbytes((config.kv_values,), computed),) * layers,
         value_bytes=nbytes((1,), computed),
+        query_values=config.number("num_attention_heads") * config.key_dim,
+        output_values=config.number("num_attention_heads") * (config.value_dim + 1),
         expanded_bytes=0 if computed == dtype else _largest_unit(specs, shapes, computed),
         prepared_bytes=to_write,
         tensors=tuple(tensor for tensor in specs if tensor.unit != _RESIDENT),

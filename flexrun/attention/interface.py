@@ -36,11 +36,22 @@ class AttentionBackend(ABC):
         groups: Sequence[tuple[KVGroup, PagedKV]],
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """Attend.
+        """Attend: see `parts`. Returns [rows, query_heads, value_dim]."""
+        state = self.parts(query, key, value, groups, options)
+        return state.finish(options.sinks, query.dtype)
+
+    def parts(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        groups: Sequence[tuple[KVGroup, PagedKV]],
+        options: AttentionOptions,
+    ) -> AttentionState:
+        """What attention over `groups` gives, merged; others may be added.
 
         query [query_heads, rows, key_dim], key and value [kv_heads, rows, ...] are the rows of one
-        micro-batch; every row sees the positions of its own sequence up to itself. Returns
-        [rows, query_heads, value_dim].
+        micro-batch; every row sees the positions of its own sequence up to itself.
         """
         heads, rows, _ = query.shape
         state = AttentionState(rows, heads, value.shape[-1], query.device)
@@ -49,7 +60,7 @@ class AttentionBackend(ABC):
                 attend_chunk(state, query, key, value, chunk, pool, options)
             for part in self.few_rows(query, group, pool, options):
                 state.add(*part)
-        return state.finish(options.sinks, query.dtype)
+        return state
 
     @abstractmethod
     def few_rows(

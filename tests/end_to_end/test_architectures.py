@@ -91,13 +91,14 @@ def prompts_for(model: PreTrainedModel, longest: int) -> list[list[int]]:
 
 
 def load_engine(directory: Path) -> LLM:
-    """Weights on three tiers, KV on two, many sweeps of three small micro-batches."""
+    """Weights on three tiers, KV on two that both attend, many sweeps of three micro-batches."""
     return LLM(
         directory,
         device="emulated",
         dtype="float32",
         weights="device=30,host=40,disk=30",
         kv_cache="device=50,host=50",
+        attention="host",
         micro_batch_rows=24,
         num_micro_batches=3,
         max_rows=60,

@@ -293,7 +293,7 @@ def test_shares_of_a_real_model_are_met(smollm2_dir, seed):
 def test_kv_crosses_as_the_formula_says(tiny_llama_dir, micro_batches):
     """New rows go to HOST to the byte; what is read back is within a page per sequence."""
     more = settings("emulated", "device=100", micro_batches, kv_cache="host=100")
-    done = run(tiny_llama_dir, PROMPTS, 8, **more)
+    done = run(tiny_llama_dir, PROMPTS, 8, attention="device", **more)
     spans = [span for plan in done.plans for batch in plan.micro_batches for span in batch.spans]
     kv = counted(done, "kv")
     assert kv["device->host"] == sum(span.length for span in spans) * KV_TOKEN_BYTES

@@ -209,7 +209,7 @@ def test_a_tied_embedding(tiny_tied_llama_dir, tiny, device, weights):
 def test_long_texts_through_small_staging(tiny_llama_dir, tiny, kv_cache):
     """Texts away are exact although the device's staging holds only one of them at a time."""
     settings = tiny.settings("emulated", "host=100", kv_cache)
-    with LLM(tiny_llama_dir, **settings) as llm:
+    with LLM(tiny_llama_dir, attention="device", **settings) as llm:
         pools = engine_of(llm)._runtime.pools
         (staging,) = pools.largest_table.values()
         lengths = (pools.page_tokens * staging - 50, pools.page_tokens * staging - 30)

@@ -133,7 +133,7 @@ def test_links_carry_16_bits(rounded, tmp_path, device, weights):
     """Weights cross as they are stored, two bytes each and once a sweep; KV in float32."""
     directory = rounded["float16"].directory
     kv_cache = "host=100" if device == "emulated" else "device=100"
-    chosen = settings(device, weights, tmp_path, kv_cache=kv_cache)
+    chosen = settings(device, weights, tmp_path, kv_cache=kv_cache, attention="device")
     with LLM(directory, **chosen) as llm:
         done = generate(llm, PROMPTS, 4, ignore_eos=True)
     sweeps, specs = len(done.plans), placeable(directory, 4, value_bytes=2)

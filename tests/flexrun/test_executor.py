@@ -38,6 +38,11 @@ class FakeTransfer:
         self.notes.events.append(("ordered after", *self.name))
 
 
+class FakeTensor:
+    dtype = "dtype"
+    sinks = "sinks"
+
+
 class FakeForward:
     """A forward pass that attends once per layer; row i's logits favour token 10 * i."""
 
@@ -50,7 +55,8 @@ class FakeForward:
         if self.unit >= 0:
             self.notes.events.append((Action.COMPUTE, self.unit, self.number))
         if 0 <= self.unit < LAYERS:
-            self.attend("module", "query", "key", "value", "options")
+            query, options = FakeTensor(), FakeTensor()
+            self.attend("module", query, "key", "value", options)
         self.unit += 1
         if self.unit <= LAYERS:
             self.hidden = ("hidden", self.unit, self.number)
@@ -71,6 +77,13 @@ class FakeModel:
         self.notes.events.append((Action.START, -1, number))
         self.notes.inputs.append((ids.tolist(), positions.tolist(), rows.tolist()))
         return FakeForward(self.notes, attend, rows, number)
+
+
+class FakeState:
+    """Nothing was attended to."""
+
+    def finish(self, sinks: Any, dtype: Any) -> None:
+        assert (sinks, dtype) == ("sinks", "dtype")
 
 
 class FakeParts:
@@ -109,8 +122,9 @@ class FakeParts:
     def view(self, layer: int, number: int) -> Any:
         return (layer, number)
 
-    def run(self, query: Any, key: Any, value: Any, groups: Any, options: Any) -> None:
+    def parts(self, query: Any, key: Any, value: Any, groups: Any, options: Any) -> FakeState:
         self.notes.events.append(("attend", *groups))
+        return FakeState()
 
     def arriving(self, layer: int, number: int) -> Any:
         """Only the second micro-batch's pages are still on their way when it attends."""
@@ -189,7 +203,9 @@ def test_the_steps_are_the_zigzag():
 
 
 def steps_of(steps: Iterable[Step]) -> list[tuple[Action, int, int]]:
-    return [(step.action, step.unit, step.micro_batch) for step in steps]
+    """Those that take a note as such: what activations do has notes of its own."""
+    activations = (Action.PARK, Action.FETCH)
+    return [(s.action, s.unit, s.micro_batch) for s in steps if s.action not in activations]
 
 
 def test_weights_are_waited_for_before_they_are_bound():

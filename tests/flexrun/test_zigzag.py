@@ -30,11 +30,14 @@ def test_the_smallest_sweep():
     assert list(zigzag(1, 1, depth=1)) == [
         Step(Action.PREFETCH, 1),
         Step(Action.START, micro_batch=0),
+        Step(Action.PARK, 0, 0),
         Step(Action.PREFETCH, 0),
         Step(Action.BIND, 0),
         Step(Action.FETCH_KV, 0, 0),
+        Step(Action.FETCH, 0, 0),
         Step(Action.COMPUTE, 0, 0),
         Step(Action.STORE_KV, 0, 0),
+        Step(Action.PARK, 1, 0),
         Step(Action.RELEASE, 0),
         Step(Action.BIND, 1),
         Step(Action.COMPUTE, 1, 0),
@@ -222,3 +225,69 @@ def test_kv_is_fetched_one_ahead_and_stored_after(layers, batches, depth):
         assert fetch[pair] < compute[pair] < store[pair]
         if number >= 2:
             assert store[pairs[number - 2]] < fetch[pair], "a third buffer would be needed"
+
+
+@every_size
+def test_activations_wait_between_all_units(layers, batches, depth):
+    """A micro-batch parks after its start and after each layer, and is back before the next."""
+    for breaks in (False, True):
+        steps = list(zigzag(layers, batches, depth, breaks=breaks, across=depth > 1))
+        park, fetch = places(steps, Action.PARK), places(steps, Action.FETCH)
+        compute, finish = places(steps, Action.COMPUTE), places(steps, Action.FINISH)
+        units = [(unit, batch) for unit in range(layers + 1) for batch in range(batches)]
+        assert sorted(park) == units
+        assert sorted(fetch) == [pair for pair in units if pair[0] < layers]
+        for unit, batch in fetch:
+            assert fetch[unit, batch] < compute[unit, batch]
+            assert park[unit, batch] < fetch[unit, batch] or batches == 1
+            assert (finish if breaks else compute)[unit, batch] < park[unit + 1, batch]
+        for pair in units:
+            assert park[pair] < compute[pair]
+
+
+@every_size
+def test_layers_that_break_off(layers, batches, depth):
+    """Each is finished once the next micro-batch has broken off, while its weights are bound."""
+    for across in (False, True) if depth > 1 else (False,):
+        steps = list(zigzag(layers, batches, depth, breaks=True, across=across))
+        compute, finish = places(steps, Action.COMPUTE), places(steps, Action.FINISH)
+        bind, release = places(steps, Action.BIND), places(steps, Action.RELEASE)
+        pairs = [(layer, batch) for layer in range(layers) for batch in range(batches)]
+        assert sorted(finish) == pairs
+        assert sorted(finish, key=finish.__getitem__) == pairs
+        for (unit, batch), ahead in zip(pairs, [*pairs[1:], (layers, 0)]):
+            assert bind[unit, -1] < compute[unit, batch] < finish[unit, batch] < release[unit, -1]
+            overlaps = batches > 1 and (across or ahead[0] == unit)
+            assert (compute[ahead] < finish[unit, batch]) == overlaps
+        alive: set[int] = set()
+        for step in steps:
+            if step.action is Action.COMPUTE and step.unit < layers:
+                alive.add(step.micro_batch)
+                assert len(alive) <= 2
+            elif step.action is Action.FINISH:
+                alive.remove(step.micro_batch)
+        assert alive == set()
+
+
+@every_size
+def test_breaks_move_the_same_bytes(layers, batches, depth):
+    """The ring of weights is as large, and every unit and page travels as often, as without."""
+    travels = (Action.PREFETCH, Action.BIND, Action.RELEASE, Action.FETCH_KV, Action.STORE_KV)
+    plain = Counter(s for s in zigzag(layers, batches, depth) if s.action in travels)
+    for across in (False, True) if depth > 1 else (False,):
+        steps = list(zigzag(layers, batches, depth, breaks=True, across=across))
+        assert Counter(s for s in steps if s.action in travels) == plain
+        held: set[int] = set()
+        for step in steps:
+            if step.action is Action.PREFETCH:
+                assert step.unit not in held
+                held.add(step.unit)
+                assert len(held - {layers}) <= depth
+            elif step.action is Action.BIND:
+                assert step.unit in held
+            elif step.action is Action.RELEASE:
+                held.remove(step.unit)
+        fetch, store = places(steps, Action.FETCH_KV), places(steps, Action.STORE_KV)
+        pairs = sorted(fetch)
+        for number, pair in enumerate(pairs[2:]):
+            assert store[pairs[number]] < fetch[pair], "a third buffer would be needed"

@@ -509,7 +509,7 @@ def test_neighbouring_pages_are_read_at_once():
     rig.transfers.drain()
     rig.cache.begin([[RowSpan(0, 32, 1, True)], [RowSpan(1, 30, 1, True)]])
     for number, full in ((0, 8), (1, 7)):
-        (group,) = rig.cache._batches[number]
+        (group,) = rig.cache._batches[number].groups
         assert group.on_disk is not None
         assert [run.count for run in group.on_disk.read] == [full]
     rig.close()

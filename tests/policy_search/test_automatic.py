@@ -9,7 +9,8 @@ import pytest
 from offload.errors import CapacityError
 from offload.tiers import DISK_BLOCK, REQUEST_BYTES, STAGING_BUFFERS, Split, Tier
 from policy_search.automatic import SMALLEST_DEPTH, automatic_policy
-from policy_search.memory import kv_pages, workspace
+from policy_search.kv_memory import kv_pages
+from policy_search.memory import workspace
 from policy_search.model_shape import ModelShape
 from policy_search.policy import Policy
 

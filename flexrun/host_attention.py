@@ -1,0 +1,238 @@
+"""Attention to pages on HOST by the processor, while the device computes other micro-batches."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flexrun.paused_forward import AttentionOptions
+from offload.kv_hosted import hosted_rows
+from offload.kv_moves import SpanPages
+from offload.links import HostWork, Link
+from offload.paged_kv import PagedKV
+from offload.tiers import TURNS, Tier
+from offload.transfer import URGENT
+
+if TYPE_CHECKING:
+    from flexrun.attention.cpu import CpuAttention
+    from flexrun.attention.state import Rows
+    from flexrun.model_trace import AttentionShape
+    from offload.backend import DeviceBackend
+    from offload.kv_cache import KVCache
+    from offload.kv_hosted import HostedRows
+    from offload.transfer import Transfer
+    from offload.transfer_engine import TransferEngine
+
+
+MEASURED_BYTES = 64 << 20
+MEASURED_ROWS = 16
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Memory of one micro-batch whose rows are on their way."""
+
+    there: torch.Tensor
+    """Pinned uint8: queries and new keys and values, as they arrive."""
+    result: torch.Tensor
+    """Pinned float32: outputs, then log-sum-exps."""
+    back: torch.Tensor
+    """The same on the device."""
+    work: Transfer | None = None
+    """What reads `there` and fills `result`."""
+    returned: Transfer | None = None
+    """What reads `result` and fills `back`."""
+    free: Any = None
+    """Event after which `back` may be overwritten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Rows that HOST attends to."""
+
+    rows: torch.Tensor
+    turn: _Turn
+    shape: tuple[int, int, int]
+    """Rows, heads, values of a head."""
+
+
+class HostAttention:
+    """Queries go down, outputs and log-sum-exps come back; keys and values stay where they are."""
+
+    def __init__(
+        self,
+        attention: CpuAttention,
+        kv_cache: KVCache,
+        backend: DeviceBackend,
+        transfers: TransferEngine,
+        most_rows: int,
+        row_bytes: dict[Tier, int],
+    ) -> None:
+        """For micro-batches of `most_rows` rows that are hosted; `row_bytes` of memory for each."""
+        self._attention = attention
+        self._kv = kv_cache
+        self._backend = backend
+        self._transfers = transfers
+        self._turns: list[_Turn] = []
+        self._number = 0
+        self._homes: list[tuple[Tier, torch.Tensor]] = []
+        back = most_rows * row_bytes[Tier.DEVICE]
+        there = most_rows * row_bytes[Tier.HOST] - back
+        try:
+            for _ in range(TURNS):
+                self._turns.append(
+                    _Turn(
+                        self._allocate(Tier.HOST, there),
+                        self._allocate(Tier.HOST, back).view(torch.float32),
+                        self._allocate(Tier.DEVICE, back).view(torch.float32),
+                    )
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
+        home = self._backend.allocate(tier, nbytes, "queries for attention on HOST")
+        self._homes.append((tier, home))
+        return home
+
+    def send(
+        self,
+        layer: int,
+        number: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        options: AttentionOptions,
+    ) -> Pending | None:
+        """Send the hosted rows of a micro-batch, if it has any, on their way through one layer.
+
+        query [query_heads, rows, key_dim], key and value [kv_heads, rows, ...] are all its rows.
+        """
+        hosted = self._kv.hosted(number)
+        if hosted is None:
+            return None
+        turn = self._turns[self._number % TURNS]
+        self._number += 1
+        sides = [side[:, hosted.rows].transpose(0, 1) for side in (query, key, value)]
+        sent = torch.cat([side.flatten(1) for side in sides], 1)
+        there = turn.there[: sent.nbytes].view(sent.dtype).view(sent.shape)
+        down = self._transfers.submit(
+            Link.DEVICE_TO_HOST,
+            sent,
+            there,
+            kind="queries",
+            # If a sweep broke off, nobody has waited for the last work of the turn.
+            after=[self._backend.record(), _unless_failed(turn.work)],
+            priority=URGENT,
+        )
+        pool = self._kv.host_pool(layer)
+        sizes = [(side.shape[1], side.shape[2]) for side in sides]
+        work = partial(self._attend, hosted, pool, options, there, sizes, turn.result)
+        turn.work = self._transfers.submit_work(
+            Link.HOST_ATTENTION,
+            HostWork(work, hosted.pages * pool.raw[0].nbytes),
+            kind="kv",
+            after=[down, _unless_failed(turn.returned), *self._kv.earlier_stores(layer)],
+        )
+        self._kv.add_store(layer, number, turn.work)
+        shape = len(hosted.rows), query.shape[0], value.shape[2]
+        length = shape[0] * shape[1] * (shape[2] + 1)
+        turn.returned = self._transfers.submit(
+            Link.HOST_TO_DEVICE,
+            turn.result[:length],
+            turn.back[:length],
+            kind="attention",
+            after=[turn.work, turn.free],
+            priority=URGENT,
+        )
+        return Pending(hosted.rows, turn, shape)
+
+    def _attend(
+        self,
+        hosted: HostedRows,
+        pool: PagedKV,
+        options: AttentionOptions,
+        there: torch.Tensor,
+        sizes: list[tuple[int, int]],
+        result: torch.Tensor,
+    ) -> None:
+        """On the processor: store what is new, then attend."""
+        parts = there.split([heads * dim for heads, dim in sizes], 1)
+        query, key, value = (part.unflatten(1, size) for part, size in zip(parts, sizes))
+        group = hosted.group
+        if len(group.rows):
+            pool.store(group.slots, pool.pack(key[group.rows], value[group.rows]))
+        spans = group.paged()
+        assert spans is not None
+        out, lse = self._attention.attend(query.transpose(0, 1), spans, pool, options)
+        result[: out.numel()] = out.view(-1)
+        result[out.numel() : out.numel() + lse.numel()] = lse.view(-1)
+
+    def measure(self, shape: AttentionShape) -> float:
+        """Bytes of pages per second that the processor attends to, in layers of `shape`."""
+        pool, home = self._kv.host_pool(0), None
+        if Tier.HOST in self._backend.lazy:  # reading what was never written tells nothing
+            room = self._backend.account.available(Tier.HOST)
+            nbytes = MEASURED_BYTES if room is None else min(MEASURED_BYTES, room // 2)
+            home = self._backend.allocate(Tier.HOST, max(nbytes, pool.raw[0].nbytes), "a test")
+            page_tokens = pool.keys.shape[2]
+            pool = PagedKV.of(home.fill_(1).view(pool.raw.dtype), shape, page_tokens)
+        try:
+            return self._speed(pool, shape)
+        finally:
+            if home is not None:
+                self._backend.free(Tier.HOST, home)
+
+    def _speed(self, pool: PagedKV, shape: AttentionShape) -> float:
+        page_tokens, page_bytes = pool.keys.shape[2], pool.raw[0].nbytes
+        pages = min(len(pool.raw), max(1, MEASURED_BYTES // page_bytes))
+        numbers = [range(pages)[row::MEASURED_ROWS] for row in range(min(MEASURED_ROWS, pages))]
+        spans = [
+            SpanPages(
+                row, len(mine) * page_tokens - 1, len(mine) * page_tokens, mine, range(len(mine))
+            )
+            for row, mine in enumerate(numbers)
+        ]
+        hosted = hosted_rows(spans, page_tokens, torch.device("cpu"))
+        assert hosted is not None
+        table = hosted.group.paged()
+        assert table is not None
+        query = torch.ones(shape.query_heads, len(spans), shape.key_dim, dtype=pool.raw.dtype)
+        options = AttentionOptions(scaling=shape.key_dim**-0.5)
+        seconds = []
+        for _ in range(4):  # the first one compiles, or loads what was compiled
+            start = time.perf_counter()
+            self._attention.attend(query, table, pool, options)
+            seconds.append(time.perf_counter() - start)
+        return pages * page_bytes / sorted(seconds[1:])[1]
+
+    def waits_for(self, pending: Pending) -> list[Transfer]:
+        """What has to arrive before `receive`."""
+        assert pending.turn.returned is not None
+        return [pending.turn.returned]
+
+    def receive(self, pending: Pending) -> tuple[Rows, torch.Tensor, torch.Tensor]:
+        """Rows, output [n, H, V] and log-sum-exp [n, H] (float32), on the device."""
+        rows, heads, dim = pending.shape
+        turn = pending.turn
+        back = turn.back[: rows * heads * (dim + 1)].clone()  # the next but one takes the memory
+        turn.free = self._backend.record()
+        split = rows * heads * dim
+        return pending.rows, back[:split].view(rows, heads, dim), back[split:].view(rows, heads)
+
+    def close(self) -> None:
+        """Give memory and threads back."""
+        self._turns.clear()
+        for tier, home in self._homes:
+            self._backend.free(tier, home)
+        self._homes.clear()
+        self._attention.close()
+
+
+def _unless_failed(transfer: Transfer | None) -> Transfer | None:
+    return None if transfer is None or transfer.error is not None else transfer

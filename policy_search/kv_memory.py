@@ -1,0 +1,133 @@
+"""What the KV cache takes of every tier, pages and what moves them (no torch)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from offload.errors import CapacityError
+from offload.pages import kv_file_layout
+from offload.tiers import BUDGET_FLAG, DISK_BLOCK, LEAVING_BATCHES, TURNS, Tier, format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from policy_search.model_shape import ModelShape
+    from policy_search.policy import Policy
+
+LAZY_FILL = 0.9
+"""Share of the room on DISK or a lazy tier that KV pages may take."""
+
+
+def kv_room(
+    shape: ModelShape,
+    policy: Policy,
+    free: Mapping[Tier, int],
+    context_length: int,
+    *,
+    unified: bool,
+    lazy: Collection[Tier] = (),
+) -> tuple[dict[Tier, int], int]:
+    """Bytes per tier that KV pages may take of `free`, and the pages of one staging buffer.
+
+    Pages on DISK, or on a HOST that is not the device's memory, pass through two buffers on the
+    device, each with two on HOST. The buffers take at most half of what is free on the device.
+    Pages on DISK, or on `lazy` tiers, whose memory is taken when it is first written, leave a part
+    of the room to others.
+    """
+    room = dict(free)
+    room[Tier.HOST] -= embedding_rows(shape, policy, unified)
+    staging = 0
+    if staged := _staged_tiers(policy, unified):
+        layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
+        whole_sequence = -(-context_length // policy.page_tokens)
+        most = room[Tier.DEVICE] // (4 * staged) // layer_page_bytes
+        staging = max(1, min(whole_sequence, most))
+        for tier, nbytes in kv_working(shape, policy, staging, unified).items():
+            room[tier] -= nbytes
+    # The file of pages on DISK is reserved whole; results are written to that disk, too.
+    for tier in (*lazy, Tier.DISK):
+        room[tier] = int(room[tier] * LAZY_FILL)
+    return {tier: max(0, nbytes) for tier, nbytes in room.items()}, staging
+
+
+def _staged_tiers(policy: Policy, unified: bool) -> int:
+    return int(policy.kv_cache.disk > 0) + int(policy.kv_cache.host > 0 and not unified)
+
+
+def kv_working(shape: ModelShape, policy: Policy, staging: int, unified: bool) -> dict[Tier, int]:
+    """What moving KV takes: staging of so many pages, new rows that leave, and for DISK pages that
+    are not full. Of those there is one for every sequence.
+    """
+    buffers = _staged_tiers(policy, unified) * staging
+    buffers *= max(shape.kv_bytes_per_token) * policy.page_tokens
+    working = {Tier.DEVICE: 2 * buffers, Tier.HOST: 0 if unified else 4 * buffers}
+    working[Tier.DEVICE] += leaving_rows_bytes(shape, policy, unified=unified)
+    if hosted := hosted_rows(policy, unified=unified):
+        for tier, nbytes in hosted_row_bytes(shape).items():
+            working[tier] += TURNS * hosted * nbytes
+    if policy.kv_cache.disk:
+        tails = policy.max_sequences * policy.page_tokens * shape.kv_token_bytes
+        working[Tier.DEVICE if unified else Tier.HOST] += tails
+    return working
+
+
+def hosted_rows(policy: Policy, *, unified: bool) -> int:
+    """Rows of a micro-batch that may attend to their pages on HOST; 0 where none does."""
+    if unified or not policy.kv_cache.host or policy.attention == "device":
+        return 0
+    return min(policy.micro_batch_rows, policy.max_sequences)
+
+
+def hosted_row_bytes(shape: ModelShape) -> dict[Tier, int]:
+    """Bytes of one row's way to attention on HOST: query, key and value there, float32 back."""
+    back = 4 * shape.output_values
+    there = shape.query_values * shape.value_bytes + max(shape.kv_bytes_per_token)
+    return {Tier.DEVICE: back, Tier.HOST: back + there}
+
+
+def leaving_rows_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> int:
+    """New keys and values that are on DEVICE until they have arrived on HOST."""
+    if unified or not policy.kv_cache.host:
+        return 0
+    return LEAVING_BATCHES * policy.micro_batch_rows * max(shape.kv_bytes_per_token)
+
+
+def kv_file_bytes(shape: ModelShape, policy: Policy, pages: int) -> int:
+    page_bytes = [nbytes * policy.page_tokens for nbytes in shape.kv_bytes_per_token]
+    return kv_file_layout(page_bytes, pages)[1] if pages else 0
+
+
+def kv_pages(
+    shape: ModelShape, policy: Policy, room: Mapping[Tier, int], context_length: int
+) -> dict[Tier, int]:
+    """Pages per tier that follow the policy's split and fit into `room` (bytes left per tier).
+
+    Raises `CapacityError` where a tier that is to hold KV has not the room for one page.
+    """
+    page_bytes = shape.kv_token_bytes * policy.page_tokens
+    used = [tier for tier in Tier if policy.kv_cache.fraction(tier)]
+    room = dict(room)
+    if policy.kv_cache.disk:
+        room[Tier.DISK] -= shape.num_layers * DISK_BLOCK  # each layer's pages start a block
+    total = float(policy.max_sequences * -(-context_length // policy.page_tokens))
+    for tier in used:
+        total = min(total, room[tier] // page_bytes / policy.kv_cache.fraction(tier))
+    pages = {tier: max(0, int(total * policy.kv_cache.fraction(tier))) for tier in Tier}
+    for tier in used:
+        # At least one, where rounding alone took it away.
+        pages[tier] = max(pages[tier], min(1, room[tier] // page_bytes))
+        if pages[tier] < 1:
+            raise CapacityError(
+                f"no room for the KV cache on {tier}: one page of {policy.page_tokens} tokens "
+                f"needs {format_size(page_bytes)}, {format_size(max(0, room[tier]))} is left",
+                hint=f"raise {BUDGET_FLAG[tier]}, move the KV cache (--kv-cache) or "
+                "weights (--weights) to another tier, or lower --micro-batch and --max-rows",
+            )
+    return pages
+
+
+def embedding_rows(shape: ModelShape, policy: Policy, unified: bool) -> int:
+    """HOST staging for a sweep's rows of an embedding table that may not be on the device."""
+    away = not unified and policy.weights.device < 100
+    rows = min(policy.max_rows, shape.vocab_size)
+    return rows * shape.hidden_size * shape.value_bytes if away else 0

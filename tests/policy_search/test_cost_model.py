@@ -1,0 +1,59 @@
+"""Facts about the time that a sweep is predicted to take."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from policy_search.cost_model import SweepWork, best_host_share, busy_seconds, sweep_seconds
+from policy_search.hardware import Hardware
+
+
+def cases() -> list[tuple[SweepWork, Hardware]]:
+    draw = random.Random(0)
+    return [
+        (
+            SweepWork(
+                weights=draw.choice([0, draw.randint(1, 10**11)]), host_kv=draw.randint(1, 10**11)
+            ),
+            Hardware(
+                host_to_device=draw.uniform(1e9, 6e10), host_attention=draw.uniform(1e9, 2e11)
+            ),
+        )
+        for _ in range(200)
+    ]
+
+
+@pytest.mark.parametrize(("work", "hardware"), cases())
+def test_no_share_is_faster_than_the_best(work: SweepWork, hardware: Hardware) -> None:
+    share = best_host_share(work, hardware)
+    assert 0 < share <= 1
+    best = sweep_seconds(work, hardware, share)
+    for other in range(101):
+        assert best <= sweep_seconds(work, hardware, other / 100) * (1 + 1e-9)
+
+
+def test_link_and_processor_take_as_long() -> None:
+    """By hand: 30 GB of pages and no weights, a link of 10 and a processor of 20 GB/s."""
+    work = SweepWork(weights=0, host_kv=30 * 10**9)
+    hardware = Hardware(host_to_device=10e9, host_attention=20e9)
+    assert best_host_share(work, hardware) == pytest.approx(2 / 3)
+    busy = busy_seconds(work, hardware, 2 / 3)
+    assert busy == {
+        "host->device": pytest.approx(1.0),
+        "host attention": pytest.approx(1.0),
+        "compute": 0.0,
+    }
+
+
+def test_the_busiest_resource_takes_as_long_as_the_sweep() -> None:
+    work = SweepWork(weights=10**9, host_kv=10**9, compute=3.0)
+    hardware = Hardware(host_to_device=1e9, host_attention=1e9)
+    assert sweep_seconds(work, hardware, 0.0) == 3.0
+    assert sweep_seconds(work, Hardware(host_to_device=1e8, host_attention=1e9), 1.0) == 10.0
+
+
+def test_without_pages_on_host_there_is_nothing_to_share() -> None:
+    hardware = Hardware(host_to_device=1e9, host_attention=1e9)
+    assert best_host_share(SweepWork(weights=5, host_kv=0), hardware) == 0.0

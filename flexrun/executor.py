@@ -206,6 +206,8 @@ class Executor:
             _Running(batch, *sent[number::count]) for number, batch in enumerate(plan.micro_batches)
         ]
         self._kv.begin([batch.spans for batch in plan.micro_batches])
+        for number in range(count):
+            self._attention.prepare(self._kv.groups(number))
         self._breaks = self._host_attention is not None and self._kv.any_hosted
         self._activations.begin([len(running.input_ids) for running in self._micro_batches])
 

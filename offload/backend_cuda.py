@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,8 @@ from offload.tiers import BUDGET_FLAG, REQUEST_BYTES, MemoryAccount, Tier, forma
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+logger = logging.getLogger(__name__)
+
 IN_FLIGHT = 3
 """Copies of one stream that are handed to the device ahead: enough to leave no gap, few enough
 that an urgent one does not wait behind a whole layer's weights."""
@@ -27,7 +30,8 @@ that an urgent one does not wait behind a whole layer's weights."""
 TO_DEVICE_BYTES = 16 * 2**20
 """Of one copy to the device: two of them outlast the wait of a thread for the interpreter."""
 RAW_SECONDS = 0.2
-"""That the raw speed of the link to the device is measured for."""
+"""That the raw speed of the link to the device is measured for, …"""
+RAW_BYTES = 1 << 30  # … with about so many bytes at most, again and again
 _EPOCH_SECONDS = 60.0
 """CUDA tells the time between two events as float32: exact to microseconds only this far."""
 
@@ -104,7 +108,12 @@ class CudaBackend(DeviceBackend):
 
     def _free(self, tier: Tier, tensor: torch.Tensor) -> None:
         if tier is Tier.HOST:
-            self._finish_copies()  # a run that was broken off leaves some under way
+            try:
+                self._finish_copies()  # a run that was broken off leaves some under way
+            except (
+                RuntimeError
+            ) as error:  # of the device: what is left has to be freed all the same
+                logger.warning("waiting for copies before memory is freed: %s", error)
             self._pinned.free(tensor)
 
     def request_bytes(self, link: Link) -> int:
@@ -136,14 +145,14 @@ class CudaBackend(DeviceBackend):
             self.synchronize(self._gathers.get(gathered))
             source = self._gathered(source, target)
         else:
-            source = self._through_pinned(source)
+            source = self._through_pinned(source, after)
         incoming = self._rows_in if urgent else self._weights_in
         copies = incoming if link is Link.HOST_TO_DEVICE else self._out
         copies.make_room()
         with torch.cuda.device(self.device), torch.cuda.stream(copies.stream):
             copied = self._issue(copies, source, target, after)
-        if gathered is not None:
-            self._gathers[gathered] = copied
+            if gathered is not None:
+                self._gathers[gathered] = copied
         return copied
 
     def _issue(
@@ -182,20 +191,20 @@ class CudaBackend(DeviceBackend):
         rows.gather(staging)
         return staging
 
-    def _through_pinned(self, source: Source) -> Source:
+    def _through_pinned(self, source: Source, after: Sequence[Any]) -> Source:
         """Where pinning a slab was refused, its requests go through a small pinned ring."""
         if not isinstance(source, torch.Tensor) or source.is_cuda:
             return source
-        if self._pinned.is_pinned(source) or source.nbytes > TO_DEVICE_BYTES:
-            return source
-        if source.dtype is not torch.uint8 or source.dim() != 1:
+        fits = source.dtype is torch.uint8 and source.dim() == 1
+        if self._pinned.is_pinned(source) or source.nbytes > TO_DEVICE_BYTES or not fits:
             return source
         if not hasattr(self._bounce, "ring"):
             self._bounce.ring = self._bounce_ring()
         if not self._bounce.ring:
             return source
         buffer, event = self._bounce.ring.popleft()
-        self.synchronize(event)
+        for each in (event, *after):  # this thread reads what the stream would have waited for
+            self.synchronize(each)
         bounced: torch.Tensor = buffer[: source.nbytes]
         copy_bytes(source, bounced)
         self._bounce.ring.append((buffer, None))
@@ -212,8 +221,9 @@ class CudaBackend(DeviceBackend):
         return deque((buffer, None) for buffer in buffers if self._pinned.is_pinned(buffer))
 
     def _note_bounced(self, source: torch.Tensor, end: torch.cuda.Event) -> None:
-        ring = getattr(self._bounce, "ring", None)
-        if ring and source.untyped_storage().data_ptr() == ring[-1][0].data_ptr():
+        if (
+            ring := getattr(self._bounce, "ring", None)
+        ) and source.untyped_storage().data_ptr() == ring[-1][0].data_ptr():
             ring[-1] = (ring[-1][0], end)
 
     def record(self) -> Any:
@@ -223,7 +233,7 @@ class CudaBackend(DeviceBackend):
         return event
 
     def mark(self) -> Any:
-        """The compute stream's point in time."""
+        """See `record`."""
         return self.record()
 
     def marks_of(self, event: Any) -> tuple[Any, Any]:
@@ -243,7 +253,11 @@ class CudaBackend(DeviceBackend):
 
     def raw_speed(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float | None:
         """On one stream, without threads, requests and events between the copies."""
-        copied = [pair for pair in pairs if pair[0].is_pinned() or self._pinned.is_pinned(pair[0])]
+        copied, total = [], 0
+        for pair in pairs:
+            if total < RAW_BYTES and (pair[0].is_pinned() or self._pinned.is_pinned(pair[0])):
+                copied.append(pair)
+                total += pair[0].nbytes
         if not copied:
             return None
         stream, (begin, end) = self._weights_in.stream, (_event(), _event())

@@ -207,6 +207,10 @@ class KVCache:
         """Let HOST attend to pages there for single rows: see `KVPlanner.host_share`."""
         self._planner.host_share = share
 
+    def groups(self, number: int) -> list[KVGroup]:
+        """What the device does with the pages of a micro-batch."""
+        return self._batches[number].groups
+
     def hosted(self, number: int) -> HostedRows | None:
         """The rows of a micro-batch that attend to pages on HOST there."""
         return self._batches[number].hosted

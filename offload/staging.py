@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from offload.backend import DeviceBackend
 
 
-KEPT = 2
+KEPT = 3
 """Buffers that only urgent reads may take: the others may all wait for a slot on the device."""
 
 

@@ -18,6 +18,7 @@ import torch
 from offload.cut import cut
 from offload.lane import Lane
 from offload.links import FileExtent, HostWork, Link
+from offload.staging import KEPT
 from offload.timeline import Timeline
 from offload.transfer import URGENT, LinkCounters, Part, Transfer
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
     from offload.backend import DeviceBackend, Source, Target
     from offload.staging import StagingBuffers
+
+URGENT_THREADS = {Link.DISK_TO_HOST: KEPT}
+"""A disk needs several reads under way. To a device one thread issues all that is urgent: staging
+that rows are gathered into relies on their order."""
 
 
 class TransferEngine:
@@ -46,7 +51,8 @@ class TransferEngine:
         }
         # Where a thread may block on the device, what is urgent must find one that is free.
         self._urgent_lanes = {
-            link: Lane(f"flexrun {link}, urgent", 1, self._run) for link in backend.blocking_links
+            link: Lane(f"flexrun {link}, urgent", URGENT_THREADS.get(link, 1), self._run)
+            for link in backend.blocking_links
         }
 
     @property

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from policy_search.hardware import Hardware
 
+WORTH_SPLITTING = 0.15
+"""Of a sweep's time."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SweepWork:
@@ -37,13 +40,16 @@ def sweep_seconds(work: SweepWork, hardware: Hardware, host_share: float) -> flo
 
 
 def best_host_share(work: SweepWork, hardware: Hardware) -> float:
-    """The share of its pages that HOST should attend to: link and processor take as long.
+    """The share of its pages that HOST should attend to: all, none, or link and processor as long.
 
-    From (weights + (1 - s) kv) / link = s kv / attention; all of it where the link has enough to do
-    with weights alone.
+    The last comes from (weights + (1 - s) kv) / link = s kv / attention. It has the overheads of
+    both ways, so it has to save more than `WORTH_SPLITTING` of the better one.
     """
     if not work.host_kv:
         return 0.0
     moved = (work.weights + work.host_kv) / hardware.host_to_device
     per_share = work.host_kv / hardware.host_to_device + work.host_kv / hardware.host_attention
-    return min(1.0, moved / per_share)
+    balanced = min(1.0, moved / per_share)
+    seconds = {share: sweep_seconds(work, hardware, share) for share in (1.0, 0.0, balanced)}
+    best = 1.0 if seconds[1.0] <= seconds[0.0] else 0.0
+    return balanced if seconds[balanced] < (1 - WORTH_SPLITTING) * seconds[best] else best

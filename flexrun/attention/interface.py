@@ -28,6 +28,19 @@ class AttentionBackend(ABC):
     chunk_rows: int
     """Spans of at least so many rows are products of large matrices: see `attend_chunk`."""
 
+    def prepare(self, groups: Sequence[KVGroup]) -> None:
+        """Make what depends on a micro-batch's rows alone, before anything of a sweep computes.
+
+        On a GPU, index tensors that are made later wait for what was submitted until then.
+        """
+        for group in groups:
+            group.chunks(self.chunk_rows)
+            self.prepare_few_rows(group)
+
+    @abstractmethod
+    def prepare_few_rows(self, group: KVGroup) -> None:
+        """What `few_rows` needs of it."""
+
     def run(
         self,
         query: torch.Tensor,

@@ -148,6 +148,7 @@ def _fused(
 ) -> Part:
     """torch's own flash attention, asked for the log of the sum of exponentials, too."""
     kv_heads = key.shape[0]
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     # Each KV head is a batch entry that all its query heads share: nothing is repeated.
     rows = query.unflatten(0, (kv_heads, -1))
     keys, values = (t.unsqueeze(1).expand(-1, rows.shape[1], -1, -1) for t in (key, value))

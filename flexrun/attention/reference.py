@@ -44,7 +44,7 @@ def masked_attention(
     # Query heads of a group become rows of their KV head, so that keys are read once per group.
     grouped = query.reshape(*batch, kv_heads, heads // kv_heads * rows, dim)
     # One buffer of scores, changed in place: it is the largest thing there is.
-    scores = torch.matmul(grouped, key.transpose(-1, -2)).float().mul_(options.scaling)
+    scores = _products(grouped, key).mul_(options.scaling)
     if options.softcap is not None:
         scores.div_(options.softcap).tanh_().mul_(options.softcap)
     scores = scores.view(*batch, heads, rows, -1)
@@ -56,3 +56,16 @@ def masked_attention(
     out = torch.matmul(grouped, value).view(*batch, heads, rows, -1).float()
     out /= mass.clamp(min=torch.finfo(mass.dtype).tiny)
     return out, (top + mass.log()).squeeze(-1)
+
+
+def _products(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """query [..., n, D] · keyᵀ [..., D, S] in float32.
+
+    Where all keys have much in common, as with large biases, differences between scores are small
+    against the scores: rounded to 16 bits, they are lost.
+    """
+    if key.element_size() == 2 and key.is_cuda and hasattr(torch.ops.aten.bmm, "dtype"):
+        rows, keys = query.flatten(0, -3), key.flatten(0, -3).transpose(1, 2)
+        scores = torch.bmm(rows, keys, out_dtype=torch.float32)
+        return scores.view(*query.shape[:-1], key.shape[-2])
+    return torch.matmul(query.float(), key.float().transpose(-1, -2))

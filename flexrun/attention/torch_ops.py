@@ -23,6 +23,10 @@ class TorchAttention(AttentionBackend):
 
     chunk_rows = 2
 
+    def prepare_few_rows(self, group: KVGroup) -> None:
+        """See `AttentionBackend.prepare`."""
+        group.decodes()
+
     def few_rows(
         self, query: torch.Tensor, group: KVGroup, pool: PagedKV, options: AttentionOptions
     ) -> Iterator[tuple[Rows, torch.Tensor, torch.Tensor]]:

@@ -108,6 +108,12 @@ class FakeParts:
     def begin(self, spans: Any) -> None:
         self.notes.events.append(("begin", [len(batch) for batch in spans]))
 
+    def groups(self, number: int) -> Any:
+        return ["group", number]
+
+    def prepare(self, groups: Any) -> None:
+        self.notes.events.append(("prepare", *groups))
+
     def fetch(self, layer: int, number: int) -> Any:
         self.notes.events.append((Action.FETCH_KV, layer, number))
         return [FakeTransfer(self.notes, ("kv in", layer, number))] if number else []
@@ -190,7 +196,9 @@ def run(*, overlap: bool = True) -> tuple[dict[int, int], Notes]:
 def test_the_steps_are_the_zigzag():
     """The executor does what the zig-zag says, in its order, and attends in every layer."""
     _, notes = run()
-    assert notes.events[:2] == [("begin", [2, 2, 1]), ("activations begin", [5, 3, 2])]
+    prepared = [("prepare", "group", number) for number in range(3)]
+    begin = [("begin", [2, 2, 1]), *prepared, ("activations begin", [5, 3, 2])]
+    assert notes.events[:5] == begin
     assert notes.events[-1] == ("activations end",)
     steps = [event for event in notes.events if isinstance(event[0], Action)]
     assert steps == steps_of(zigzag(LAYERS, 3, 2, last=False))

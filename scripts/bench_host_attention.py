@@ -1,0 +1,226 @@
+"""What attention on HOST is worth: KV pages that stay where they are against pages that move.
+
+On the emulated device, whose link from HOST has a stated speed, a random Llama with much KV cache
+decodes in three ways: its pages on the device (which says what compute alone takes), on HOST and
+moved to the device, on HOST and attended to there; and as `auto` splits them. Each is held against
+what the cost model predicts from the link's speed and from the speeds of compute and of the
+processor's attention, measured alone. One thread computes and one attends, so that they have a core
+each. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_links import header, markdown
+from make_random_model import Shape, config_of, write_json, write_weights
+
+from flexrun import LLM, SamplingParams
+from flexrun.engine import Engine
+from offload.tiers import parse_size
+from offload.timeline import COMPUTE
+from policy_search.cost_model import SweepWork, best_host_share, sweep_seconds
+from policy_search.hardware import Hardware
+
+LEAST_SHARE = 0.85
+"""Target: of the predicted factor between moving pages and attending to them on HOST."""
+WAYS = {
+    "on the device": {"kv_cache": "device=100"},
+    "moved": {"kv_cache": "host=100", "attention": "device"},
+    "on host": {"kv_cache": "host=100", "attention": "host"},
+    "auto": {"kv_cache": "host=100", "attention": "auto"},
+}
+LEFT_OUT = 2
+"""Of the decode sweeps: the first, and the last."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Steady decode sweeps of one way."""
+
+    seconds: float
+    """Of one sweep: the median."""
+    kv_bytes: float
+    """Pages that a sweep's rows attend to."""
+    overlap: float
+    """Part of the processor's attention that runs while the device computes."""
+    hardware: Hardware | None
+    tokens: list[tuple[int, ...]]
+
+
+def run(model: Path, given: argparse.Namespace, way: str) -> Run:
+    """Decode all sequences in one of the `WAYS`."""
+    draw = random.Random(given.seed)
+    low, high = given.context // 2, given.context * 3 // 2
+    prompts = [
+        {"prompt_token_ids": draw.choices(range(1, given.vocab), k=draw.randint(low, high))}
+        for _ in range(given.sequences)
+    ]
+    link = f"{given.link}/s"
+    settings: dict[str, Any] = {
+        "device": "emulated",
+        "emulate": f"host-to-device={link},device-to-host={link}",
+        "dtype": "float32",
+        "weights": "device=100",
+        "max_sequences": given.sequences,
+        "num_micro_batches": given.micro_batches,
+        "micro_batch_rows": 1024,
+        "max_rows": 2 * given.sequences * given.context,  # all prompts in one sweep
+        "trace": model / "trace.json",
+        "seed": 0,
+    }
+    with LLM(model, **settings, **WAYS[way]) as llm:
+        engine = llm._engine
+        assert isinstance(engine, Engine)
+        runtime = engine._runtime
+        scheduler, plans = runtime.scheduler, []
+        next_sweep = scheduler.next_sweep
+        scheduler.next_sweep = lambda: plans.append(next_sweep()) or plans[-1]  # type: ignore
+        params = SamplingParams(temperature=0, max_tokens=given.sweeps + LEFT_OUT, ignore_eos=True)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        page = runtime.policy.page_tokens
+        steady = [i for i, p in enumerate(plans) if p.rows == given.sequences][1:-1]
+        decoded = [
+            sum(-(-s.end // page) * page for b in plans[i].micro_batches for s in b.spans)
+            for i in steady
+        ]
+        return Run(
+            statistics.median(engine._counters.sweep_seconds[i] for i in steady),
+            statistics.mean(decoded) * runtime.shape.kv_token_bytes,
+            overlap_of(runtime.timeline.finish()),
+            runtime._split.hardware,
+            [output.outputs[0].token_ids for output in outputs],
+        )
+
+
+def overlap_of(intervals: list[Any]) -> float:
+    """Share of the time of attention on HOST in which compute is busy, too."""
+    rows: dict[str, list[tuple[float, float]]] = {"host attention": [], COMPUTE: []}
+    for each in intervals:
+        if each.row in rows:
+            rows[each.row].append((each.start, each.end))
+    total = both = 0.0
+    for start, end in rows["host attention"]:
+        total += end - start
+        both += sum(max(0.0, min(end, e) - max(start, s)) for s, e in rows[COMPUTE])
+    return both / total if total else 0.0
+
+
+def predicted(runs: dict[str, Run], link: float) -> dict[str, float]:
+    """Seconds of a sweep in each way, by the cost model."""
+    alone, hardware = runs["on the device"].seconds, runs["auto"].hardware
+    assert hardware is not None
+    hardware = Hardware(host_to_device=link, host_attention=hardware.host_attention)
+    kv = round(runs["moved"].kv_bytes)
+    rest = max(0.0, alone - kv / hardware.host_attention)  # compute without its attention
+    moved = SweepWork(weights=0, host_kv=kv, compute=alone)
+    there = SweepWork(weights=0, host_kv=kv, compute=rest)
+    share = best_host_share(there, hardware)
+    mixed = SweepWork(weights=0, host_kv=kv, compute=rest + (1 - share) * (alone - rest))
+    return {
+        "moved": sweep_seconds(moved, hardware, 0.0),
+        "on host": sweep_seconds(there, hardware, 1.0),
+        "auto": sweep_seconds(mixed, hardware, share),
+    }
+
+
+def measure(model: Path, given: argparse.Namespace) -> dict[str, Any]:
+    """All ways in turn, several times."""
+    pairs = []
+    for _ in range(given.repeats):
+        runs = {way: run(model, given, way) for way in WAYS}
+        foreseen = predicted(runs, parse_size(given.link))
+        hardware = runs["auto"].hardware
+        assert hardware is not None
+        pairs.append({
+            "seconds": {way: each.seconds for way, each in runs.items()},
+            "predicted": foreseen,
+            "factor": {w: runs["moved"].seconds / runs[w].seconds for w in ("on host", "auto")},
+            "predicted_factor": {w: foreseen["moved"] / foreseen[w] for w in ("on host", "auto")},
+            "kv_bytes": runs["moved"].kv_bytes,
+            "attention_gb_per_s": hardware.host_attention / 1e9,
+            "overlap": runs["on host"].overlap,
+            "identical": len({str(each.tokens) for each in runs.values()}) == 1,
+        })  # fmt: skip
+    share = {
+        way: statistics.median(p["factor"][way] / p["predicted_factor"][way] for p in pairs)
+        for way in ("on host", "auto")
+    }
+    met = share["on host"] >= LEAST_SHARE
+    return {"pairs": pairs, "share": share, "met": met, "link": given.link}
+
+
+def show(report: dict[str, Any]) -> str:
+    """The report for people."""
+    rows = []
+    for way in WAYS:
+        seconds = statistics.median(p["seconds"][way] for p in report["pairs"])
+        limit = [p["predicted"][way] for p in report["pairs"] if way in p["predicted"]]
+        rows.append([
+            way,
+            f"{1e3 * seconds:.0f}",
+            f"{1e3 * statistics.median(limit):.0f}" if limit else "",
+            *(f"{statistics.median(p[f][way] for p in report['pairs']):.2f}"
+              if way in report["share"] else "" for f in ("factor", "predicted_factor")),
+        ])  # fmt: skip
+    names = ["pages", "ms a sweep", "predicted", "times faster than moved", "predicted"]
+    pair = report["pairs"][-1]
+    overlap = statistics.median(p["overlap"] for p in report["pairs"])
+    return "\n".join([
+        markdown(names, rows),
+        "",
+        f"{pair['kv_bytes'] / 1e6:.0f} MB of pages a sweep, a link of {report['link']}/s, "
+        f"attention at {pair['attention_gb_per_s']:.1f} GB/s; "
+        f"{overlap:.0%} of it while the device computes",
+        f"factor reached over factor predicted: {report['share']['on host']:.2f} "
+        f"(target {LEAST_SHARE}), auto {report['share']['auto']:.2f}",
+    ])  # fmt: skip
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--layers", type=int, default=10)
+    add("--hidden", type=int, default=512)
+    add("--heads", type=int, default=8)
+    add("--kv-heads", type=int, default=8)
+    add("--vocab", type=int, default=1024)
+    add("--sequences", type=int, default=32)
+    add("--context", type=int, default=1000, help="tokens of a prompt, on average")
+    add("--micro-batches", type=int, default=4)
+    add("--link", default="1GB", metavar="SIZE", help="bytes per second from HOST to the device")
+    add("--sweeps", type=int, default=6, help="decode sweeps that are measured")
+    add("--repeats", type=int, default=3)
+    add("--threads", type=int, default=1, help="that compute, and that attend")
+    add("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    given = read_arguments()
+    torch.set_num_threads(given.threads)
+    shape = Shape(
+        given.layers, given.hidden, given.heads, given.kv_heads, 2 * given.hidden, given.vocab, 8192
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        model = Path(directory)
+        write_json(model / "config.json", config_of(shape, "float32"))
+        write_json(model / "generation_config.json", {"do_sample": False})
+        write_weights(model, shape, "float32", given.seed)
+        report = header("host attention", model) | measure(model, given)
+    print(show(report))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

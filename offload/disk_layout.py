@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload.tiers import CACHE_LINE, padded
+from offload.tiers import CACHE_LINE, DISK_BLOCK, padded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,3 +85,12 @@ def lay_out(places: Sequence[DiskPlace], *, shifted: bool = False) -> SlabLayout
 
 def _joins(before: DiskPlace, place: DiskPlace) -> bool:
     return before.file == place.file and place.offset - (before.offset + before.nbytes) <= GAP
+
+
+def kv_file_layout(page_bytes: Sequence[int], pages: int) -> tuple[list[int], int]:
+    """Where each layer's pages start in the file, in bytes, and the size of the file."""
+    starts, end = [], 0
+    for size in page_bytes:
+        starts.append(end)
+        end += padded(pages * size, DISK_BLOCK)
+    return starts, end

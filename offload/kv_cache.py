@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offload.kv_batches import KVBatch, KVPlanner
+from offload.kv_copies import copy_pages
 from offload.kv_disk import DiskPages
 from offload.kv_host import HostPages
 from offload.kv_staging import StagedPages, Visit
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from offload.kv_hosted import HostedRows
     from offload.kv_layout import KVGroup
     from offload.paged_kv import LayerShape
-    from offload.pages import PagePools
+    from offload.pages import PageCopy, PagePools
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
 
@@ -61,6 +62,9 @@ class KVCache:
         self._batches: list[KVBatch] = []
         self._arriving: dict[tuple[int, int], list[Transfer]] = {}
         """By layer and micro-batch."""
+        self._copies: list[PageCopy] = []
+        self._copying: dict[int, list[Transfer]] = {}
+        """What copies the pages of a layer, in this sweep."""
         self._new: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
         """What stores new rows, by layer and micro-batch, until the layer has run."""
         self._last_store: dict[int, list[Transfer]] = {}
@@ -148,6 +152,8 @@ class KVCache:
         self._earlier_store = dict(self._last_store)
         self._arriving.clear()
         self._new.clear()
+        self._copies = self._pools.take_copies()
+        self._copying.clear()
         self._batches = self._planner.plan(micro_batches)
 
     def _turn(self, layer: int, number: int) -> int:
@@ -158,14 +164,25 @@ class KVCache:
 
     def fetch(self, layer: int, number: int) -> list[Transfer]:
         """Send the pages of a micro-batch's layer that have to move to the device's staging."""
+        if layer not in self._copying:
+            self._copying[layer] = self._copy_pages(layer)
         transfers = [
             transfer
             for group in self._batches[number].groups
             if group.staged
             for transfer in self._staged[group.tier].fetch(self._visit(layer, number, group))
         ]
-        self._arriving[layer, number] = transfers
-        return transfers
+        self._arriving[layer, number] = [*transfers, *self._copying[layer]]
+        return self._arriving[layer, number]
+
+    def _copy_pages(self, layer: int) -> list[Transfer]:
+        if not self._copies:
+            return []
+        disk = self._staged.get(Tier.DISK)
+        assert disk is None or isinstance(disk, DiskPages)
+        earlier = self._earlier_store.get(layer, ())
+        places = self._copies, layer, self._layers, disk
+        return copy_pages(*places, self._backend, self._transfers, earlier)
 
     def arriving(self, layer: int, number: int) -> list[Transfer]:
         """What `append` will wait for: the pages of a micro-batch that had to move."""
@@ -225,8 +242,8 @@ class KVCache:
         return self._layers[Tier.HOST][layer]
 
     def earlier_stores(self, layer: int) -> Sequence[Transfer]:
-        """What stores this layer's rows of earlier sweeps: who reads pages comes after it."""
-        return self._earlier_store.get(layer, ())
+        """What stored or copied pages of this layer: who reads them comes after it."""
+        return [*self._earlier_store.get(layer, ()), *self._copying.get(layer, ())]
 
     def add_store(self, layer: int, number: int, transfer: Transfer) -> None:
         """`transfer` stores new rows of a micro-batch on HOST."""
@@ -253,6 +270,8 @@ class KVCache:
         """Give all memory back, also the pages of sequences that were broken off."""
         for sequence in list(self._pools.tables):
             self._pools.release(sequence)
+        self._pools.take_copies()
+        self._pools.settle()
         for staged in self._staged.values():
             staged.close()
         for tier, home in self._homes:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload.direct_file import DirectFile, file_error
+from offload.disk_layout import kv_file_layout
+from offload.kv_moves import Run
 from offload.kv_staging import StagedPages, Visit
 from offload.links import FileExtent, SomeRows
 from offload.paged_kv import PagedKV, page_elements
-from offload.pages import kv_file_layout
 from offload.tiers import DISK_BLOCK, Tier
 from offload.transfer import URGENT
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from offload.kv_layout import KVGroup
-    from offload.kv_moves import DiskMoves, Run
+    from offload.kv_moves import DiskMoves
     from offload.transfer import Transfer
 
 
@@ -117,6 +118,14 @@ class DiskPages(StagedPages):
         if not copies:
             return []
         return [self._transfers.submit_to_disk(copies, kind="kv", after=after, priority=URGENT)]
+
+    def page(self, layer: int, number: int) -> FileExtent:
+        """A full page in the file."""
+        return self._extent(layer, Run(number, 0, 1))
+
+    def tail(self, layer: int, number: int) -> torch.Tensor:
+        """A page that is not full, in RAM: uint8."""
+        return self._tails[layer].raw[number].view(torch.uint8)
 
     def _bytes(self, data: torch.Tensor, layer: int, place: int, count: int) -> torch.Tensor:
         size = self._page_bytes[layer]

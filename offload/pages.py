@@ -11,10 +11,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from offload.tiers import DISK_BLOCK, Tier, padded
+from offload.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 
 class Page(NamedTuple):
@@ -24,6 +24,17 @@ class Page(NamedTuple):
     number: int
 
 
+class PageCopy(NamedTuple):
+    """What has to be in `target` before rows of the next sweep read it, or add to it."""
+
+    source: Page
+    target: Page
+    from_tail: int | None = None
+    """The source is on DISK and not full: what it holds is at this place in RAM. The same for …"""
+    to_tail: int | None = None
+    """… the target."""
+
+
 @dataclass(slots=True)
 class PageTable:
     """The pages of one sequence."""
@@ -31,6 +42,8 @@ class PageTable:
     pages: list[Page] = field(default_factory=list)
     tail: int | None = None
     """With pages on DISK, which takes whole ones: the place in RAM of a page that is not full."""
+    tokens: int = 0
+    """Positions that it has pages for: after a sweep, those with keys and values."""
 
     def by_tier(self, count: int) -> dict[Tier, tuple[list[int], list[int]]]:
         """Numbers and places of the first `count` pages, for every tier that some are on.
@@ -47,7 +60,12 @@ class PageTable:
 
 @dataclass(slots=True)
 class PagePools:
-    """Free pages per tier and the tables of the sequences that hold the others."""
+    """Free pages per tier and the tables of the sequences that hold the others.
+
+    A page may be in several tables (`fork`); who adds rows to such a page gets a copy first. What
+    has to be copied is collected here (`take_copies`), and what a copy reads stays as it is until
+    the sweep that makes the copy is over (`settle`).
+    """
 
     capacity: Mapping[Tier, int]
     """Pages per tier; tiers with none may be left out."""
@@ -61,6 +79,17 @@ class PagePools:
     tables: dict[int, PageTable] = field(default_factory=dict)
     _free: dict[Tier, list[int]] = field(default_factory=dict)
     _free_tails: list[int] = field(default_factory=list)
+    _owners: Counter[Page] = field(default_factory=Counter)
+    """Tables that a page is in."""
+    _copies: list[PageCopy] = field(default_factory=list)
+    """That nobody has taken yet."""
+    _read: list[Page] = field(default_factory=list)
+    """Pages in no table that one of these reads, …"""
+    _being_read: list[Page] = field(default_factory=list)
+    """… and those that a copy of this sweep reads."""
+    _read_tails: list[int] = field(default_factory=list)
+    _tails_being_read: list[int] = field(default_factory=list)
+    """The same of tails."""
 
     def __post_init__(self) -> None:
         # Popped from the end, so low page numbers are used first and reused soonest.
@@ -81,6 +110,10 @@ class PagePools:
         """Pages that no sequence holds."""
         return sum(map(len, self._free.values()))
 
+    def owners(self, page: Page) -> int:
+        """Sequences that `page` belongs to."""
+        return self._owners[page]
+
     def fits_ever(self, tokens: int) -> bool:
         """Whether a sequence of `tokens` positions fits when nothing else runs."""
         most = (min(n, self.largest_table.get(tier, n)) for tier, n in self.capacity.items())
@@ -90,19 +123,42 @@ class PagePools:
         """Give `sequence` pages for `tokens` positions; False, and nothing changes, without room.
 
         Each page comes from the tier with the largest free share that may hold another one of the
-        sequence's, so that tiers fill in step and growing sequences use what is free anywhere.
+        sequence's, so that tiers fill in step and growing sequences use what is free anywhere. A
+        page that the new positions begin in is copied first if others have it, too.
         """
         table = self.tables.get(sequence) or PageTable()
-        tiers = self._choose(table, self.pages_for(tokens) - len(table.pages))
+        shared = self._shared_page_to_write(table, tokens)
+        count = self.pages_for(tokens) - len(table.pages)
+        tiers = self._choose(table, max(0, count) + (shared is not None))
         if tiers is None:
             return False
-        if Tier.DISK in tiers and table.tail is None:
-            table.tail = self._free_tails.pop()
-        # Last in, first out: a sequence gets pages that lie next to each other, as they were taken.
-        table.pages += [Page(tier, self._free[tier].pop()) for tier in tiers]
+        pages = self._take(table, tiers)
+        if shared is not None:
+            self._copy(table, shared, pages.pop(0))
+        table.pages += pages
+        table.tokens = max(table.tokens, tokens)
         self.tables[sequence] = table
-        self._report(tiers, 1)
         return True
+
+    def _shared_page_to_write(self, table: PageTable, tokens: int) -> int | None:
+        if tokens <= table.tokens or not table.tokens % self.page_tokens:
+            return None
+        index = table.tokens // self.page_tokens
+        return index if self._owners[table.pages[index]] > 1 else None
+
+    def _copy(self, table: PageTable, index: int, target: Page) -> None:
+        """Put `target`, with the content of the page at `index`, in its place."""
+        source = table.pages[index]
+        to_tail = table.tail if target.tier is Tier.DISK else None
+        self._add_copy(PageCopy(source, target, to_tail=to_tail))
+        table.pages[index] = target
+        self._let_go(source)
+
+    def _add_copy(self, copy: PageCopy) -> None:
+        for earlier in self._copies:
+            if earlier.target == copy.source:  # which is not there yet
+                copy = copy._replace(source=earlier.source, from_tail=earlier.from_tail)
+        self._copies.append(copy)
 
     def _choose(self, table: PageTable, count: int) -> list[Tier] | None:
         """A tier for each of `count` new pages; None if there are not so many."""
@@ -125,25 +181,119 @@ class PagePools:
             chosen.append(tier)
         return chosen
 
+    def _take(self, table: PageTable, tiers: Sequence[Tier]) -> list[Page]:
+        if Tier.DISK in tiers and table.tail is None:
+            table.tail = self._free_tails.pop()
+        # Last in, first out: a sequence gets pages that lie next to each other, as they were taken.
+        pages = [Page(tier, self._free[tier].pop()) for tier in tiers]
+        self._owners.update(pages)
+        self._report(tiers, 1)
+        return pages
+
+    def fork(self, parent: int, child: int, tokens: int, computed: int) -> bool:
+        """Let the new sequence `child` begin with the first `tokens` of `computed` positions.
+
+        They share pages; a last page that is not full is copied by whoever adds rows to it first.
+        On DISK, where such a page is its owner's tail, the child has a copy from the start. False,
+        and nothing changes, if there is no room for that.
+        """
+        origin, table = self.tables[parent], PageTable(tokens=tokens)
+        assert child not in self.tables
+        assert tokens <= computed <= origin.tokens
+        full, count = tokens // self.page_tokens, self.pages_for(tokens)
+        table.pages = origin.pages[:count]
+        if count > full and table.pages[full].tier is Tier.DISK:
+            source = table.pages.pop()
+            if (tiers := self._choose(table, 1)) is None:
+                return False
+            table.pages += self._take(table, tiers)
+            in_file = computed >= (full + 1) * self.page_tokens
+            from_tail = None if in_file else origin.tail
+            to_tail = table.tail if tiers == [Tier.DISK] else None
+            self._add_copy(PageCopy(source, table.pages[full], from_tail, to_tail))
+            count = full
+        self._owners.update(table.pages[:count])
+        self.tables[child] = table
+        return True
+
+    def move(self, wanted: Mapping[Page, Tier]) -> list[Page]:
+        """Move full pages to another tier, for all sequences that have them; those that did.
+
+        Nothing is done to pages that are not full, that a copy is about to read or fill, or for
+        which the tier has no room.
+        """
+        busy = {page for copy in self._copies for page in (copy.source, copy.target)}
+        moved: dict[Page, Page] = {}
+        held = {number: Counter(p.tier for p in t.pages) for number, t in self.tables.items()}
+        homes = self._full_pages(wanted.keys() - busy)
+        for page, tier in wanted.items():
+            sequences = homes.get(page, [])
+            if not sequences or tier is page.tier or not self._free.get(tier):
+                continue
+            most = self.largest_table.get(tier, self.capacity[tier])
+            if any(held[sequence][tier] >= most for sequence in sequences):
+                continue
+            for sequence in sequences:
+                held[sequence][tier] += 1
+            moved[page] = Page(tier, self._free[tier].pop())
+            self._owners[moved[page]] = self._owners.pop(page)
+            self._copies.append(PageCopy(page, moved[page]))
+            self._read.append(page)
+            self._report([tier], 1)
+        for table in self.tables.values() if moved else ():
+            table.pages = [moved.get(page, page) for page in table.pages]
+        return list(moved)
+
+    def _full_pages(self, pages: Collection[Page]) -> dict[Page, list[int]]:
+        """The sequences that have each of `pages`, if it is full."""
+        found: dict[Page, list[int]] = {}
+        for sequence, table in self.tables.items():
+            for page in table.pages[: table.tokens // self.page_tokens]:
+                if page in pages:
+                    found.setdefault(page, []).append(sequence)
+        return {page: those for page, those in found.items() if len(those) == self._owners[page]}
+
     def release(self, sequence: int) -> None:
-        """Give back all pages of `sequence`."""
+        """Give back all pages of `sequence` that no other one has."""
         table = self.tables.pop(sequence)
         for page in reversed(table.pages):
-            self._free[page.tier].append(page.number)
+            self._let_go(page)
         if table.tail is not None:
-            self._free_tails.append(table.tail)
-        self._report([page.tier for page in table.pages], -1)
+            read = any(copy.from_tail == table.tail for copy in self._copies)
+            (self._read_tails if read else self._free_tails).append(table.tail)
+
+    def _let_go(self, page: Page) -> None:
+        """One table less has `page`."""
+        self._owners[page] -= 1
+        if self._owners[page]:
+            return
+        del self._owners[page]
+        self._copies = [copy for copy in self._copies if copy.target != page]
+        if any(copy.source == page for copy in self._copies):
+            self._read.append(page)
+        else:
+            self._give_back([page])
+
+    def _give_back(self, pages: Sequence[Page]) -> None:
+        for page in pages:
+            self._free[page.tier].append(page.number)
+        self._report([page.tier for page in pages], -1)
+
+    def take_copies(self) -> list[PageCopy]:
+        """What has to be copied in this sweep, before anything else reads or writes these pages."""
+        copies, self._copies = self._copies, []
+        self._being_read += self._read
+        self._tails_being_read += self._read_tails
+        self._read, self._read_tails = [], []
+        return copies
+
+    def settle(self) -> None:
+        """The copies that were taken are made: what they read may be used again."""
+        self._give_back(self._being_read)
+        self._free_tails += self._tails_being_read
+        self._being_read, self._tails_being_read = [], []
 
     def _report(self, tiers: Sequence[Tier], sign: int) -> None:
         if self.on_change:
             for tier, pages in Counter(tiers).items():
                 self.on_change(tier, sign * pages)
-
-
-def kv_file_layout(page_bytes: Sequence[int], pages: int) -> tuple[list[int], int]:
-    """Where each layer's pages start in the file, in bytes, and the size of the file."""
-    starts, end = [], 0
-    for size in page_bytes:
-        starts.append(end)
-        end += padded(pages * size, DISK_BLOCK)
-    return starts, end

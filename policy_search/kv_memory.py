@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from offload.errors import CapacityError
-from offload.pages import kv_file_layout
+from offload.disk_layout import kv_file_layout
 from offload.tiers import BUDGET_FLAG, DISK_BLOCK, LEAVING_BATCHES, TURNS, Tier, format_size
 
 if TYPE_CHECKING:

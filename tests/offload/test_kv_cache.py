@@ -26,7 +26,7 @@ from offload.kv_layout import KVGroup, build_group
 from offload.kv_moves import SpanPages
 from offload.links import Link
 from offload.paged_kv import PagedKV
-from offload.pages import PagePools
+from offload.pages import Page, PagePools
 from offload.ram import map_memory
 from offload.staging import StagingBuffers
 from offload.tiers import DISK_BLOCK, LEAVING_BATCHES, MemoryAccount, Tier
@@ -199,7 +199,7 @@ def random_batches(rig: Rig) -> list[list[RowSpan]]:
     batches: list[list[RowSpan]] = [[]]
     staged: Counter[Tier] = Counter()
     for sequence, table in sorted(rig.pools.tables.items()):
-        start, room = rig.lengths[sequence], len(table.pages) * rig.pools.page_tokens
+        start, room = rig.lengths[sequence], table.tokens
         length = min(rig.draw.choice([0, 1, 1, 1, 2, 7]), room - start)
         if not length:
             continue
@@ -214,10 +214,47 @@ def random_batches(rig: Rig) -> list[list[RowSpan]]:
     return [batch for batch in batches if batch]
 
 
-def random_sweeps(rig: Rig, count: int) -> None:
-    """Sequences come, grow and leave, and take each other's pages."""
-    number = sweeps = 0
+def fork_some(rig: Rig, number: int) -> int:
+    """Some sequences get a child that begins like them; the number of the next sequence."""
+    for parent in list(rig.pools.tables):
+        if rig.lengths[parent] and rig.draw.random() < 0.2:
+            tokens = rig.draw.randint(1, rig.lengths[parent])
+            if not rig.pools.fork(parent, number, tokens, rig.lengths[parent]):
+                continue
+            if not rig.pools.allocate(number, tokens + rig.draw.randint(1, 9)):
+                rig.pools.release(number)
+                continue
+            rig.lengths[number] = tokens
+            for layer in range(len(SHAPES)):
+                rig.truth[layer, number] = rig.truth[layer, parent][:tokens]
+            number += 1
+    return number
+
+
+def move_some(rig: Rig) -> int:
+    """Some full pages move to another tier; how many."""
+    full: dict[Page, bool] = {}
+    for sequence, table in rig.pools.tables.items():
+        for index, page in enumerate(table.pages):
+            there = rig.lengths[sequence] >= (index + 1) * rig.pools.page_tokens
+            full[page] = full.get(page, True) and there
+    pages = [page for page, there in full.items() if there]
+    wanted: dict[Page, Tier] = {}
+    for page in rig.draw.sample(pages, min(3, len(pages))):
+        tier = rig.draw.choice(list(rig.pools.capacity))
+        if not (page.tier is Tier.DEVICE and tier is Tier.DISK and not rig.backend.unified):
+            wanted[page] = tier
+    return len(rig.pools.move(wanted))
+
+
+def random_sweeps(rig: Rig, count: int, *, sharing: bool = False) -> int:
+    """Sequences come, grow and leave, and take each other's pages; returns those that moved."""
+    number = sweeps = moved = 0
     while sweeps < count:
+        rig.pools.settle()
+        if sharing:
+            moved += move_some(rig)
+            number = fork_some(rig, number)
         for sequence in list(rig.pools.tables):
             if rig.draw.random() < 0.1:
                 rig.pools.release(sequence)  # its pages are reused by the next one
@@ -230,6 +267,7 @@ def random_sweeps(rig: Rig, count: int) -> None:
         if batches := random_batches(rig):
             rig.sweep(batches)
             sweeps += 1
+    return moved
 
 
 @every_capacity
@@ -243,6 +281,20 @@ def test_attention_reads_what_was_appended(name, pages, page_tokens, seed):
     moved = {link: counters.total_bytes for link, counters in rig.transfers.counters.items()}
     assert {link: n for link, n in moved.items() if n} == rig.expected
     assert bool(rig.expected) == bool(rig.staged)
+    assert set(rig.backend.account.used.values()) == {0}
+
+
+@every_capacity
+@pytest.mark.parametrize("late", [False, True], ids=["", "late"])
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_and_moved_pages_hold_what_was_appended(name, pages, seed, late, monkeypatch):
+    """Forks, copies before writing and moves between tiers, whenever their bytes arrive."""
+    if late:
+        make_copies_late(monkeypatch, seed)
+    rig = Rig(name, pages, page_tokens=4, seed=seed)
+    moved = random_sweeps(rig, 12 if late else 40, sharing=True)
+    assert (moved > 0) == (len(pages) > 1)
+    rig.close()
     assert set(rig.backend.account.used.values()) == {0}
 
 

@@ -1,0 +1,84 @@
+"""Pages copied from one place to another: for a sequence of their own, or to another tier."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from offload.links import FileExtent, Link
+from offload.tiers import Tier
+from offload.transfer import URGENT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from offload.backend import DeviceBackend
+    from offload.kv_disk import DiskPages
+    from offload.paged_kv import PagedKV
+    from offload.pages import Page, PageCopy
+    from offload.transfer import Transfer
+    from offload.transfer_engine import TransferEngine
+
+
+def copy_pages(
+    copies: Sequence[PageCopy],
+    layer: int,
+    memory: Mapping[Tier, Sequence[PagedKV]],
+    disk: DiskPages | None,
+    backend: DeviceBackend,
+    transfers: TransferEngine,
+    after: Sequence[Transfer],
+) -> list[Transfer]:
+    """Copy one layer's pages; what is to read or write them has to wait for the transfers.
+
+    From a separate device pages go to the device or to HOST, not to DISK. `memory` holds the pools
+    in memory by layer; `after` is what still stores rows in this layer.
+    """
+
+    def place(page: Page, tail: int | None) -> torch.Tensor | FileExtent:
+        if page.tier is not Tier.DISK:
+            return memory[page.tier][layer].raw[page.number].view(torch.uint8)
+        assert disk is not None
+        return disk.page(layer, page.number) if tail is None else disk.tail(layer, tail)
+
+    def tier_of(page: Page, tail: int | None) -> Tier:
+        if page.tier is Tier.DISK and tail is None:
+            return Tier.DISK
+        # A tail is in RAM, and RAM may be the device's own memory.
+        return Tier.DEVICE if page.tier is Tier.DEVICE or backend.unified else Tier.HOST
+
+    started = []
+    for copy in copies:
+        source, target = place(copy.source, copy.from_tail), place(copy.target, copy.to_tail)
+        way = tier_of(copy.source, copy.from_tail), tier_of(copy.target, copy.to_tail)
+        started.append(_copy(source, target, way, backend, transfers, after))
+    return [transfer for transfer in started if transfer is not None]
+
+
+def _copy(
+    source: torch.Tensor | FileExtent,
+    target: torch.Tensor | FileExtent,
+    way: tuple[Tier, Tier],
+    backend: DeviceBackend,
+    transfers: TransferEngine,
+    after: Sequence[Transfer],
+) -> Transfer | None:
+    # What was computed until now may read or write the same pages of the device.
+    order = {"after": [*after, backend.record()], "kind": "kv", "priority": URGENT}
+    if isinstance(source, FileExtent):
+        assert isinstance(target, torch.Tensor)
+        if way[1] is Tier.HOST:
+            return transfers.submit(Link.DISK_TO_HOST, source, target, **order)  # type: ignore[arg-type]
+        return transfers.submit_from_disk([(source, target)], **order)  # type: ignore[arg-type]
+    if isinstance(target, FileExtent):
+        assert backend.unified or way[0] is Tier.HOST
+        return transfers.submit_to_disk([(source, target)], **order)  # type: ignore[arg-type]
+    if way == (Tier.HOST, Tier.DEVICE):
+        return transfers.submit(Link.HOST_TO_DEVICE, source, target, **order)  # type: ignore[arg-type]
+    if way == (Tier.DEVICE, Tier.HOST):
+        return transfers.submit(Link.DEVICE_TO_HOST, source, target, **order)  # type: ignore[arg-type]
+    for transfer in after:
+        transfer.synchronize()  # from the last sweep: it is over long since
+    target.copy_(source)
+    return None

@@ -290,9 +290,11 @@ def test_attention_reads_what_was_appended(name, pages, page_tokens, seed):
 def test_shared_and_moved_pages_hold_what_was_appended(name, pages, seed, late, monkeypatch):
     """Forks, copies before writing and moves between tiers, whenever their bytes arrive."""
     if late:
+        monkeypatch.setattr("tests.backends.SHARE", 0.4)
+        monkeypatch.setattr("tests.backends.SECONDS", 0.02)
         make_copies_late(monkeypatch, seed)
     rig = Rig(name, pages, page_tokens=4, seed=seed)
-    moved = random_sweeps(rig, 12 if late else 40, sharing=True)
+    moved = random_sweeps(rig, 20 if late else 40, sharing=True)
     assert (moved > 0) == (len(pages) > 1)
     rig.close()
     assert set(rig.backend.account.used.values()) == {0}

@@ -109,9 +109,10 @@ class Engine:
         )
         self._next_number += len(sequences)
         self._done[request.index] = {}
+        group = sequences[0].number if len(sequences) > 1 else None
         for sequence in sequences:
             self._sequences[sequence.number] = sequence
-            self._runtime.scheduler.add(sequence.number, prompt, most)
+            self._runtime.scheduler.add(sequence.number, prompt, most, group)
         self._counters.prompt_tokens += prompt
 
     def step(self) -> list[RequestOutput]:
@@ -200,7 +201,11 @@ class Engine:
         summary = self._counters.summary(
             runtime.transfers, runtime.backend.account, runtime.raw_speeds
         )
-        return summary | {"preemptions": runtime.scheduler.preemptions}
+        scheduler = runtime.scheduler
+        return summary | {
+            "preemptions": scheduler.preemptions,
+            "promotions": scheduler.promotions,
+        }
 
     def describe(self) -> str:
         """The plan, for people."""

@@ -211,6 +211,7 @@ class Runtime:
             micro_batch_rows=policy.micro_batch_rows,
             num_micro_batches=policy.num_micro_batches,
         )
+        self.scheduler.promoted_from = away[::-1]
 
     def measure_links(self) -> None:
         """Find out what the links can do, before they have anything else to do."""

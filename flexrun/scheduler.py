@@ -10,9 +10,12 @@ from flexrun.plan import MicroBatch, RowSpan, SweepPlan
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from offload.pages import PagePools
+
+MOST_PROMOTED = 16
+"""Pages that move to DEVICE in one sweep: few enough to hide beside what it moves anyway."""
 
 
 @dataclass(slots=True)
@@ -24,6 +27,9 @@ class Progress:
     """Tokens so far: the prompt and what was generated."""
     most_tokens: int
     """Tokens the sequence may grow to."""
+    shared: int = 0
+    """The first positions, which are the same in all sequences of the group."""
+    group: int = -1
     computed: int = 0
     """Positions whose keys and values are in the KV cache."""
     last_sweep: int = -1
@@ -61,16 +67,27 @@ class Scheduler:
         self.waiting: deque[Progress] = deque()
         self.preemptions = 0
         """How often a running sequence had to give its pages away."""
+        self.promoted_from: Sequence[Tier] = ()
+        """Tiers, the slowest first, whose pages cross a link in every sweep."""
+        self.promotions = 0
+        """Pages that moved up."""
         self.rows_stay_on_host = False
         """Single rows attend to pages on HOST there: these need no room in staging."""
         self._sweeps = 0
 
-    def add(self, sequence: int, prompt_tokens: int, most_tokens: int) -> None:
-        """Queue a sequence; `most_tokens` includes its prompt."""
-        self.waiting.append(Progress(sequence, prompt_tokens, most_tokens))
+    def add(
+        self, sequence: int, prompt_tokens: int, most_tokens: int, group: int | None = None
+    ) -> None:
+        """Queue a sequence; `most_tokens` includes its prompt, which all of a `group` share."""
+        # Each computes its prompt's last row itself: that gives its first token.
+        shared = 0 if group is None else prompt_tokens - 1
+        number = sequence if group is None else group
+        self.waiting.append(Progress(sequence, prompt_tokens, most_tokens, shared, number))
 
     def next_sweep(self) -> SweepPlan:
         """Rows of the next sweep; empty when nothing is left to do."""
+        self.pools.settle()
+        self._promote()
         spans: list[RowSpan] = []
         budget = self.max_rows
         # A decode is never held up by a long prompt, and where not all fit they take turns.
@@ -129,8 +146,7 @@ class Scheduler:
 
     def _preempt(self, sequence: int) -> None:
         progress = self.running.pop(sequence)
-        self.pools.release(sequence)
-        progress.computed = 0
+        self._forget(progress)
         self.waiting.appendleft(progress)
         self.preemptions += 1
 
@@ -139,17 +155,58 @@ class Scheduler:
             return
         # What runs will want the rest of its prompts, and soon a page more each.
         free = self.pools.total_free - sum(map(self._pages_wanted, self.running.values()))
+        later: list[Progress] = []
         while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            progress = self.waiting[0]
+            progress = self.waiting.popleft()
+            if not self._begin(progress):
+                later.append(progress)  # its prompt is being computed
+                continue
             span = self._span(progress, budget)
             free -= self._pages_wanted(progress)
             enough = free >= 0 or not self.running
             if not (enough and self.pools.allocate(progress.sequence, span.end)):
-                return  # in order: a short one must not overtake for ever a long one
-            self.waiting.popleft()
+                self._forget(progress)
+                later.append(progress)
+                break  # in order: a short one must not overtake for ever a long one
             self.running[progress.sequence] = progress
             budget -= span.length
             yield span
+        self.waiting.extendleft(reversed(later))
+
+    def _begin(self, progress: Progress) -> bool:
+        """Share what others of its group have computed; False if they are about to compute it."""
+        others = [each for each in self.running.values() if each.group == progress.group]
+        if not progress.shared or not others:
+            return True
+        there = next((each for each in others if each.computed >= progress.shared), None)
+        if there is None:
+            return False
+        numbers = there.sequence, progress.sequence
+        if self.pools.fork(*numbers, progress.shared, there.computed):
+            progress.computed = progress.shared
+        return True
+
+    def _forget(self, progress: Progress) -> None:
+        progress.computed = 0
+        if progress.sequence in self.pools.tables:
+            self.pools.release(progress.sequence)
+
+    def _promote(self) -> None:
+        """When nothing waits for pages, full ones move up to where more are free than are wanted.
+
+        A page that moves crosses a link once, and one that stays in every sweep.
+        """
+        if self.waiting or not self.promoted_from:
+            return
+        running = self.running.values()
+        spare = self.pools.free_pages(Tier.DEVICE) - sum(map(self._pages_wanted, running))
+        tables = [(p, self.pools.tables[p.sequence].pages) for p in running]
+        full = [
+            page for p, pages in tables for page in pages[: p.computed // self.pools.page_tokens]
+        ]
+        slow = [page for tier in self.promoted_from for page in full if page.tier is tier]
+        chosen = list(dict.fromkeys(slow))[: max(0, min(spare, MOST_PROMOTED))]
+        self.promotions += len(self.pools.move(dict.fromkeys(chosen, Tier.DEVICE)))
 
     def _pages_wanted(self, progress: Progress) -> int:
         """Pages that a sequence does not have yet, for all its tokens and some more."""

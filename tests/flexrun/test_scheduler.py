@@ -367,3 +367,92 @@ def test_after_a_last_plan_nothing_is_left(seed, early):
     assert lasts[-1] or early
     assert not scheduler.running
     assert not scheduler.waiting
+
+
+def test_a_group_computes_its_prompt_once():
+    """The others wait for it, let those behind them go ahead, and share all but the last row."""
+    scheduler = make_scheduler(max_rows=6)
+    for sequence in (1, 2, 3):
+        scheduler.add(sequence, 9, 20, group=1)
+    scheduler.add(4, 1, 20)
+    plan = scheduler.next_sweep()
+    assert spans_of(plan) == [RowSpan(1, 0, 6, False)]
+    commit(scheduler, plan)
+    plan = scheduler.next_sweep()
+    assert spans_of(plan) == [RowSpan(1, 6, 3, True), RowSpan(4, 0, 1, True)]
+    commit(scheduler, plan)
+    plan = scheduler.next_sweep()
+    assert sorted(spans_of(plan), key=lambda s: s.sequence) == [
+        RowSpan(1, 9, 1, True),
+        RowSpan(2, 8, 1, True),
+        RowSpan(3, 8, 1, True),
+        RowSpan(4, 1, 1, True),
+    ]
+    tables = scheduler.pools.tables
+    assert tables[1].pages[:2] == tables[2].pages[:2] == tables[3].pages[:2]
+    commit(scheduler, plan)
+
+
+def test_a_group_whose_first_is_over_computes_its_prompt_again():
+    scheduler = make_scheduler(max_sequences=1)
+    for sequence in (1, 2):
+        scheduler.add(sequence, 9, 20, group=1)
+    commit(scheduler, scheduler.next_sweep(), ending=(1,))
+    assert spans_of(scheduler.next_sweep()) == [RowSpan(2, 0, 9, True)]
+
+
+def test_pages_move_up_when_nothing_waits():
+    """Full ones, from the slowest tier first, as long as DEVICE has more than is wanted soon."""
+    scheduler = make_scheduler(pages={Tier.DEVICE: 6, Tier.HOST: 6}, max_sequences=3)
+    scheduler.promoted_from = (Tier.HOST,)
+    for sequence in range(3):
+        scheduler.add(sequence, 9, 40)
+    commit(scheduler, scheduler.next_sweep(), ending=(0,))
+    pages = [page for table in scheduler.pools.tables.values() for page in table.pages[:2]]
+    assert {page.tier for page in pages} == {Tier.DEVICE, Tier.HOST}
+    scheduler.add(9, 9, 40)
+    scheduler.max_sequences = 2
+    commit(scheduler, scheduler.next_sweep())
+    assert scheduler.promotions == 0, "another sequence wants the room"
+    scheduler.finish(9)
+    scheduler.next_sweep()
+    assert scheduler.promotions > 0
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_job_with_groups_computes_every_position(seed):
+    """However few pages there are, every sequence computes, or shares, all its positions once."""
+    draw = random.Random(seed)
+    scheduler = make_scheduler(
+        pages={Tier.DEVICE: draw.randint(5, 20), Tier.HOST: draw.randint(4, 10)},
+        max_rows=draw.randint(3, 40),
+        micro_batch_rows=draw.randint(3, 40),
+        max_sequences=draw.randint(1, 8),
+    )
+    scheduler.promoted_from = (Tier.HOST,)
+    left, number = {}, 0
+    for _ in range(8):
+        prompt, count = draw.randint(1, 12), draw.choice([1, 1, 2, 4])
+        group = number if count > 1 else None
+        for _ in range(count):
+            left[number] = draw.randint(1, 8)
+            scheduler.add(number, prompt, prompt + left[number], group)
+            number += 1
+    for _ in range(5000):
+        plan = scheduler.next_sweep()
+        if plan.empty:
+            break
+        for span in spans_of(plan):
+            assert scheduler.running[span.sequence].computed == span.start
+            assert len(scheduler.pools.tables[span.sequence].pages) * 4 >= span.end
+        scheduler.pools.take_copies()
+        ending = []
+        for span in spans_of(plan):
+            if span.wants_logits:
+                left[span.sequence] -= 1
+                if not left[span.sequence]:
+                    ending.append(span.sequence)
+        commit(scheduler, plan, tuple(ending))
+    assert set(left.values()) == {0}
+    scheduler.pools.settle()
+    assert scheduler.pools.total_free == sum(scheduler.pools.capacity.values())

@@ -9,6 +9,7 @@ import torch
 
 from flexrun.architecture_check import ensure_exact
 from flexrun.attention.torch_ops import TorchAttention
+from flexrun.attention.triton_attention import TritonAttention, usable
 from flexrun.attention_split import AttentionSplit
 from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
@@ -159,7 +160,9 @@ class Runtime:
 
     def _choose_attention(self, closing: contextlib.ExitStack) -> AttentionBackend:
         if self.backend.device.type != "cpu":
-            return TorchAttention()
+            where = self.policy.page_tokens, self.backend.device
+            found = usable(set(self.model.attention), self.dtype, *where)
+            return TritonAttention() if found else TorchAttention()
         from flexrun.attention.cpu import CpuAttention  # Numba takes a while to import
 
         attention = CpuAttention()

@@ -12,7 +12,7 @@ from offload.raw_speed import raw_speeds
 from offload.tiers import Tier
 from policy_search.cost_model import SweepWork, best_host_share
 from policy_search.hardware import Hardware
-from policy_search.kv_memory import hosted_row_bytes, hosted_rows
+from policy_search.kv_memory import broken_off_bytes, hosted_row_bytes, hosted_rows
 
 if TYPE_CHECKING:
     from flexrun.model_trace import AttentionShape
@@ -54,7 +54,7 @@ class AttentionSplit:
 
         # An emulated device computes on the same cores.
         threads = torch.get_num_threads() // (2 if backend.device.type == "cpu" else 1)
-        memory = most_rows, hosted_row_bytes(shape)
+        memory = most_rows, hosted_row_bytes(shape), broken_off_bytes(shape, policy)
         attention = CpuAttention(max(1, threads))
         self.host = HostAttention(attention, kv_cache, backend, transfers, *memory)
         self._always = policy.attention == "host"

@@ -200,6 +200,7 @@ class Executor:
             *map(self._filled, positions.split(rows)),
             *(self._filled(_logit_rows(batch)) for batch in plan.micro_batches),
         ]
+        # It waits for the device: the sweep before is over, also if it chose no token.
         sent = torch.cat(inputs).to(self._device).split([len(each) for each in inputs])
         count = len(rows)
         self._micro_batches = [

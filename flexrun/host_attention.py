@@ -71,8 +71,12 @@ class HostAttention:
         transfers: TransferEngine,
         most_rows: int,
         row_bytes: dict[Tier, int],
+        broken_off_bytes: int,
     ) -> None:
-        """For micro-batches of `most_rows` rows that are hosted; `row_bytes` of memory for each."""
+        """For micro-batches of `most_rows` rows that are hosted; `row_bytes` of memory for each.
+
+        What a layer that has broken off holds on the device is charged here, too.
+        """
         self._attention = attention
         self._kv = kv_cache
         self._backend = backend
@@ -80,6 +84,9 @@ class HostAttention:
         self._turns: list[_Turn] = []
         self._number = 0
         self._homes: list[tuple[Tier, torch.Tensor]] = []
+        what = "a layer that waits for attention on HOST"
+        backend.account.charge(Tier.DEVICE, broken_off_bytes, what)
+        self._charged = broken_off_bytes
         back = most_rows * row_bytes[Tier.DEVICE]
         there = most_rows * row_bytes[Tier.HOST] - back
         try:
@@ -231,6 +238,8 @@ class HostAttention:
         for tier, home in self._homes:
             self._backend.free(tier, home)
         self._homes.clear()
+        self._backend.account.refund(Tier.DEVICE, self._charged)
+        self._charged = 0
         self._attention.close()
 
 

@@ -156,13 +156,18 @@ class Scheduler:
         # What runs will want the rest of its prompts, and soon a page more each.
         free = self.pools.total_free - sum(map(self._pages_wanted, self.running.values()))
         later: list[Progress] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+        # Who waits for its group has a place: else others would fill it until the group is over.
+        while self.waiting and budget > 0 and len(self.running) + len(later) < self.max_sequences:
             progress = self.waiting.popleft()
-            if not self._begin(progress):
+            ready = self._begin(progress)
+            free -= self._pages_wanted(progress)
+            if not ready:
+                free += progress.shared // self.pools.page_tokens
                 later.append(progress)  # its prompt is being computed
                 continue
+            if progress.computed % self.pools.page_tokens:
+                free -= 1  # a copy of the last page that it shares
             span = self._span(progress, budget)
-            free -= self._pages_wanted(progress)
             enough = free >= 0 or not self.running
             if not (enough and self.pools.allocate(progress.sequence, span.end)):
                 self._forget(progress)
@@ -200,6 +205,9 @@ class Scheduler:
             return
         running = self.running.values()
         spare = self.pools.free_pages(Tier.DEVICE) - sum(map(self._pages_wanted, running))
+        pages = ((tier, self.pools.capacity.get(tier, 0)) for tier in self.promoted_from)
+        if spare <= 0 or all(self.pools.free_pages(tier) == count for tier, count in pages):
+            return
         tables = [(p, self.pools.tables[p.sequence].pages) for p in running]
         full = [
             page for p, pages in tables for page in pages[: p.computed // self.pools.page_tokens]

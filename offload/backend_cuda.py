@@ -7,12 +7,12 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offload.backend import DeviceBackend, Source, Target, copy_bytes, move
+from offload.copy_stream import Copied, CopyStream, end_of, new_event
 from offload.errors import CapacityError
 from offload.links import FileExtent, Link, ScatteredRows, TensorRows
 from offload.pinned import PinnedMemory
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IN_FLIGHT = 3
-"""Copies of one stream that are handed to the device ahead: enough to leave no gap, few enough
-that an urgent one does not wait behind a whole layer's weights."""
-
 TO_DEVICE_BYTES = 16 * 2**20
 """Of one copy to the device: two of them outlast the wait of a thread for the interpreter."""
 RAW_SECONDS = 0.2
@@ -34,43 +30,6 @@ RAW_SECONDS = 0.2
 RAW_BYTES = 1 << 30  # … with about so many bytes at most, again and again
 _EPOCH_SECONDS = 60.0
 """CUDA tells the time between two events as float32: exact to microseconds only this far."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Copied:
-    """The begin and the end of a copy on its stream."""
-
-    begin: torch.cuda.Event
-    end: torch.cuda.Event
-
-
-def _event() -> torch.cuda.Event:
-    """One that can tell its time, and whose waiters sleep instead of keeping a core busy."""
-    return torch.cuda.Event(enable_timing=True, blocking=True)
-
-
-def _end(event: Any) -> torch.cuda.Event:
-    return event.end if isinstance(event, _Copied) else event
-
-
-class _CopyStream:
-    """A stream that holds a bounded number of copies."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
-        self._ends: deque[torch.cuda.Event] = deque()
-
-    def make_room(self) -> None:
-        """Block this thread until the stream may take another copy."""
-        while len(self._ends) >= IN_FLIGHT:
-            try:
-                end = self._ends.popleft()
-            except IndexError:  # another thread was faster
-                return
-            end.synchronize()
-
-    def issued(self, end: torch.cuda.Event) -> None:
-        self._ends.append(end)
 
 
 class CudaBackend(DeviceBackend):
@@ -84,12 +43,12 @@ class CudaBackend(DeviceBackend):
         self.device = device
         self._pinned = PinnedMemory()
         # Weights in, KV and embedding rows in, everything out: none waits behind another.
-        self._weights_in, self._rows_in, self._out = (_CopyStream(device) for _ in range(3))
-        self._gathers: dict[int, _Copied] = {}
+        self._weights_in, self._rows_in, self._out = (CopyStream(device) for _ in range(3))
+        self._gathers: dict[int, Copied] = {}
         """By address of pinned staging for rows: the last copy out of it."""
         self._bounce = threading.local()
         self._bounce_buffers: list[torch.Tensor] = []
-        self._epoch = _event()
+        self._epoch = new_event()
         self._epoch.record(torch.cuda.current_stream(device))
         self._epoch.synchronize()
         self._epoch_seconds = time.perf_counter()
@@ -142,7 +101,9 @@ class CudaBackend(DeviceBackend):
             gathered = source.staging.data_ptr()
             # This thread gathers into pinned staging that an earlier copy may still be reading.
             # For the rest, `after`, the stream waits: the thread is needed for other copies.
-            self.synchronize(self._gathers.get(gathered))
+            written = (each for each in after if isinstance(each, Copied) and each.to_ram)
+            for each in (self._gathers.get(gathered), *written):
+                self.synchronize(each)
             source = self._gathered(source, target)
         else:
             source = self._through_pinned(source, after)
@@ -156,18 +117,18 @@ class CudaBackend(DeviceBackend):
         return copied
 
     def _issue(
-        self, copies: _CopyStream, source: Source, target: Target, after: Sequence[Any]
-    ) -> _Copied:
+        self, copies: CopyStream, source: Source, target: Target, after: Sequence[Any]
+    ) -> Copied:
         assert isinstance(source, torch.Tensor)
         assert not isinstance(target, FileExtent)
         stream = copies.stream
         for event in after:
             if event is not None:
-                stream.wait_event(_end(event))
+                stream.wait_event(end_of(event))
         for tensor in (source, target):
             if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                 tensor.record_stream(stream)  # keeps the allocator from reusing it too early
-        begin, end = (_event() for _ in range(2))
+        begin, end = (new_event() for _ in range(2))
         begin.record(stream)
         if isinstance(target, ScatteredRows):
             assert target.staging is not None
@@ -182,7 +143,7 @@ class CudaBackend(DeviceBackend):
         copies.issued(end)
         if isinstance(source, torch.Tensor) and source.device.type == "cpu":
             self._note_bounced(source, end)
-        return _Copied(begin, end)
+        return Copied(begin, end, to_ram=copies is self._out)
 
     def _gathered(self, rows: TensorRows, target: Target) -> torch.Tensor:
         assert rows.staging is not None
@@ -228,7 +189,7 @@ class CudaBackend(DeviceBackend):
 
     def record(self) -> Any:
         """An event on the compute stream."""
-        event = _event()
+        event = new_event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 
@@ -260,7 +221,7 @@ class CudaBackend(DeviceBackend):
                 total += pair[0].nbytes
         if not copied:
             return None
-        stream, (begin, end) = self._weights_in.stream, (_event(), _event())
+        stream, (begin, end) = self._weights_in.stream, (new_event(), new_event())
         with torch.cuda.stream(stream):
             for timed in (False, True):
                 begin.record(stream)
@@ -277,12 +238,12 @@ class CudaBackend(DeviceBackend):
     def order_after(self, event: Any) -> None:
         """The compute stream waits for `event`; the calling thread does not."""
         if event is not None:
-            torch.cuda.current_stream(self.device).wait_event(_end(event))
+            torch.cuda.current_stream(self.device).wait_event(end_of(event))
 
     def synchronize(self, event: Any) -> None:
         """Block this thread, not the device."""
         if event is not None:
-            _end(event).synchronize()
+            end_of(event).synchronize()
 
     def _finish_copies(self) -> None:
         for copies in (self._weights_in, self._rows_in, self._out):

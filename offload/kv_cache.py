@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from offload.kv_batches import Span
     from offload.kv_hosted import HostedRows
     from offload.kv_layout import KVGroup
+    from offload.page_table import PageCopy
     from offload.paged_kv import LayerShape
-    from offload.pages import PageCopy, PagePools
+    from offload.pages import PagePools
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
 
@@ -115,7 +116,7 @@ class KVCache:
         for stores in self._last_store.values():
             for store in stores:
                 store.synchronize()  # or they would write the same values again
-        for tier, (pages, _) in table.by_tier(len(table.pages)).items():
+        for tier, pages in self._pools.pages_to_erase(sequence).items():
             if (staged := self._staged.get(tier)) is not None:
                 staged.erase(pages)
                 continue

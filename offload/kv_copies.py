@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from offload.backend import DeviceBackend
     from offload.kv_disk import DiskPages
+    from offload.page_table import Page, PageCopy
     from offload.paged_kv import PagedKV
-    from offload.pages import Page, PageCopy
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
 
@@ -78,7 +78,7 @@ def _copy(
         return transfers.submit(Link.HOST_TO_DEVICE, source, target, **order)  # type: ignore[arg-type]
     if way == (Tier.DEVICE, Tier.HOST):
         return transfers.submit(Link.DEVICE_TO_HOST, source, target, **order)  # type: ignore[arg-type]
-    for transfer in after:
+    for transfer in after if way[0] is not Tier.DEVICE or backend.unified else ():
         transfer.synchronize()  # from the last sweep: it is over long since
     target.copy_(source)
     return None

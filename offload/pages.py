@@ -1,61 +1,16 @@
-"""KV pages: a pool of page numbers per tier, and the page table of every sequence (no torch).
-
-A page holds the keys and values of `page_tokens` consecutive positions of one layer. A sequence's
-table is valid in every layer: page 7 of layer 0 and page 7 of layer 31 are of the same positions.
-The pages of one sequence may lie on all tiers at once (vLLM's block tables, one pool per tier).
-"""
+"""KV pages: a pool of page numbers per tier, and the sequences that hold them (no torch)."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from offload.page_table import Page, PageCopy, PageTable
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
-
-
-class Page(NamedTuple):
-    """Where a page lies."""
-
-    tier: Tier
-    number: int
-
-
-class PageCopy(NamedTuple):
-    """What has to be in `target` before rows of the next sweep read it, or add to it."""
-
-    source: Page
-    target: Page
-    from_tail: int | None = None
-    """The source is on DISK and not full: what it holds is at this place in RAM. The same for …"""
-    to_tail: int | None = None
-    """… the target."""
-
-
-@dataclass(slots=True)
-class PageTable:
-    """The pages of one sequence."""
-
-    pages: list[Page] = field(default_factory=list)
-    tail: int | None = None
-    """With pages on DISK, which takes whole ones: the place in RAM of a page that is not full."""
-    tokens: int = 0
-    """Positions that it has pages for: after a sweep, those with keys and values."""
-
-    def by_tier(self, count: int) -> dict[Tier, tuple[list[int], list[int]]]:
-        """Numbers and places of the first `count` pages, for every tier that some are on.
-
-        The tiers come in one order, whatever the table.
-        """
-        found: dict[Tier, tuple[list[int], list[int]]] = {tier: ([], []) for tier in Tier}
-        for index, page in enumerate(self.pages[:count]):
-            numbers, places = found[page.tier]
-            numbers.append(page.number)
-            places.append(index)
-        return {tier: lists for tier, lists in found.items() if lists[0]}
 
 
 @dataclass(slots=True)
@@ -279,6 +234,13 @@ class PagePools:
             self._free[page.tier].append(page.number)
         self._report([page.tier for page in pages], -1)
 
+    def pages_to_erase(self, sequence: int) -> dict[Tier, list[int]]:
+        """Numbers of pages that hold what `sequence` has stored, the places of moved ones too."""
+        found: dict[Tier, list[int]] = {}
+        for page in (*self.tables[sequence].pages, *self._read, *self._being_read):
+            found.setdefault(page.tier, []).append(page.number)
+        return found
+
     def take_copies(self) -> list[PageCopy]:
         """What has to be copied in this sweep, before anything else reads or writes these pages."""
         copies, self._copies = self._copies, []
@@ -288,7 +250,7 @@ class PagePools:
         return copies
 
     def settle(self) -> None:
-        """The copies that were taken are made: what they read may be used again."""
+        """The sweep whose copies were taken is over: what they read may be used again."""
         self._give_back(self._being_read)
         self._free_tails += self._tails_being_read
         self._being_read, self._tails_being_read = [], []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from offload.errors import CapacityError
 from offload.disk_layout import kv_file_layout
+from offload.errors import CapacityError
 from offload.tiers import BUDGET_FLAG, DISK_BLOCK, LEAVING_BATCHES, TURNS, Tier, format_size
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def kv_working(shape: ModelShape, policy: Policy, staging: int, unified: bool) -
     if hosted := hosted_rows(policy, unified=unified):
         for tier, nbytes in hosted_row_bytes(shape).items():
             working[tier] += TURNS * hosted * nbytes
+        working[Tier.DEVICE] += broken_off_bytes(shape, policy)
     if policy.kv_cache.disk:
         tails = policy.max_sequences * policy.page_tokens * shape.kv_token_bytes
         working[Tier.DEVICE if unified else Tier.HOST] += tails
@@ -83,6 +84,14 @@ def hosted_row_bytes(shape: ModelShape) -> dict[Tier, int]:
     back = 4 * shape.output_values
     there = shape.query_values * shape.value_bytes + max(shape.kv_bytes_per_token)
     return {Tier.DEVICE: back, Tier.HOST: back + there}
+
+
+def broken_off_bytes(shape: ModelShape, policy: Policy) -> int:
+    """On DEVICE while a micro-batch waits inside attention: its rows' queries, keys and values,
+    what they send to HOST, and results in float32, its own and those that came back.
+    """
+    there = shape.query_values * shape.value_bytes + max(shape.kv_bytes_per_token)
+    return policy.micro_batch_rows * (2 * there + 2 * 4 * shape.output_values)
 
 
 def leaving_rows_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> int:

@@ -23,6 +23,7 @@ TORCH_FREE = (
     "offload.disk_layout",
     "offload.prepared_layout",
     "offload.placement",
+    "offload.page_table",
     "offload.pages",
 )
 # Written in two parts, so that this file does not contain them.

@@ -401,6 +401,33 @@ def test_a_group_whose_first_is_over_computes_its_prompt_again():
     assert spans_of(scheduler.next_sweep()) == [RowSpan(2, 0, 9, True)]
 
 
+@pytest.mark.parametrize(("groups", "count", "most"), [(20, 4, 10), (30, 8, 16)])
+def test_prompts_are_computed_once_however_many_wait(groups, count, most):
+    """More groups than sequences may run: those that wait for a prompt keep their place."""
+    scheduler = make_scheduler(max_sequences=most)
+    for number in range(groups * count):
+        scheduler.add(number, 9, 12, group=number // count * count)
+    computed = 0
+    while not (plan := scheduler.next_sweep()).empty:
+        scheduler.pools.take_copies()
+        computed += sum(span.start == 0 for span in spans_of(plan))
+        ending = [s.sequence for s in spans_of(plan) if s.end == 11]
+        commit(scheduler, plan, tuple(ending))
+    assert computed == groups
+
+
+def test_copies_of_shared_pages_are_counted_before_sequences_start():
+    """Nobody is admitted whose copy of a page takes what others need next."""
+    scheduler = make_scheduler(pages={Tier.DEVICE: 12}, max_sequences=8)
+    for number in range(8):
+        scheduler.add(number, 15, 18, group=0)
+    while not (plan := scheduler.next_sweep()).empty:
+        scheduler.pools.take_copies()
+        ending = [s.sequence for s in spans_of(plan) if s.end == 17]
+        commit(scheduler, plan, tuple(ending))
+    assert scheduler.preemptions == 0
+
+
 def test_pages_move_up_when_nothing_waits():
     """Full ones, from the slowest tier first, as long as DEVICE has more than is wanted soon."""
     scheduler = make_scheduler(pages={Tier.DEVICE: 6, Tier.HOST: 6}, max_sequences=3)

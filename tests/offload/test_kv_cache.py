@@ -25,8 +25,9 @@ from offload.kv_cache import KVCache
 from offload.kv_layout import KVGroup, build_group
 from offload.kv_moves import SpanPages
 from offload.links import Link
+from offload.page_table import Page
 from offload.paged_kv import PagedKV
-from offload.pages import Page, PagePools
+from offload.pages import PagePools
 from offload.ram import map_memory
 from offload.staging import StagingBuffers
 from offload.tiers import DISK_BLOCK, LEAVING_BATCHES, MemoryAccount, Tier
@@ -502,6 +503,23 @@ def test_an_erased_sequence_leaves_zeros(name, tier):
         erased, kept = (rig.pools.tables[number].by_tier(3)[tier][0] for number in (0, 1))
         assert not home[erased].any()
         assert home[kept].any(1).all()
+    rig.close()
+
+
+def test_an_erased_sequence_leaves_zeros_where_its_pages_were():
+    """A page that moved up has left a copy behind, which others get next."""
+    rig = Rig("emulated", {Tier.DEVICE: 4, Tier.HOST: 4}, page_tokens=4)
+    assert rig.pools.allocate(0, 8)
+    rig.sweep([[RowSpan(0, 0, 8, True)]])
+    (source,) = (page for page in rig.pools.tables[0].pages if page.tier is Tier.HOST)
+    assert rig.pools.move({source: Tier.DEVICE}) == [source]
+    assert rig.pools.allocate(0, 9)
+    rig.sweep([[RowSpan(0, 8, 1, True)]])
+    rig.transfers.drain()
+    left = [pool.raw[source.number] for pool in rig.cache._layers[Tier.HOST]]
+    assert all(each.any() for each in left)
+    rig.cache.erase(0)
+    assert not any(each.any() for each in left)
     rig.close()
 
 

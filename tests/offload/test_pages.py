@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from offload.pages import Page, PagePools
+from offload.page_table import Page
+from offload.pages import PagePools
 from offload.tiers import Tier
 
 

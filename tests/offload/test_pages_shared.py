@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from offload.pages import Page, PageCopy, PagePools
+from offload.page_table import Page, PageCopy
+from offload.pages import PagePools
 from offload.tiers import Tier
 
 

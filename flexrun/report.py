@@ -91,11 +91,11 @@ def report_text(summary: Mapping[str, Any]) -> str:
     if not summary.get("bound"):
         return ""
     lines = [f"bound by {summary['bound']}"]
-    lines += [f"  compute       busy {summary['compute_share']:4.0%}"]
+    lines += [f"  compute        busy {summary['compute_share']:4.0%}"]
     for name, link in summary["links"].items():
         raw = link["raw_gb_per_s"]
         against = f" of {raw:.2f} GB/s reached by a raw copy" if raw else ""
         lines.append(
-            f"  {name:<13} busy {link['busy_share']:4.0%}, {link['gb_per_s']:.2f} GB/s{against}"
+            f"  {name:<14} busy {link['busy_share']:4.0%}, {link['gb_per_s']:.2f} GB/s{against}"
         )
     return "\n".join(lines)

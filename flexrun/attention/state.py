@@ -20,6 +20,8 @@ class AttentionState:
     def __init__(self, rows: int, heads: int, dim: int, device: torch.device) -> None:
         self._shape = rows, heads, dim
         self._device = device
+        self._seen = bytearray(rows)
+        """Rows that may have a part; to merge into nothing would take five times the operations."""
         self._out: torch.Tensor | None = None
         self._lse: torch.Tensor | None = None
 
@@ -28,10 +30,21 @@ class AttentionState:
         if self._out is None or self._lse is None:
             if out.shape[0] == self._shape[0] and isinstance(rows, slice):
                 self._out, self._lse = out, lse
+                self._mark(rows)
                 return
             self._out = torch.zeros(self._shape, device=self._device)
             self._lse = torch.full(self._shape[:2], -torch.inf, device=self._device)
-        self._out[rows], self._lse[rows] = merge(self._out[rows], self._lse[rows], out, lse)
+        if self._mark(rows):
+            out, lse = merge(self._out[rows], self._lse[rows], out, lse)
+        self._out[rows], self._lse[rows] = out, lse
+
+    def _mark(self, rows: Rows) -> bool:
+        """Note that `rows` have a part; whether some may have had one before."""
+        # Which rows a tensor names is known on the device only.
+        known = rows if isinstance(rows, slice) else slice(None)
+        before = any(self._seen[known])
+        self._seen[known] = bytes([1]) * len(self._seen[known])
+        return before
 
     def finish(self, sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The result [n, H, V]. `sinks` [H] are logits that take probability and give nothing."""

@@ -40,13 +40,17 @@ def split_spans(
 ) -> tuple[list[SpanPages], list[SpanPages]]:
     """Spans that HOST attends to, with about `share` of the single rows' pages, and the others.
 
-    Those that move to the device have at most `room` pages, if HOST can attend to the rest.
+    Those that move to the device have at most `room` pages, if HOST can attend to the rest. Both
+    are in the order of their rows, which the KV cache relies on.
     """
     hosted: list[SpanPages] = []
-    moved = [span for span in spans if not can_be_hosted(span)]
-    room -= sum(len(span.pages) for span in moved)
+    moved: list[SpanPages] = []
+    room -= sum(len(span.pages) for span in spans if not can_be_hosted(span))
     wanted = chosen = 0.0
-    for span in filter(can_be_hosted, spans):
+    for span in spans:
+        if not can_be_hosted(span):
+            moved.append(span)
+            continue
         pages = len(span.pages)
         wanted += pages * share
         # As in error diffusion: each choice makes up for what the ones before were off.

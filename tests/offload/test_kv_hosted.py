@@ -33,6 +33,8 @@ def test_the_share_is_met(seed: int, share: float) -> None:
     hosted, moved = split_spans(spans, share, PLENTY)
     assert sorted(map(id, hosted + moved)) == sorted(map(id, spans))
     assert all(span.count == 1 for span in hosted)
+    for part in (hosted, moved):
+        assert [span.row for span in part] == sorted(span.row for span in part)
     single = sum(len(span.pages) for span in spans if span.count == 1)
     assert abs(sum(len(span.pages) for span in hosted) - share * single) <= 30
     if share in (0.0, 1.0):

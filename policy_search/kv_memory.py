@@ -40,7 +40,8 @@ def kv_room(
     if staged := _staged_tiers(policy, unified):
         layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
         whole_sequence = -(-context_length // policy.page_tokens)
-        most = room[Tier.DEVICE] // (4 * staged) // layer_page_bytes
+        free_here = room[Tier.DEVICE] - _hosted_working(shape, policy, unified)[Tier.DEVICE]
+        most = max(0, free_here) // (4 * staged) // layer_page_bytes
         staging = max(1, min(whole_sequence, most))
         for tier, nbytes in kv_working(shape, policy, staging, unified).items():
             room[tier] -= nbytes
@@ -62,13 +63,20 @@ def kv_working(shape: ModelShape, policy: Policy, staging: int, unified: bool) -
     buffers *= max(shape.kv_bytes_per_token) * policy.page_tokens
     working = {Tier.DEVICE: 2 * buffers, Tier.HOST: 0 if unified else 4 * buffers}
     working[Tier.DEVICE] += leaving_rows_bytes(shape, policy, unified=unified)
-    if hosted := hosted_rows(policy, unified=unified):
-        for tier, nbytes in hosted_row_bytes(shape).items():
-            working[tier] += TURNS * hosted * nbytes
-        working[Tier.DEVICE] += broken_off_bytes(shape, policy)
+    for tier, nbytes in _hosted_working(shape, policy, unified).items():
+        working[tier] += nbytes
     if policy.kv_cache.disk:
         tails = policy.max_sequences * policy.page_tokens * shape.kv_token_bytes
         working[Tier.DEVICE if unified else Tier.HOST] += tails
+    return working
+
+
+def _hosted_working(shape: ModelShape, policy: Policy, unified: bool) -> dict[Tier, int]:
+    rows = hosted_rows(policy, unified=unified)
+    if not rows:
+        return {Tier.DEVICE: 0, Tier.HOST: 0}
+    working = {tier: TURNS * rows * nbytes for tier, nbytes in hosted_row_bytes(shape).items()}
+    working[Tier.DEVICE] += broken_off_bytes(shape, policy)
     return working
 
 

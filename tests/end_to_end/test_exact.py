@@ -9,7 +9,8 @@ import pytest
 
 from flexrun import LLM, runtime
 from offload.pages import PagePools
-from offload.tiers import Split, Tier
+from offload.tiers import TURNS, Split, Tier
+from policy_search.kv_memory import broken_off_bytes, hosted_row_bytes, hosted_rows
 from policy_search.memory import workspace
 from policy_search.policy import Policy
 from tests.end_to_end.harness import SPLITS, engine_of, generate, run
@@ -35,6 +36,9 @@ def cut(micro_batches: int) -> dict[str, int]:
     return {"num_micro_batches": micro_batches, "micro_batch_rows": 48 // micro_batches}
 
 
+BATCH = {"micro_batch_rows": 48, "max_rows": 48, "max_sequences": 10}
+
+
 class Tiny:
     """Settings of the tiny Llama on devices that are too small for it."""
 
@@ -58,13 +62,21 @@ class Tiny:
         activations = workspace(self.shape, Policy(**batch))  # type: ignore[arg-type]
         return self.room(weights) + ring + activations
 
+    def hosted(self, **batch: int) -> int:
+        """DEVICE bytes of rows that attend to pages on HOST there."""
+        policy = Policy(kv_cache=Split(host=100), **batch)  # type: ignore[arg-type]
+        rows = TURNS * hosted_rows(policy, unified=False)
+        there = hosted_row_bytes(self.shape)[Tier.DEVICE]
+        return rows * there + broken_off_bytes(self.shape, policy)
+
     def settings(self, device: str, weights: str, kv_cache: str, **changed: int) -> dict[str, Any]:
         """Ten of the sixteen prompts run at a time, in 48 rows a sweep, unless `changed`."""
-        batch = {"micro_batch_rows": 48, "max_rows": 48, "max_sequences": 10} | changed
+        batch = BATCH | changed
         common: dict[str, Any] = {"device": device, "weights": weights, "kv_cache": kv_cache}
         common["dtype"] = "float32"
         if device == "emulated":
-            common["emulate"] = f"capacity={self.capacity(weights, **batch)}"
+            hosted = self.hosted(**batch) if "host" in kv_cache else 0
+            common["emulate"] = f"capacity={self.capacity(weights, **batch) + hosted}"
             # A third layer on its way would take the room of KV pages.
             common["policy"] = Policy(prefetch_depth=2)
         return common | batch
@@ -149,7 +161,8 @@ def test_pages_are_used_again(tiny_llama_dir, tiny, device):
     prompts = [list(text.encode()) for text in ragged_prompts(60, seed=1, longest=7)]
     many = cut(3) | {"max_sequences": 60}
     settings = tiny.settings(device, "device=50,host=50", "device=50,host=50", **many)
-    settings["device_memory"] = tiny.capacity("device=50,host=50", max_rows=48, **many)
+    limit = tiny.capacity("device=50,host=50", max_rows=48, **many)
+    settings["device_memory"] = limit + tiny.hosted(max_rows=48, **many) * (device != "cpu")
     with LLM(tiny_llama_dir, **settings) as llm:
         pools = engine_of(llm)._runtime.pools
         room = sum(pools.capacity.values()) * pools.page_tokens
@@ -209,6 +222,7 @@ def test_a_tied_embedding(tiny_tied_llama_dir, tiny, device, weights):
 def test_long_texts_through_small_staging(tiny_llama_dir, tiny, kv_cache):
     """Texts away are exact although the device's staging holds only one of them at a time."""
     settings = tiny.settings("emulated", "host=100", kv_cache)
+    settings["emulate"] = f"capacity={tiny.capacity('host=100', **BATCH)}"
     with LLM(tiny_llama_dir, attention="device", **settings) as llm:
         pools = engine_of(llm)._runtime.pools
         (staging,) = pools.largest_table.values()

@@ -245,17 +245,17 @@ class Executor:
         rows = running.batch.rows
         if more := len(running.input_ids) - rows:
             query, key, value = query[:, :rows], key[:, :rows], value[:, :rows]
-        sent = None
-        if self._breaks and self._host_attention is not None:
-            sent = self._host_attention.send(forward.unit, number, query, key, value, options)
+        host = self._host_attention if self._breaks else None
+        call = forward.unit, number, query, key, value, options
+        sent = None if host is None else host.send(*call)
         self._kv.append(forward.unit, number, key, value)
         groups = self._kv.view(forward.unit, number)
         state = self._attention.parts(query, key, value, groups, options)
-        if self._breaks:
+        if host is not None:
             forward.pause()
-        if sent is not None and self._host_attention is not None:
-            self._wait(self._host_attention.waits_for(sent))
-            state.add(*self._host_attention.receive(sent))
+        if host is not None and sent is not None:
+            self._wait(host.waits_for(sent))
+            state.add(*host.receive(sent))
         out = state.finish(options.sinks, query.dtype)
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, more)) if more else out
 

@@ -180,8 +180,10 @@ class Scheduler:
 
     def _begin(self, progress: Progress) -> bool:
         """Share what others of its group have computed; False if they are about to compute it."""
+        if not progress.shared:
+            return True
         others = [each for each in self.running.values() if each.group == progress.group]
-        if not progress.shared or not others:
+        if not others:
             return True
         there = next((each for each in others if each.computed >= progress.shared), None)
         if there is None:

@@ -27,7 +27,8 @@ TO_DEVICE_BYTES = 16 * 2**20
 """Of one copy to the device: two of them outlast the wait of a thread for the interpreter."""
 RAW_SECONDS = 0.2
 """That the raw speed of the link to the device is measured for, …"""
-RAW_BYTES = 1 << 30  # … with about so many bytes at most, again and again
+RAW_BYTES = 1 << 30
+"""… with about so many bytes at most, again and again."""
 _EPOCH_SECONDS = 60.0
 """CUDA tells the time between two events as float32: exact to microseconds only this far."""
 
@@ -69,9 +70,7 @@ class CudaBackend(DeviceBackend):
         if tier is Tier.HOST:
             try:
                 self._finish_copies()  # a run that was broken off leaves some under way
-            except (
-                RuntimeError
-            ) as error:  # of the device: what is left has to be freed all the same
+            except RuntimeError as error:  # of the device: the rest has to be freed all the same
                 logger.warning("waiting for copies before memory is freed: %s", error)
             self._pinned.free(tensor)
 
@@ -182,9 +181,8 @@ class CudaBackend(DeviceBackend):
         return deque((buffer, None) for buffer in buffers if self._pinned.is_pinned(buffer))
 
     def _note_bounced(self, source: torch.Tensor, end: torch.cuda.Event) -> None:
-        if (
-            ring := getattr(self._bounce, "ring", None)
-        ) and source.untyped_storage().data_ptr() == ring[-1][0].data_ptr():
+        ring = getattr(self._bounce, "ring", None)
+        if ring and source.untyped_storage().data_ptr() == ring[-1][0].data_ptr():
             ring[-1] = (ring[-1][0], end)
 
     def record(self) -> Any:
@@ -194,7 +192,7 @@ class CudaBackend(DeviceBackend):
         return event
 
     def mark(self) -> Any:
-        """See `record`."""
+        """The compute stream's point in time."""
         return self.record()
 
     def marks_of(self, event: Any) -> tuple[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,19 +65,19 @@ def _copy(
     after: Sequence[Transfer],
 ) -> Transfer | None:
     # What was computed until now may read or write the same pages of the device.
-    order = {"after": [*after, backend.record()], "kind": "kv", "priority": URGENT}
+    order: dict[str, Any] = {"after": [*after, backend.record()], "kind": "kv", "priority": URGENT}
     if isinstance(source, FileExtent):
         assert isinstance(target, torch.Tensor)
         if way[1] is Tier.HOST:
-            return transfers.submit(Link.DISK_TO_HOST, source, target, **order)  # type: ignore[arg-type]
-        return transfers.submit_from_disk([(source, target)], **order)  # type: ignore[arg-type]
+            return transfers.submit(Link.DISK_TO_HOST, source, target, **order)
+        return transfers.submit_from_disk([(source, target)], **order)
     if isinstance(target, FileExtent):
         assert backend.unified or way[0] is Tier.HOST
-        return transfers.submit_to_disk([(source, target)], **order)  # type: ignore[arg-type]
+        return transfers.submit_to_disk([(source, target)], **order)
     if way == (Tier.HOST, Tier.DEVICE):
-        return transfers.submit(Link.HOST_TO_DEVICE, source, target, **order)  # type: ignore[arg-type]
+        return transfers.submit(Link.HOST_TO_DEVICE, source, target, **order)
     if way == (Tier.DEVICE, Tier.HOST):
-        return transfers.submit(Link.DEVICE_TO_HOST, source, target, **order)  # type: ignore[arg-type]
+        return transfers.submit(Link.DEVICE_TO_HOST, source, target, **order)
     for transfer in after if way[0] is not Tier.DEVICE or backend.unified else ():
         transfer.synchronize()  # from the last sweep: it is over long since
     target.copy_(source)

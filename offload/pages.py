@@ -177,6 +177,8 @@ class PagePools:
         Nothing is done to pages that are not full, that a copy is about to read or fill, or for
         which the tier has no room.
         """
+        if not wanted:
+            return []
         busy = {page for copy in self._copies for page in (copy.source, copy.target)}
         moved: dict[Page, Page] = {}
         held = {number: Counter(p.tier for p in t.pages) for number, t in self.tables.items()}
@@ -237,7 +239,7 @@ class PagePools:
     def pages_to_erase(self, sequence: int) -> dict[Tier, list[int]]:
         """Numbers of pages that hold what `sequence` has stored, the places of moved ones too."""
         found: dict[Tier, list[int]] = {}
-        for page in (*self.tables[sequence].pages, *self._read, *self._being_read):
+        for page in (*self.tables[sequence].pages, *self._being_read):
             found.setdefault(page.tier, []).append(page.number)
         return found
 

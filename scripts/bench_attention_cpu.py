@@ -90,7 +90,8 @@ class Pages:
         return key, value
 
     def attend(self, backend: AttentionBackend) -> torch.Tensor:
-        return backend.run(self.query, self.key, self.value, self.groups, self.options)
+        state = backend.parts(self.query, self.key, self.value, self.groups, self.options)
+        return state.finish(None, self.query.dtype)
 
     def close(self) -> None:
         self.transfers.close()

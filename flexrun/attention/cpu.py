@@ -40,10 +40,6 @@ class CpuAttention(AttentionBackend):
         self._threads = threads or torch.get_num_threads()
         self._team = Team(self._threads)
 
-    def prepare_few_rows(self, group: KVGroup) -> None:
-        """See `AttentionBackend.prepare`."""
-        group.paged(below=self.chunk_rows)
-
     def few_rows(
         self, query: torch.Tensor, group: KVGroup, pool: PagedKV, options: AttentionOptions
     ) -> Iterator[tuple[Rows, torch.Tensor, torch.Tensor]]:

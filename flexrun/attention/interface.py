@@ -37,21 +37,9 @@ class AttentionBackend(ABC):
             group.chunks(self.chunk_rows)
             self.prepare_few_rows(group)
 
-    @abstractmethod
     def prepare_few_rows(self, group: KVGroup) -> None:
         """What `few_rows` needs of it."""
-
-    def run(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        groups: Sequence[tuple[KVGroup, PagedKV]],
-        options: AttentionOptions,
-    ) -> torch.Tensor:
-        """Attend: see `parts`. Returns [rows, query_heads, value_dim]."""
-        state = self.parts(query, key, value, groups, options)
-        return state.finish(options.sinks, query.dtype)
+        group.paged(below=self.chunk_rows)
 
     def parts(
         self,
@@ -61,7 +49,7 @@ class AttentionBackend(ABC):
         groups: Sequence[tuple[KVGroup, PagedKV]],
         options: AttentionOptions,
     ) -> AttentionState:
-        """What attention over `groups` gives, merged; others may be added.
+        """Attend: what `groups` give, merged; other parts may be added before it is finished.
 
         query [query_heads, rows, key_dim], key and value [kv_heads, rows, ...] are the rows of one
         micro-batch; every row sees the positions of its own sequence up to itself.

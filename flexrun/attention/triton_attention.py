@@ -34,10 +34,6 @@ class TritonAttention(AttentionBackend):
 
     chunk_rows = 64
 
-    def prepare_few_rows(self, group: KVGroup) -> None:
-        """See `AttentionBackend.prepare`."""
-        group.paged(below=self.chunk_rows)
-
     def few_rows(
         self, query: torch.Tensor, group: KVGroup, pool: PagedKV, options: AttentionOptions
     ) -> Iterator[tuple[Rows, torch.Tensor, torch.Tensor]]:

@@ -123,7 +123,8 @@ class Rig:
             ]
         )
         for backend in (TorchAttention(), CpuAttention(threads=2)):
-            out = backend.run(query, key, value, self.cache.view(0, 0), options)
+            state = backend.parts(query, key, value, self.cache.view(0, 0), options)
+            out = state.finish(options.sinks, query.dtype)
             assert out.shape == (rows, heads, VALUE_DIM)
             torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
             backend.close()
@@ -186,6 +187,9 @@ def test_a_window_as_wide_as_the_text_hides_nothing():
         key, value = rig.append(spans)
         query = torch.randn(4, 12, KEY_DIM, generator=rig.random)
         groups = rig.cache.view(0, 0)
-        plain = TorchAttention().run(query, key, value, groups, OPTIONS["plain"])
-        assert torch.equal(TorchAttention().run(query, key, value, groups, options), plain)
+        plain, found = (
+            TorchAttention().parts(query, key, value, groups, each).finish(None, query.dtype)
+            for each in (OPTIONS["plain"], options)
+        )
+        assert torch.equal(found, plain)
         rig.close()

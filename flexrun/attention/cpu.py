@@ -9,6 +9,7 @@ import torch
 
 from flexrun.attention.interface import AttentionBackend
 from flexrun.attention.team import Job, Team
+from flexrun.attention.vectors import LANES, MULTIPLIES_PAIRS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,16 +65,20 @@ class CpuAttention(AttentionBackend):
         heads, rows, dim = query.shape
         _, kv_heads, page_tokens, _ = pool.keys.shape
         value_dim = pool.values.shape[-1]
-        scaled = query.transpose(0, 1).to(torch.float32) * options.scaling
         out = torch.zeros(rows, heads, value_dim)
         lse = torch.full((rows, heads), -torch.inf)
         table, pages, indices = _as_arrays(spans)
         cells = pool.raw.view(-1).view(_CELLS[pool.raw.dtype]).numpy()
         job = Job(
-            scaled.reshape(-1).numpy(),
+            _as_queries(query.transpose(0, 1), pool.raw.dtype),
             cells,
             (kv_heads, heads // kv_heads, page_tokens, dim, value_dim),
-            (options.sliding_window or 0, options.chunk or 0, options.softcap or 0.0),
+            (
+                options.sliding_window or 0,
+                options.chunk or 0,
+                options.softcap or 0.0,
+                options.scaling,
+            ),
             table,
             pages,
             indices,
@@ -90,6 +95,20 @@ class CpuAttention(AttentionBackend):
     def close(self) -> None:
         """Give back threads."""
         self._team.close()
+
+
+def _as_queries(query: torch.Tensor, stored: torch.dtype) -> Any:
+    """Flat, of the type and in the order that the kernel multiplies with; query [n, H, D]."""
+    if stored != torch.bfloat16:
+        return query.float().reshape(-1).numpy()
+    if query.dtype == torch.bfloat16 and MULTIPLIES_PAIRS:
+        return query.reshape(-1).view(torch.uint16).numpy()
+    whole = query.shape[-1] // (2 * LANES) * (2 * LANES)
+    split = query.new_empty(query.shape, dtype=torch.float32)
+    pairs = query[..., :whole].unflatten(-1, (-1, LANES, 2))
+    split[..., :whole] = pairs.transpose(-1, -2).flatten(-3)
+    split[..., whole:] = query[..., whole:]
+    return split.view(-1).numpy()
 
 
 def _as_arrays(spans: PagedSpans) -> tuple[Any, Any, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from flexrun.attention import vector_memory as memory
+from flexrun.attention import vector_sums as sums
 from flexrun.attention import vectors as v
 from flexrun.attention.lanes import BLOCK, choose, hide
 from flexrun.attention.vectors import LANES, F, kernel, part
@@ -27,41 +28,52 @@ NONE = F(-1e30)
 
 
 @part
-def _score(
-    query: Any,
-    at: Any,
-    cells: Any,
-    key: Any,
-    low: Any,
-    high: Any,
-    dim: Any,
-    scores: Any,
-    ahead: Any,
-    full: Any,
-) -> None:
-    """scores [T, 4] of four queries at `at` [4]. Cells at `ahead` [2] will be read next: a page's
-    keys of one head are too few for the processor to see it coming.
-    """
-    whole = dim // LANES * LANES
+def _products(query: Any, at: Any, cells: Any, key: Any, dim: Any, ahead: Any, full: Any) -> Any:
+    """Products of a key with four queries at `at` [4], added up as far as `sums.fold` does."""
+    whole, vectors = dim // (2 * LANES) * (2 * LANES), dim // LANES * LANES
     q0, q1, q2, q3 = at[0], at[1], at[2], at[3]
-    for t in range(low, high):
-        a = b = c = d = v.splat(F(0))
-        k = key + t * dim
-        for i in range(0, dim, 2 * LANES):
-            memory.prefetch(cells, ahead[0] + t * dim + i)
-            memory.prefetch(cells, ahead[1] + t * dim + i)
-        for i in range(0, whole, LANES):
-            x = memory.load(cells, k + i)
-            a = v.fma(memory.load(query, q0 + i), x, a)
-            b = v.fma(memory.load(query, q1 + i), x, b)
-            c = v.fma(memory.load(query, q2 + i), x, c)
-            if full:
-                d = v.fma(memory.load(query, q3 + i), x, d)
-        memory.store_sums(scores, BLOCK * t, a, b, c, d)
-        for i in range(whole, dim):
+    a = b = c = d = v.splat(F(0))
+    for i in range(0, whole, 2 * LANES):
+        memory.prefetch(cells, ahead + i)
+        a = memory.add_products(query, q0 + i, cells, key + i, a)
+        b = memory.add_products(query, q1 + i, cells, key + i, b)
+        c = memory.add_products(query, q2 + i, cells, key + i, c)
+        if full:
+            d = memory.add_products(query, q3 + i, cells, key + i, d)
+    for i in range(whole, vectors, LANES):
+        x = memory.load(cells, key + i)
+        a = v.fma(memory.load(query, q0 + i), x, a)
+        b = v.fma(memory.load(query, q1 + i), x, b)
+        c = v.fma(memory.load(query, q2 + i), x, c)
+        d = v.fma(memory.load(query, q3 + i), x, d)
+    return sums.fold(a, b, c, d)
+
+
+@part
+def _score(
+    query: Any, at: Any, cells: Any, key: Any, low: Any, high: Any, dim: Any, scale: Any,
+    scores: Any, ahead: Any, full: Any,
+) -> None:  # fmt: skip
+    """scores [T, 4] of four queries at `at` [4]; up to three keys beyond `high` mean nothing.
+
+    Cells from `ahead` on will be read next: a page's keys of one head are too few for the processor
+    to see it coming.
+    """
+    scales, last = v.splat(scale), (high - 1) * dim
+    for t in range(low, high, 4):
+        t0 = t * dim
+        t1, t2, t3 = min(t0 + dim, last), min(t0 + 2 * dim, last), min(t0 + 3 * dim, last)
+        a = _products(query, at, cells, key + t0, dim, ahead + t0, full)
+        b = _products(query, at, cells, key + t1, dim, ahead + t1, full)
+        c = _products(query, at, cells, key + t2, dim, ahead + t2, full)
+        d = _products(query, at, cells, key + t3, dim, ahead + t3, full)
+        sums.store_scores(scores, BLOCK * t, a, b, c, d, scales)
+    for i in range(dim // LANES * LANES, dim):
+        for t in range(low, high):
+            x = memory.load_one(cells, key + t * dim + i)
             for lane in range(BLOCK):
-                product = memory.load_one(query, at[lane] + i) * memory.load_one(cells, k + i)
-                scores[BLOCK * t + lane] += product
+                product = memory.load_one(query, at[lane] + i) * x
+                scores[BLOCK * t + lane] += product * scale
 
 
 @part
@@ -91,8 +103,7 @@ def _raise_tops(four: Any, states: Any, top: Any, mass: Any, total: Any, dim: An
 @part
 def _fill(scores: Any, end: Any, value: Any) -> None:
     """The last vector of scores may reach beyond them."""
-    for i in range(end, end + LANES):
-        memory.store_one(scores, i, value)
+    memory.store(scores, end, v.splat(value))
 
 
 @part
@@ -108,17 +119,17 @@ def _weigh(
     highest = memory.load(scores, first)
     for i in range(first + LANES, last, LANES):
         highest = v.larger(highest, memory.load(scores, i))
-    memory.store_folded_max(four, 0, highest)
+    sums.store_folded_max(four, 0, highest)
     _raise_tops(four, states, top, mass, total, dim)
-    tops, sums = memory.load_repeated(four, 0), v.splat(F(0))
+    tops, added = sums.load_repeated(four, 0), v.splat(F(0))
     for i in range(first, last, LANES):
         memory.store(scores, i, v.exp(v.sub(memory.load(scores, i), tops)))
     if masked:
         hide(scores, low, high, lows, highs, F(0))
     _fill(scores, last, F(0))
     for i in range(first, last, LANES):
-        sums = v.add(sums, memory.load(scores, i))
-    memory.store_folded_sum(four, 0, sums)
+        added = v.add(added, memory.load(scores, i))
+    sums.store_folded_sum(four, 0, added)
     for lane in range(BLOCK):
         mass[states[lane]] += four[lane]
 
@@ -126,16 +137,26 @@ def _weigh(
 @part
 def _gather(
     weights: Any, cells: Any, value: Any, low: Any, high: Any, dim: Any, states: Any, total: Any,
-    full: Any,
+    ahead: Any, full: Any,
 ) -> None:  # fmt: skip
-    """Add the weighted values of one page to four totals."""
-    whole = dim // LANES * LANES
+    """Add the weighted values of one page to four totals, in the order of `memory.load_two`.
+
+    One vector of each at a time: twice as many totals are more than AVX2 has registers for, and
+    what is read `ahead` of time is asked for piece by piece all the same.
+    """
+    whole, vectors = dim // (2 * LANES) * (2 * LANES), dim // LANES * LANES
     t0, t1, t2, t3 = states[0] * dim, states[1] * dim, states[2] * dim, states[3] * dim
-    for i in range(0, whole, LANES):
+    for i in range(0, vectors, LANES):
+        half = i % (2 * LANES)
         a, b = memory.load(total, t0 + i), memory.load(total, t1 + i)
         c, d = memory.load(total, t2 + i), memory.load(total, t3 + i)
         for t in range(low, high):
-            x = memory.load(cells, value + t * dim + i)
+            memory.prefetch(cells, ahead + low * dim + i * (high - low) + (t - low) * LANES)
+            if i < whole:
+                two = memory.load_two(cells, value + t * dim + i - half)
+                x = two[0] if half == 0 else two[1]
+            else:
+                x = memory.load(cells, value + t * dim + i)
             w = BLOCK * t
             a = v.fma(v.splat(memory.load_one(weights, w)), x, a)
             b = v.fma(v.splat(memory.load_one(weights, w + 1)), x, b)
@@ -146,7 +167,7 @@ def _gather(
         memory.store(total, t1 + i, b)
         memory.store(total, t2 + i, c)
         memory.store(total, t3 + i, d)
-    for i in range(whole, dim):
+    for i in range(vectors, dim):
         for lane in range(BLOCK):
             for t in range(low, high):
                 x = memory.load_one(cells, value + t * dim + i)
@@ -175,13 +196,15 @@ def _attend_page(
             low, high, masked = choose(block, k, span, sizes, start, masks, spare, lanes)
             if low >= high:
                 continue
-            _score(query, at, cells, key, low, high, dim, scores, (key_ahead, value), full)
+            _score(query, at, cells, key, low, high, dim, masks[3], scores, value, full)
             if masks[2] > 0:
                 _cap(scores, low, high, masks[2])
             _weigh(
                 scores, low, high, lows, highs, masked, states, top, mass, total, value_dim, four
             )  # fmt: skip
-            _gather(scores, cells, value, low, high, value_dim, states, total, full)
+            _gather(
+                scores, cells, value, low, high, value_dim, states, total, key_ahead, full
+            )  # fmt: skip
 
 
 @kernel
@@ -191,20 +214,21 @@ def attend_share(
 ) -> None:  # fmt: skip
     """Attend to entries `first` to `last` of the list of pages.
 
-    query: [rows * H * D] float32, scaled. cells: the pool, flat. sizes: (K, G, T, D, V). masks:
-    (window, chunk, softcap), 0 for none. spans: [S + 1, 4] first row, rows, first position, start
-    of its pages. pages, indices: [entries] page number, and place in the sequence's table. A span
-    whose pages are all in the share goes to out [rows * H * V] and lse [rows * H]; one that is cut,
-    at most two, to part_out [2, most rows * H * V] and part_lse [2, most rows * H], with its number
-    in part_span [2].
+    query: [rows * H * D], see `memory.add_products`. cells: the pool, flat. sizes: (K, G, T, D,
+    V). masks: (window, chunk, softcap, scale), 0 for none. spans: [S + 1, 4] first row, rows,
+    first position, start of its pages. pages, indices: [entries] page number, and place in the
+    sequence's table. A span whose pages are all in the share goes to out [rows * H * V] and lse
+    [rows * H]; a cut one, of which there are two at most, to part_out [2, most rows * H * V] and
+    part_lse [2, most rows * H], with its number in part_span [2].
     """
     heads, tokens, value_dim = sizes[0] * sizes[1], sizes[2], sizes[4]
     most = part_lse.shape[1] + BLOCK
     scores = _aligned(BLOCK * tokens + LANES)
-    total, top, mass = _aligned(most * value_dim), np.empty(most, F), np.empty(most, F)
-    four, lanes = np.empty(BLOCK, F), np.empty((4, BLOCK), np.int64)
+    total, top, mass = _aligned(most * value_dim), _aligned(most), _aligned(most)
+    four, lanes = _aligned(BLOCK), _aligned(8 * BLOCK).view(np.int64).reshape((4, BLOCK))
     span = np.searchsorted(spans[:, 3], first, side="right") - 1
     parts = 0
+    split = value_dim // (2 * LANES) * (2 * LANES) if memory.splits_pairs(cells) else 0
     while first < last:
         end = min(spans[span + 1, 3], last)
         total[:], top[:], mass[:] = 0, NONE, 0
@@ -216,9 +240,9 @@ def attend_share(
             )  # fmt: skip
         at, states = spans[span, 0] * heads, spans[span, 1] * heads
         if first == spans[span, 3] and end == spans[span + 1, 3]:
-            _finish(total, top, mass, states, value_dim, out[at * value_dim :], lse[at:])
+            _finish(total, top, mass, states, value_dim, split, out[at * value_dim :], lse[at:])
         else:
-            _finish(total, top, mass, states, value_dim, part_out[parts], part_lse[parts])
+            _finish(total, top, mass, states, value_dim, split, part_out[parts], part_lse[parts])
             part_span[parts] = span
             parts += 1
         first = end
@@ -227,16 +251,28 @@ def attend_share(
 
 @part
 def _aligned(count: Any) -> Any:
-    """float32 [count] at the start of a cache line: vectors that cross one are loaded twice."""
-    room = np.empty(count + LANES, F)
+    """float32 [count] in cache lines of its own.
+
+    Vectors that cross from one line to the next are loaded twice, and two threads that write to the
+    same line take turns.
+    """
+    room = np.empty((count + 2 * LANES - 1) // LANES * LANES, F)
     return room[(-room.ctypes.data // 4) % LANES :][:count]
 
 
 @part
-def _finish(total: Any, top: Any, mass: Any, states: Any, dim: Any, out: Any, lse: Any) -> None:
+def _finish(
+    total: Any, top: Any, mass: Any, states: Any, dim: Any, split: Any, out: Any, lse: Any
+) -> None:
+    """The first `split` values of a state are in the order of `load_two`."""
     for state in range(states):
         seen = mass[state] > 0
         share = F(1.0) / mass[state] if seen else F(0)
-        for i in range(state * dim, (state + 1) * dim):
+        start = state * dim
+        for i in range(0, split, 2 * LANES):
+            for lane in range(LANES):
+                out[start + i + 2 * lane] = total[start + i + lane] * share
+                out[start + i + 2 * lane + 1] = total[start + i + LANES + lane] * share
+        for i in range(start + split, start + dim):
             out[i] = total[i] * share
         lse[state] = top[state] + np.log(mass[state]) if seen else F(-np.inf)

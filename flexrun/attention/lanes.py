@@ -37,7 +37,7 @@ def choose(
     last slot that any of them sees, and whether some see less.
     """
     kv_heads, group, tokens, dim, _ = sizes
-    window, chunk, _ = masks
+    window, chunk = masks[0], masks[1]
     r, g = block // group, block % group
     low, high = tokens, 0
     for lane in range(BLOCK):

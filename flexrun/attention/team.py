@@ -39,7 +39,7 @@ class Job:
     query: Any
     cells: Any
     sizes: tuple[int, int, int, int, int]
-    masks: tuple[int, int, float]
+    masks: tuple[int, int, float, float]
     spans: Any
     pages: Any
     indices: Any
@@ -51,13 +51,18 @@ class Job:
 
 
 @kernel
-def _take_shares(job: Any, cells: Any) -> None:
-    """Shares of `job`, a table of numbers and addresses, until none is left."""
+def _take_shares(job: Any, queries: Any, pool: Any) -> None:
+    """Shares of `job`, a table of numbers and addresses, until none is left.
+
+    queries, pool: two of the addresses, as pointers to what is there.
+    """
     shares, entries, states, rows = job[1], job[10], job[11], job[12]
     sizes = (job[2], job[3], job[4], job[5], job[6])
     heads = sizes[0] * sizes[1]
-    masks = job[7], job[8], carray(_floats(job[15]), 1)[0]
-    query = carray(_floats(job[16]), rows * heads * sizes[3])
+    factors = carray(_floats(job[15]), 2)
+    masks = job[7], job[8], factors[0], factors[1]
+    query = carray(queries, rows * heads * sizes[3])
+    cells = carray(pool, job[13])
     out = carray(_floats(job[17]), rows * heads * sizes[4])
     lse = carray(_floats(job[18]), rows * heads)
     spans = carray(_ints(job[19]), (job[9] + 1, 4))
@@ -104,24 +109,36 @@ def _merge_parts(
 
 
 @_callback
+def _on_pairs(data: Any) -> None:
+    job = carray(data, _FINISHED + 1)
+    _take_shares(job, _uint16s(job[16]), _uint16s(job[14]))
+
+
+@_callback
 def _on_bfloat16(data: Any) -> None:
     job = carray(data, _FINISHED + 1)
-    _take_shares(job, carray(_uint16s(job[14]), job[13]))
+    _take_shares(job, _floats(job[16]), _uint16s(job[14]))
 
 
 @_callback
 def _on_float16(data: Any) -> None:
     job = carray(data, _FINISHED + 1)
-    _take_shares(job, carray(_int16s(job[14]), job[13]))
+    _take_shares(job, _floats(job[16]), _int16s(job[14]))
 
 
 @_callback
 def _on_float32(data: Any) -> None:
     job = carray(data, _FINISHED + 1)
-    _take_shares(job, carray(_floats(job[14]), job[13]))
+    _take_shares(job, _floats(job[16]), _floats(job[14]))
 
 
-_CALLBACKS: dict[Any, Any] = {"uint16": _on_bfloat16, "int16": _on_float16, "float32": _on_float32}
+_CALLBACKS: dict[Any, Any] = {
+    ("uint16", "uint16"): _on_pairs,
+    ("float32", "uint16"): _on_bfloat16,
+    ("float32", "int16"): _on_float16,
+    ("float32", "float32"): _on_float32,
+}
+"""By how query and cells are held."""
 
 
 class Team:
@@ -139,14 +156,18 @@ class Team:
         part_span = np.full((shares, 2), -1, np.int64)
         part_out = np.empty((shares, 2, states * value_dim), np.float32)
         part_lse = np.empty((shares, 2, states), np.float32)
-        softcap = np.array([job.masks[2]], np.float32)
+        factors = np.array(job.masks[2:], np.float32)
         spans, entries = len(job.spans) - 1, len(job.pages)
         counts = [0, shares, *job.sizes, *job.masks[:2], spans, entries, states, job.rows]
-        arrays = [job.cells, softcap, job.query, job.out, job.lse, job.spans, job.pages]
+        arrays = [job.cells, factors, job.query, job.out, job.lse, job.spans, job.pages]
         arrays += [job.indices, part_span, part_out, part_lse]
         addresses = (each.ctypes.data for each in arrays)
         table = np.array([*counts, len(job.cells), *addresses, 0], np.int64)
-        self._share(_CALLBACKS[job.cells.dtype.name], table, min(self._threads, shares))
+        self._share(
+            _CALLBACKS[job.query.dtype.name, job.cells.dtype.name],
+            table,
+            min(self._threads, shares),
+        )
         if table[_FINISHED] != shares:  # compiled code cannot raise through OpenMP
             raise MemoryError("attention ran out of memory for its sums")
         if shares > 1:

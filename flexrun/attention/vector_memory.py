@@ -13,13 +13,20 @@ from numba import types
 from numba.core import cgutils
 from numba.np.arrayobj import make_array
 
-from flexrun.attention.vectors import FLOATS, INTS, LANES, larger_of, operation, vector
+from flexrun.attention.vectors import (
+    FLOATS,
+    INTS,
+    LANES,
+    MULTIPLIES_PAIRS,
+    fused,
+    operation,
+    vector,
+)
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-_FOUR = ir.VectorType(_FLOAT, 4)
 
 
-def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+def address_of(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     return builder.gep(make_array(kind)(context, builder, array).data, [index])
 
 
@@ -43,7 +50,7 @@ def load(_: Any, array: Any, index: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0]
-        at = _address(context, builder, kind, *arguments)
+        at = address_of(context, builder, kind, *arguments)
         lanes = ir.VectorType(at.type.pointee, LANES)
         cells = builder.load(
             builder.bitcast(at, lanes.as_pointer()), align=kind.dtype.bitwidth // 8
@@ -53,16 +60,84 @@ def load(_: Any, array: Any, index: Any) -> Any:
     return vector(array, types.intp), generate
 
 
+def _two(builder: Any, dtype: Any, at: Any) -> list[Any]:
+    """32 elements as two vectors of float32: see `load_two`."""
+    if dtype == types.uint16:
+        # Half the loads, and one operation for each vector instead of two.
+        both = builder.load(builder.bitcast(at, INTS.as_pointer()), align=2)
+        even = builder.shl(both, ir.Constant(INTS, [16] * LANES))
+        odd = builder.and_(both, ir.Constant(INTS, [0xFFFF0000] * LANES))
+        return [builder.bitcast(each, FLOATS) for each in (even, odd)]
+    lanes = ir.VectorType(at.type.pointee, LANES)
+    starts = at, builder.gep(at, [ir.IntType(64)(LANES)])
+    places = [builder.bitcast(start, lanes.as_pointer()) for start in starts]
+    cells = [builder.load(place, align=dtype.bitwidth // 8) for place in places]
+    return [_widened(builder, dtype, each, lanes) for each in cells]
+
+
 @operation
-def prefetch(_: Any, array: Any, index: Any) -> Any:
-    """Ask for the cache line of element `index`; beyond the array nothing happens."""
+def load_two(_: Any, array: Any, index: Any) -> Any:
+    """32 elements from `index` on as two vectors; of bfloat16 the even ones, then the odd ones."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = _address(context, builder, signature.args[0], *arguments)
+        kind = signature.args[0]
+        at = address_of(context, builder, kind, *arguments)
+        two = _two(builder, kind.dtype, at)
+        return context.make_tuple(builder, signature.return_type, two)
+
+    return types.UniTuple(vector, 2)(array, types.intp), generate
+
+
+@operation
+def splits_pairs(_: Any, array: Any) -> Any:
+    """Whether `load_two` gives even elements, then odd ones."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.IntType(1)(int(signature.args[0].dtype == types.uint16))
+
+    return types.boolean(array), generate
+
+
+@operation
+def add_products(_: Any, a: Any, i: Any, b: Any, k: Any, sums: Any) -> Any:
+    """sums + the products of 32 elements of `a` and `b`, two for each lane.
+
+    If `b` is bfloat16, `a` is, too, or it is float32 in the order of `load_two`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kinds, total = (signature.args[0], signature.args[2]), arguments[4]
+        places = [
+            address_of(context, builder, kind, *arguments[at : at + 2])
+            for kind, at in zip(kinds, (0, 2))
+        ]
+        if kinds[0].dtype == types.uint16 and MULTIPLIES_PAIRS:
+            pairs = [builder.load(builder.bitcast(at, INTS.as_pointer()), align=2) for at in places]
+            kind = ir.FunctionType(FLOATS, [FLOATS, INTS, INTS])
+            name = "llvm.x86.avx512bf16.dpbf16ps.512"
+            function = cgutils.get_or_insert_function(builder.module, kind, name)
+            return builder.call(function, [total, *pairs])
+        for left, right in zip(*(_two(builder, k.dtype, at) for k, at in zip(kinds, places))):
+            total = fused(builder, left, right, total)
+        return total
+
+    return vector(a, types.intp, b, types.intp, vector), generate
+
+
+@operation
+def prefetch(_: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of element `index`; beyond the array nothing happens.
+
+    Into the second-level cache: more misses may be on their way there than in the first, and what
+    the first holds stays.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = address_of(context, builder, signature.args[0], *arguments)
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [builder.bitcast(at, byte), _INT(0), _INT(3), _INT(1)])
+        builder.call(function, [builder.bitcast(at, byte), _INT(0), _INT(2), _INT(1)])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -73,7 +148,7 @@ def load_one(_: Any, array: Any, index: Any) -> Any:
     """Element `index` of a flat array, as float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = _address(context, builder, signature.args[0], *arguments)
+        at = address_of(context, builder, signature.args[0], *arguments)
         return _widened(builder, signature.args[0].dtype, builder.load(at), None)
 
     return types.float32(array, types.intp), generate
@@ -84,7 +159,7 @@ def store(_: Any, array: Any, index: Any, value: Any) -> Any:
     """Put a vector into a flat float32 array."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = _address(context, builder, signature.args[0], *arguments[:2])
+        at = address_of(context, builder, signature.args[0], *arguments[:2])
         builder.store(arguments[2], builder.bitcast(at, FLOATS.as_pointer()), align=4)
         return context.get_dummy_value()
 
@@ -96,82 +171,10 @@ def store_one(_: Any, array: Any, index: Any, value: Any) -> Any:
     """Put a number into a flat float32 array."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[2], _address(context, builder, signature.args[0], *arguments[:2]))
+        builder.store(arguments[2], address_of(context, builder, signature.args[0], *arguments[:2]))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.float32), generate
-
-
-@operation
-def store_sums(_: Any, array: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    """Put the sums over the lanes of four vectors into four neighbouring elements."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = _address(context, builder, signature.args[0], *arguments[:2])
-        quarters = [_fold(builder, each, ir.IRBuilder.fadd) for each in arguments[2:]]
-        _store_four(builder, _transposed_sum(builder, quarters), at)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector, vector, vector, vector), generate
-
-
-def _store_four(builder: Any, value: Any, at: Any) -> None:
-    builder.store(value, builder.bitcast(at, _FOUR.as_pointer()), align=4)
-
-
-def _pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
-
-
-def _fold(builder: Any, value: Any, join: Any) -> Any:
-    """Four lanes from sixteen: what is in lanes 0, 4, 8 and 12 joined, and so on."""
-    for width in (8, 4):
-        halves = [*range(width)], [*range(width, 2 * width)]
-        value = join(builder, *(_pick(builder, value, value, lanes) for lanes in halves))
-    return value
-
-
-def _transposed_sum(builder: Any, rows: list[Any]) -> Any:
-    a, b, c, d = rows
-    ab = builder.fadd(_pick(builder, a, b, [0, 4, 1, 5]), _pick(builder, a, b, [2, 6, 3, 7]))
-    cd = builder.fadd(_pick(builder, c, d, [0, 4, 1, 5]), _pick(builder, c, d, [2, 6, 3, 7]))
-    return builder.fadd(_pick(builder, ab, cd, [0, 1, 4, 5]), _pick(builder, ab, cd, [2, 3, 6, 7]))
-
-
-@operation
-def store_folded_max(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """Put the largest of lanes k, k + 4, k + 8 and k + 12 into element index + k, k = 0 to 3."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = _address(context, builder, signature.args[0], *arguments[:2])
-        _store_four(builder, _fold(builder, arguments[2], larger_of), at)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector), generate
-
-
-@operation
-def store_folded_sum(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """Put the sum of lanes k, k + 4, k + 8 and k + 12 into element index + k, k = 0 to 3."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = _address(context, builder, signature.args[0], *arguments[:2])
-        _store_four(builder, _fold(builder, arguments[2], ir.IRBuilder.fadd), at)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector), generate
-
-
-@operation
-def load_repeated(_: Any, array: Any, index: Any) -> Any:
-    """Four elements, in lanes 0 to 3, again in 4 to 7, and so on."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = _address(context, builder, signature.args[0], *arguments)
-        four = builder.load(builder.bitcast(at, _FOUR.as_pointer()), align=4)
-        return _pick(builder, four, four, [0, 1, 2, 3] * 4)
-
-    return vector(array, types.intp), generate
 
 
 @operation
@@ -179,7 +182,7 @@ def count_up(_: Any, array: Any, index: Any) -> Any:
     """What an element of an int64 array was before this added one: no two threads get the same."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = _address(context, builder, signature.args[0], *arguments)
+        at = address_of(context, builder, signature.args[0], *arguments)
         return builder.atomic_rmw("add", at, ir.IntType(64)(1), "seq_cst")
 
     return types.int64(array, types.intp), generate

@@ -14,9 +14,12 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.datamodel import models
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, register_model
 
 LANES = 16
+MULTIPLIES_PAIRS = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2]
+"""Whether this processor multiplies pairs of bfloat16 and adds them up in float32."""
 F = np.float32
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
@@ -66,12 +69,17 @@ def splat(_: Any, value: Any) -> Any:
     return vector(types.float32), generate
 
 
+def fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c"""
+    return _call(builder, "llvm.fma.v16f32", [a, b, c])
+
+
 @operation
 def fma(_: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c"""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _call(builder, "llvm.fma.v16f32", arguments)
+        return fused(builder, *arguments)
 
     return vector(vector, vector, vector), generate
 

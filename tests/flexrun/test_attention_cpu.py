@@ -173,6 +173,19 @@ def test_against_float64(backend, dtype, limit, dims, heads):
         assert float((lse - sums).abs().max()) <= limit * max(1.0, float(sums.abs().max()))
 
 
+@pytest.mark.parametrize("dims", [(32, 32), (80, 80), (192, 128)])
+def test_queries_of_either_type(backend, dims):
+    """Pages in bfloat16: queries in float32 are not rounded, those in bfloat16 give the same."""
+    layout = Layout(random.Random(str(dims)), Shape(2, *dims), torch.bfloat16, 1, longest=60)
+    options = AttentionOptions(scaling=dims[0] ** -0.5)
+    query = torch.randn(6, layout.rows, dims[0])
+    for each in (query, query.bfloat16()):
+        out, lse = layout.attend(backend, each, options, None)
+        expected, sums = layout.expected(each, options)
+        assert relative(out, expected) <= 1e-5
+        assert float((lse - sums).abs().max()) <= 1e-5 * float(sums.abs().max())
+
+
 @pytest.mark.parametrize("layouts", [800, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_any_split_of_the_pages_gives_the_same(backend, layouts):
     """Random layouts: pages in one to three pools, merged in any order."""

@@ -1,0 +1,108 @@
+"""Sums and maxima across the lanes of vectors, and how they are stored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from flexrun.attention.vector_memory import address_of
+from flexrun.attention.vectors import FLOATS, larger_of, operation, vector
+
+_INT = ir.IntType(32)
+_FOUR = ir.VectorType(ir.FloatType(), 4)
+
+
+@operation
+def fold(_: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Sums over four lanes of each of four vectors: those of `a` in lanes 0 to 3, and so on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        a, b, c, d = arguments
+        ab, cd = _added(builder, a, b, _HALVES), _added(builder, c, d, _HALVES)
+        return _added(builder, ab, cd, _QUARTERS)
+
+    return vector(vector, vector, vector, vector), generate
+
+
+def _added(builder: Any, a: Any, b: Any, lanes: list[list[int]]) -> Any:
+    return builder.fadd(*(_pick(builder, a, b, each) for each in lanes))
+
+
+_HALVES = [[*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]]
+_QUARTERS = [[at + 8 * k + i for k in range(4) for i in range(4)] for at in (0, 4)]
+_PAIRS = [
+    [4 * k + i + other for k in range(4) for other in (0, 16) for i in (at, at + 2)]
+    for at in (0, 1)
+]
+"""Lanes of two vectors to be added: halves of each, quarters of each half, neighbours in these."""
+
+
+@operation
+def store_scores(_: Any, array: Any, index: Any, a: Any, b: Any, c: Any, d: Any, scale: Any) -> Any:
+    """Sixteen elements from four vectors of `fold`: the sums of `a`, times scale, then of `b`, …"""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = address_of(context, builder, signature.args[0], *arguments[:2])
+        a, b, c, d = arguments[2:6]
+        ab, cd = _added(builder, a, b, _PAIRS), _added(builder, c, d, _PAIRS)
+        sums = _added(builder, ab, cd, _PAIRS)
+        turned = _pick(builder, sums, sums, [4 * q + t for t in range(4) for q in range(4)])
+        scaled = builder.fmul(turned, arguments[6])
+        builder.store(scaled, builder.bitcast(at, FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector, vector, vector, vector, vector), generate
+
+
+def _store_four(builder: Any, value: Any, at: Any) -> None:
+    builder.store(value, builder.bitcast(at, _FOUR.as_pointer()), align=4)
+
+
+def _pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
+
+
+def _fold(builder: Any, value: Any, join: Any) -> Any:
+    """Four lanes from sixteen: what is in lanes 0, 4, 8 and 12 joined, and so on."""
+    for width in (8, 4):
+        halves = [*range(width)], [*range(width, 2 * width)]
+        value = join(builder, *(_pick(builder, value, value, lanes) for lanes in halves))
+    return value
+
+
+@operation
+def store_folded_max(_: Any, array: Any, index: Any, value: Any) -> Any:
+    """Put the largest of lanes k, k + 4, k + 8 and k + 12 into element index + k, k = 0 to 3."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = address_of(context, builder, signature.args[0], *arguments[:2])
+        _store_four(builder, _fold(builder, arguments[2], larger_of), at)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@operation
+def store_folded_sum(_: Any, array: Any, index: Any, value: Any) -> Any:
+    """Put the sum of lanes k, k + 4, k + 8 and k + 12 into element index + k, k = 0 to 3."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = address_of(context, builder, signature.args[0], *arguments[:2])
+        _store_four(builder, _fold(builder, arguments[2], ir.IRBuilder.fadd), at)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector), generate
+
+
+@operation
+def load_repeated(_: Any, array: Any, index: Any) -> Any:
+    """Four elements, in lanes 0 to 3, again in 4 to 7, and so on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = address_of(context, builder, signature.args[0], *arguments)
+        four = builder.load(builder.bitcast(at, _FOUR.as_pointer()), align=4)
+        return _pick(builder, four, four, [0, 1, 2, 3] * 4)
+
+    return vector(array, types.intp), generate

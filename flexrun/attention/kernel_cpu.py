@@ -28,45 +28,57 @@ NONE = F(-1e30)
 
 
 @part
-def _products(query: Any, at: Any, cells: Any, key: Any, dim: Any, ahead: Any, full: Any) -> Any:
-    """Products of a key with four queries at `at` [4], added up as far as `sums.fold` does."""
+def _prefetch(cells: Any, first: Any, count: Any) -> None:
+    for i in range(first, first + count, memory.line(cells)):
+        memory.prefetch(cells, i)
+
+
+@part
+def _products(
+    query: Any, at: Any, cells: Any, key: Any, dim: Any, value: Any, value_dim: Any, full: Any
+) -> Any:
+    """Products of a key with four queries at `at` [4], added up as far as `sums.fold` does.
+
+    Its value will be read next, and is asked for between the products.
+    """
     whole, vectors = dim // (2 * LANES) * (2 * LANES), dim // LANES * LANES
     q0, q1, q2, q3 = at[0], at[1], at[2], at[3]
     a = b = c = d = v.splat(F(0))
     for i in range(0, whole, 2 * LANES):
-        memory.prefetch(cells, ahead + i)
+        _prefetch(cells, value + i, 2 * LANES)
         a = memory.add_products(query, q0 + i, cells, key + i, a)
         b = memory.add_products(query, q1 + i, cells, key + i, b)
         c = memory.add_products(query, q2 + i, cells, key + i, c)
         if full:
             d = memory.add_products(query, q3 + i, cells, key + i, d)
+    _prefetch(cells, value + whole, value_dim - whole)
     for i in range(whole, vectors, LANES):
         x = memory.load(cells, key + i)
         a = v.fma(memory.load(query, q0 + i), x, a)
         b = v.fma(memory.load(query, q1 + i), x, b)
         c = v.fma(memory.load(query, q2 + i), x, c)
-        d = v.fma(memory.load(query, q3 + i), x, d)
+        if full:
+            d = v.fma(memory.load(query, q3 + i), x, d)
     return sums.fold(a, b, c, d)
 
 
 @part
 def _score(
     query: Any, at: Any, cells: Any, key: Any, low: Any, high: Any, dim: Any, scale: Any,
-    scores: Any, ahead: Any, full: Any,
+    scores: Any, value: Any, size: Any, full: Any,
 ) -> None:  # fmt: skip
     """scores [T, 4] of four queries at `at` [4]; up to three keys beyond `high` mean nothing.
 
-    Cells from `ahead` on will be read next: a page's keys of one head are too few for the processor
-    to see it coming.
+    Four keys at a time, whose scores fill a vector. The values of one page and head are too few for
+    the processor to see them coming.
     """
-    scales, last = v.splat(scale), (high - 1) * dim
+    scales, last = v.splat(scale), high - 1
     for t in range(low, high, 4):
-        t0 = t * dim
-        t1, t2, t3 = min(t0 + dim, last), min(t0 + 2 * dim, last), min(t0 + 3 * dim, last)
-        a = _products(query, at, cells, key + t0, dim, ahead + t0, full)
-        b = _products(query, at, cells, key + t1, dim, ahead + t1, full)
-        c = _products(query, at, cells, key + t2, dim, ahead + t2, full)
-        d = _products(query, at, cells, key + t3, dim, ahead + t3, full)
+        t1, t2, t3 = min(t + 1, last), min(t + 2, last), min(t + 3, last)
+        a = _products(query, at, cells, key + t * dim, dim, value + t * size, size, full)
+        b = _products(query, at, cells, key + t1 * dim, dim, value + t1 * size, size, full)
+        c = _products(query, at, cells, key + t2 * dim, dim, value + t2 * size, size, full)
+        d = _products(query, at, cells, key + t3 * dim, dim, value + t3 * size, size, full)
         sums.store_scores(scores, BLOCK * t, a, b, c, d, scales)
     for i in range(dim // LANES * LANES, dim):
         for t in range(low, high):
@@ -137,21 +149,23 @@ def _weigh(
 @part
 def _gather(
     weights: Any, cells: Any, value: Any, low: Any, high: Any, dim: Any, states: Any, total: Any,
-    ahead: Any, full: Any,
+    ahead: Any, key_dim: Any, full: Any,
 ) -> None:  # fmt: skip
     """Add the weighted values of one page to four totals, in the order of `memory.load_two`.
 
-    One vector of each at a time: twice as many totals are more than AVX2 has registers for, and
-    what is read `ahead` of time is asked for piece by piece all the same.
+    One vector of each at a time: twice as many totals are more than AVX2 has registers for. The
+    keys from `ahead` on will be read next, and are asked for in the order in which they lie there.
     """
     whole, vectors = dim // (2 * LANES) * (2 * LANES), dim // LANES * LANES
+    asked, step = ahead + low * key_dim, key_dim * LANES // max(vectors, 1)
     t0, t1, t2, t3 = states[0] * dim, states[1] * dim, states[2] * dim, states[3] * dim
     for i in range(0, vectors, LANES):
         half = i % (2 * LANES)
         a, b = memory.load(total, t0 + i), memory.load(total, t1 + i)
         c, d = memory.load(total, t2 + i), memory.load(total, t3 + i)
         for t in range(low, high):
-            memory.prefetch(cells, ahead + low * dim + i * (high - low) + (t - low) * LANES)
+            memory.prefetch(cells, asked)
+            asked += step
             if i < whole:
                 two = memory.load_two(cells, value + t * dim + i - half)
                 x = two[0] if half == 0 else two[1]
@@ -196,14 +210,16 @@ def _attend_page(
             low, high, masked = choose(block, k, span, sizes, start, masks, spare, lanes)
             if low >= high:
                 continue
-            _score(query, at, cells, key, low, high, dim, masks[3], scores, value, full)
+            _score(
+                query, at, cells, key, low, high, dim, masks[3], scores, value, value_dim, full
+            )  # fmt: skip
             if masks[2] > 0:
                 _cap(scores, low, high, masks[2])
             _weigh(
                 scores, low, high, lows, highs, masked, states, top, mass, total, value_dim, four
             )  # fmt: skip
             _gather(
-                scores, cells, value, low, high, value_dim, states, total, key_ahead, full
+                scores, cells, value, low, high, value_dim, states, total, key_ahead, dim, full
             )  # fmt: skip
 
 
@@ -215,7 +231,7 @@ def attend_share(
     """Attend to entries `first` to `last` of the list of pages.
 
     query: [rows * H * D], see `memory.add_products`. cells: the pool, flat. sizes: (K, G, T, D,
-    V). masks: (window, chunk, softcap, scale), 0 for none. spans: [S + 1, 4] first row, rows,
+    V). masks: (window, chunk, softcap: 0 for none; scale). spans: [S + 1, 4] first row, rows,
     first position, start of its pages. pages, indices: [entries] page number, and place in the
     sequence's table. A span whose pages are all in the share goes to out [rows * H * V] and lse
     [rows * H]; a cut one, of which there are two at most, to part_out [2, most rows * H * V] and

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, types
+from numba import carray, cfunc, njit, types
 
 from flexrun.attention.kernel_cpu import attend_share
 from flexrun.attention.vector_memory import count_up, pointer_to
-from flexrun.attention.vectors import Decorator, kernel
+from flexrun.attention.vectors import MULTIPLIES_PAIRS, Decorator, kernel, part
 
 _floats, _ints = pointer_to(types.float32), pointer_to(types.int64)
 _uint16s, _int16s = pointer_to(types.uint16), pointer_to(types.int16)
+_cached_kernel: Decorator = njit(cache=True, nogil=True, error_model="numpy")
 _callback: Decorator = cfunc(types.void(types.CPointer(types.int64)), cache=True)
 _FINISHED = 25
 """Place of the number of shares that are done in a job, a table of int64: next share, shares, K, G,
@@ -82,7 +84,7 @@ def _take_shares(job: Any, queries: Any, pool: Any) -> None:
         count_up(job, _FINISHED)
 
 
-@kernel
+@_cached_kernel
 def _merge_parts(
     spans: Any, heads: Any, dim: Any, part_span: Any, part_out: Any, part_lse: Any, out: Any,
     lse: Any,
@@ -108,37 +110,59 @@ def _merge_parts(
                 out[at] = (out[at] * a + part_out[number, state * dim + i] * b) / (a + b)
 
 
-@_callback
-def _on_pairs(data: Any) -> None:
-    job = carray(data, _FINISHED + 1)
-    _take_shares(job, _uint16s(job[16]), _uint16s(job[14]))
+@part
+def _compiled_from(stamp: Any) -> None:
+    """Does nothing. A function that hands over what it closes over is cached apart for each."""
 
 
-@_callback
-def _on_bfloat16(data: Any) -> None:
-    job = carray(data, _FINISHED + 1)
-    _take_shares(job, _floats(job[16]), _uint16s(job[14]))
+def _callbacks(stamp: int) -> dict[tuple[str, str], Any]:
+    """Entry points by how query and cells are held.
+
+    Numba's cache notices changes in a function's own file and in what it closes over, but not in
+    what it calls: hence `stamp`, of all sources.
+    """
+
+    @_callback
+    def on_bfloat16(data: Any) -> None:
+        _compiled_from(stamp)
+        job = carray(data, _FINISHED + 1)
+        _take_shares(job, _floats(job[16]), _uint16s(job[14]))
+
+    @_callback
+    def on_float16(data: Any) -> None:
+        _compiled_from(stamp)
+        job = carray(data, _FINISHED + 1)
+        _take_shares(job, _floats(job[16]), _int16s(job[14]))
+
+    @_callback
+    def on_float32(data: Any) -> None:
+        _compiled_from(stamp)
+        job = carray(data, _FINISHED + 1)
+        _take_shares(job, _floats(job[16]), _floats(job[14]))
+
+    found = {
+        ("float32", "uint16"): on_bfloat16,
+        ("float32", "int16"): on_float16,
+        ("float32", "float32"): on_float32,
+    }
+    if MULTIPLIES_PAIRS:
+
+        @_callback
+        def on_pairs(data: Any) -> None:
+            _compiled_from(stamp)
+            job = carray(data, _FINISHED + 1)
+            _take_shares(job, _uint16s(job[16]), _uint16s(job[14]))
+
+        found["uint16", "uint16"] = on_pairs
+    return found
 
 
-@_callback
-def _on_float16(data: Any) -> None:
-    job = carray(data, _FINISHED + 1)
-    _take_shares(job, _floats(job[16]), _int16s(job[14]))
+def _stamp_of(directory: Path) -> int:
+    """A number that is another one when any source in `directory` is."""
+    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(directory.glob("*.py"))))
 
 
-@_callback
-def _on_float32(data: Any) -> None:
-    job = carray(data, _FINISHED + 1)
-    _take_shares(job, _floats(job[16]), _floats(job[14]))
-
-
-_CALLBACKS: dict[Any, Any] = {
-    ("uint16", "uint16"): _on_pairs,
-    ("float32", "uint16"): _on_bfloat16,
-    ("float32", "int16"): _on_float16,
-    ("float32", "float32"): _on_float32,
-}
-"""By how query and cells are held."""
+_CALLBACKS = _callbacks(_stamp_of(Path(__file__).parent))
 
 
 class Team:

@@ -99,10 +99,21 @@ def splits_pairs(_: Any, array: Any) -> Any:
 
 
 @operation
+def line(_: Any, array: Any) -> Any:
+    """Elements in a cache line."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.IntType(64)(512 // signature.args[0].dtype.bitwidth)
+
+    return types.int64(array), generate
+
+
+@operation
 def add_products(_: Any, a: Any, i: Any, b: Any, k: Any, sums: Any) -> Any:
     """sums + the products of 32 elements of `a` and `b`, two for each lane.
 
-    If `b` is bfloat16, `a` is, too, or it is float32 in the order of `load_two`.
+    If `b` is bfloat16, `a` is, too, or it is float32 in the order of `load_two`. The processor's
+    own products of pairs take numbers below 1e-38 for zero.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -164,17 +175,6 @@ def store(_: Any, array: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
-
-
-@operation
-def store_one(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """Put a number into a flat float32 array."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[2], address_of(context, builder, signature.args[0], *arguments[:2]))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, types.float32), generate
 
 
 @operation

@@ -12,6 +12,14 @@ from flexrun.attention.vectors import FLOATS, larger_of, operation, vector
 
 _INT = ir.IntType(32)
 _FOUR = ir.VectorType(ir.FloatType(), 4)
+# Lanes of two vectors that are added: halves of each, ...
+_HALVES = [[*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]]
+# ... of such a sum the quarters of each half, and of these, in both vectors, the neighbours.
+_QUARTERS = [[at + 8 * k + i for k in range(4) for i in range(4)] for at in (0, 4)]
+_PAIRS = [
+    [4 * k + i + other for k in range(4) for other in (0, 16) for i in (at, at + 2)]
+    for at in (0, 1)
+]
 
 
 @operation
@@ -28,15 +36,6 @@ def fold(_: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
 
 def _added(builder: Any, a: Any, b: Any, lanes: list[list[int]]) -> Any:
     return builder.fadd(*(_pick(builder, a, b, each) for each in lanes))
-
-
-_HALVES = [[*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]]
-_QUARTERS = [[at + 8 * k + i for k in range(4) for i in range(4)] for at in (0, 4)]
-_PAIRS = [
-    [4 * k + i + other for k in range(4) for other in (0, 16) for i in (at, at + 2)]
-    for at in (0, 1)
-]
-"""Lanes of two vectors to be added: halves of each, quarters of each half, neighbours in these."""
 
 
 @operation

@@ -19,19 +19,19 @@ from numba.extending import intrinsic, register_model
 
 LANES = 16
 MULTIPLIES_PAIRS = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2]
-"""Whether this processor multiplies pairs of bfloat16 and adds them up in float32."""
+"""Whether compiled code may multiply pairs of bfloat16 and add them up in float32."""
 F = np.float32
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 _OPTIONS: dict[str, Any] = {
     "nogil": True,
-    "cache": True,
     "error_model": "numpy",
     "boundscheck": False,
     "fastmath": {"contract"},
 }
 kernel: Decorator = njit(**_OPTIONS)
+"""Not cached: a cache does not notice changes in what a kernel calls. `team` caches them all."""
 part: Decorator = njit(forceinline=True, **_OPTIONS)
 """Of a kernel: a call would copy seven words for every array."""
 operation: Decorator = intrinsic

@@ -91,6 +91,7 @@ def shaped(
     batch = Policy(
         weights=policy.weights,
         kv_cache=policy.kv_cache,
+        attention=policy.attention,
         micro_batch_rows=-(-rows // micro_batches),
         num_micro_batches=micro_batches,
         max_rows=8 * rows,

@@ -397,14 +397,14 @@ def show_emulated(report: dict[str, Any]) -> str:
 def run_cpu(given: argparse.Namespace) -> dict[str, Any]:
     """The real disk, by few rows and by many."""
 
-    def settings(split: Split, rows: int, cut: int = MICRO_BATCHES) -> dict[str, Any]:
+    def settings(split: Split, rows: int) -> dict[str, Any]:
         base = {"model": given.model, "rows": rows, "sweeps": given.sweeps, "device": "cpu"}
-        return {**base, **shaped(Policy(weights=split), rows, given.sweeps, cut)}
+        # One micro-batch: each reads all weights from memory, and reorders them for its products.
+        return {**base, **shaped(Policy(weights=split), rows, given.sweeps, micro_batches=1)}
 
     disk, here = Split(disk=100), Split(device=100)
     report: dict[str, Any] = {"disk_bound": [], "compute_bound": []}
-    # One micro-batch: each reads all weights from memory, which few rows do not make up for.
-    with jobs(settings(disk, given.few_rows, cut=1)) as (job,):
+    with jobs(settings(disk, given.few_rows)) as (job,):
         report["direct_io"] = job.direct
         for _ in range(given.repeats):
             before, run, after = job.raw(given.seconds), job.run(), job.raw(given.seconds)

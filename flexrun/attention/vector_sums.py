@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -55,10 +56,6 @@ def store_scores(_: Any, array: Any, index: Any, a: Any, b: Any, c: Any, d: Any,
     return types.void(array, types.intp, vector, vector, vector, vector, vector), generate
 
 
-def _store_four(builder: Any, value: Any, at: Any) -> None:
-    builder.store(value, builder.bitcast(at, _FOUR.as_pointer()), align=4)
-
-
 def _pick(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_INT, len(lanes)), lanes))
 
@@ -71,28 +68,23 @@ def _fold(builder: Any, value: Any, join: Any) -> Any:
     return value
 
 
-@operation
-def store_folded_max(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """Put the largest of lanes k, k + 4, k + 8 and k + 12 into element index + k, k = 0 to 3."""
+def _store_folded(join: Callable[..., Any]) -> Callable[..., Any]:
+    """Put lanes k, k + 4, k + 8 and k + 12, joined, into element index + k, k = 0 to 3."""
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = address_of(context, builder, signature.args[0], *arguments[:2])
-        _store_four(builder, _fold(builder, arguments[2], larger_of), at)
-        return context.get_dummy_value()
+    def typed(_: Any, array: Any, index: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            at = address_of(context, builder, signature.args[0], *arguments[:2])
+            joined = _fold(builder, arguments[2], join)
+            builder.store(joined, builder.bitcast(at, _FOUR.as_pointer()), align=4)
+            return context.get_dummy_value()
 
-    return types.void(array, types.intp, vector), generate
+        return types.void(array, types.intp, vector), generate
+
+    return typed
 
 
-@operation
-def store_folded_sum(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """Put the sum of lanes k, k + 4, k + 8 and k + 12 into element index + k, k = 0 to 3."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = address_of(context, builder, signature.args[0], *arguments[:2])
-        _store_four(builder, _fold(builder, arguments[2], ir.IRBuilder.fadd), at)
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, vector), generate
+store_folded_max = operation(_store_folded(larger_of))
+store_folded_sum = operation(_store_folded(ir.IRBuilder.fadd))
 
 
 @operation

@@ -44,6 +44,19 @@ def check_case(case: dict[str, Any]) -> None:
     assert case["identical"]
 
 
+def test_three_links_move_what_they_should(tmp_path: Path):
+    """Weights from disk, keys and values both ways: nothing is attended to where it lies."""
+    options = ("--layers", str(LAYERS), "--hidden", "256", "--directory", str(tmp_path))
+    (case,) = report(bench(*options, *TINY, "--only", "three links, balanced"))["cases"]
+    check_case(case)
+    (moved,) = (pair["link_bytes"] for pair in case["pairs"])
+    assert {link for link, nbytes in moved.items() if nbytes} == {
+        "disk->host",
+        "host->device",
+        "device->host",
+    }
+
+
 @pytest.mark.slow
 def test_emulated_report_agrees_with_itself(tmp_path: Path):
     """All six cases are there, their bytes are the model's, and every token is the same."""

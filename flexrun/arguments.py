@@ -12,7 +12,8 @@ from flexrun.config import DEVICES, DTYPES, EngineConfig
 from flexrun.errors import FlexrunError, UsageError
 from flexrun.request import SamplingParams
 from offload.tiers import Split, parse_size
-from policy_search.policy import ATTENTION, Policy
+from policy_search.policy import CHOICES, Policy
+from policy_search.workload import WORKLOADS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,6 +30,8 @@ OVERRIDES = (
     "max_rows",
     "max_sequences",
     "attention",
+    "scheduler",
+    "order",
 )
 """Settings that replace single fields of the policy."""
 
@@ -84,7 +87,30 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     )
     check.add_argument("--model", required=True, help="directory, hub id or .gguf file")
     _add_prepare(commands)
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="run a job of published prompt and output lengths, with random tokens",
+        description="Run a job of published prompt and output lengths, with random tokens. The "
+        "last line on stdout is one JSON object.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument_group("job").add_argument
+    add("--model", required=True, help="directory, hub id or .gguf file")
+    add("--workload", default="conv", choices=WORKLOADS, help="length table (%(default)s)")
+    add("--requests", type=int, default=256, metavar="N", help="of the job (%(default)s)")
+    add("--scale", type=float, default=1.0, metavar="X", help="multiplies all lengths")
+    add("--prompt-len", type=int, default=512, metavar="N", help="of fixed lengths (%(default)s)")
+    add("--gen-len", type=int, default=32, metavar="N", help="likewise (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of lengths and tokens (%(default)s)")
+    text = "tell the engine each output's length; else only the longest one there may be"
+    add("--known-lengths", action="store_true", help=text)
+    _add_machine_flags(parser)
+    _add_policy_flags(parser)
 
 
 def _add_prepare(commands: Any) -> None:
@@ -150,7 +176,11 @@ def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-rows", "most rows of one sweep", type=int, metavar="ROWS")
     add("--max-sequences", "most sequences running at once", type=int, metavar="N")
     text = "rows of running sequences attend to KV on host there, or move it to the device (auto)"
-    add("--attention", text, choices=ATTENTION)
+    add("--attention", text, choices=CHOICES["attention"])
+    text = "prompts ride along (continuous), or for comparison: phases apart, or FlexGen's block"
+    add("--scheduler", text, choices=CHOICES["scheduler"])
+    text = "who waits joins by the most tokens to generate (longest) or as in the input"
+    add("--order", text, choices=CHOICES["order"])
     add("--trace", "write a Chrome trace: what each link and compute did when", metavar="FILE")
     help_text = "transfer and compute one after another; same tokens, slower"
     group.add_argument("--no-overlap", dest="overlap", action="store_false", help=help_text)
@@ -181,8 +211,8 @@ def engine_config(values: dict[str, Any], spell: Callable[[str], str] = str) -> 
     _check_choice(spell("dtype"), config.dtype, DTYPES)
     overrides = {k: v for k in OVERRIDES if (v := getattr(config, k)) is not None}
     for name, value in overrides.items():
-        if name == "attention":
-            _check_choice(spell(name), value, ATTENTION)
+        if name in CHOICES:
+            _check_choice(spell(name), value, CHOICES[name])
         elif not isinstance(value, Split) and (type(value) is not int or value < 1):
             raise UsageError(f"{spell(name)} must be a whole number of at least 1, not {value!r}")
     replace(config.policy or Policy(), **overrides)  # to fail before the model is loaded

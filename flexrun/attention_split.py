@@ -16,7 +16,7 @@ from policy_search.kv_memory import broken_off_bytes, hosted_row_bytes, hosted_r
 
 if TYPE_CHECKING:
     from flexrun.model_trace import AttentionShape
-    from flexrun.scheduler import Scheduler
+    from flexrun.scheduler import BatchScheduler
     from offload.backend import DeviceBackend
     from offload.kv_cache import KVCache
     from offload.transfer_engine import TransferEngine
@@ -33,7 +33,7 @@ class AttentionSplit:
         shape: ModelShape,
         layer: AttentionShape,
         kv_cache: KVCache,
-        scheduler: Scheduler,
+        scheduler: BatchScheduler,
         backend: DeviceBackend,
         transfers: TransferEngine,
     ) -> None:
@@ -60,7 +60,7 @@ class AttentionSplit:
         self._always = policy.attention == "host"
         if self._always:
             kv_cache.attend_on_host(lambda _: 1.0)
-            scheduler.rows_stay_on_host = True
+            scheduler.cutter.rows_stay_on_host = True
 
     def measure(self, link: float | None, streamed_bytes: int) -> None:
         """Before the first sweep: what the split depends on.
@@ -75,7 +75,7 @@ class AttentionSplit:
         speed = self.host.measure(self._layer)
         self.hardware = Hardware(host_to_device=link, host_attention=speed)
         self._streamed_bytes = streamed_bytes
-        self._scheduler.rows_stay_on_host = speed >= link
+        self._scheduler.cutter.rows_stay_on_host = speed >= link
         self._kv.attend_on_host(self._best_share)
 
     def _best_share(self, kv_bytes: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,8 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     try:
         arguments = build_parser(__version__).parse_args(argv)
-        command = {"check": check, "prepare": prepare}.get(arguments.command, generate)
-        return command(arguments)
+        commands = {"check": check, "prepare": prepare, "bench": bench, "generate": generate}
+        return commands[arguments.command](arguments)
     except FlexrunError as error:
         return _report(error, BAD_USAGE)
     except KeyboardInterrupt:
@@ -59,6 +59,22 @@ def prepare(arguments: argparse.Namespace) -> int:
 
     config = engine_config(vars(arguments), flag_of)
     return main_prepare(config, copy=arguments.copy)
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Run a job of published lengths."""
+    from flexrun.bench import Workload, main_bench
+
+    workload = Workload(**{f.name: getattr(arguments, f.name) for f in fields(Workload)})
+    config = engine_config(vars(arguments), flag_of)
+    if config.trace is not None:
+        check_writable(config.trace)
+    with ExitStack() as stack:
+        engine = make_engine(config, None)
+        stack.callback(engine.close)
+        code = main_bench(engine, workload)
+        engine.write_trace()
+        return code
 
 
 def generate(arguments: argparse.Namespace) -> int:

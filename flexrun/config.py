@@ -28,7 +28,7 @@ class EngineConfig:
     policy: Policy | None = None
     """None: placed automatically under the budgets."""
     weights: Split | None = None
-    """Overrides the policy's field; so do the next seven."""
+    """Overrides the policy's field; so do the next nine."""
     kv_cache: Split | None = None
     activations: Split | None = None
     micro_batch_rows: int | None = None
@@ -36,6 +36,8 @@ class EngineConfig:
     max_rows: int | None = None
     max_sequences: int | None = None
     attention: str | None = None
+    scheduler: str | None = None
+    order: str | None = None
     overlap: bool = True
     device_memory: int | None = None
     """Budget in bytes; None: what the device has free. The next two likewise."""

@@ -104,7 +104,7 @@ class Engine:
             self._next_number,
             self._tokenizer,
             self._end_ids,
-            most - prompt,
+            min(most - prompt, request.ends_after or most),
             self._config.seed,
         )
         self._next_number += len(sequences)
@@ -124,9 +124,10 @@ class Engine:
             return []
         spans = (span for batch in plan.micro_batches for span in batch.spans)
         tokens = {span.sequence: self._sequences[span.sequence].tokens for span in spans}
+        running = len(self._runtime.scheduler.running)
         chosen = self._runtime.run(plan, tokens, self._choose)
         finished = self._commit(plan, chosen)
-        self._counters.sweep(plan.rows, len(chosen), time.perf_counter() - start)
+        self._counters.sweep(plan.rows, running, len(chosen), time.perf_counter() - start)
         return finished
 
     def _choose(self, numbers: list[int], logits: torch.Tensor) -> torch.Tensor:
@@ -149,7 +150,6 @@ class Engine:
             if token < 0:
                 finished.append(self._fail(sequence.request))
                 continue
-            scheduler.grow(number)
             if sequence.append(token):
                 scheduler.finish(number)
                 del self._sequences[number]

@@ -16,7 +16,7 @@ from offload.placement import TensorSpec, place
 from offload.slabs import Weight
 from offload.tiers import Split, Tier
 from offload.weights import WeightStore
-from policy_search.model_shape import ModelShape
+from policy_search.model_shape import ModelShape, product_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -122,6 +122,10 @@ def model_shape(
         value_bytes=size,
         query_values=max(s.query_heads * s.key_dim for s in model.attention),
         output_values=max(s.query_heads * (s.value_dim + 1) for s in model.attention),
+        flops_per_row=sum(
+            product_flops(w.shape, experts_per_row) for layer in weights.layers for w in layer
+        ),
+        head_flops_per_row=2 * int(config.hidden_size) * model.vocab_size,
         expanded_bytes=max(sum(w.expanded_bytes for w in unit) for unit in units),
         prepared_bytes=disk.to_write,
         tensors=tuple(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class RowSpan:
+class RowSpan(NamedTuple):
     """Rows of one sequence in a sweep: its positions `start` to `start + length`."""
 
     sequence: int
@@ -39,6 +39,11 @@ class SweepPlan:
     micro_batches: tuple[MicroBatch, ...]
     last: bool = False
     """No sweep follows, whatever tokens are chosen: no weights need to be fetched ahead."""
+
+    @property
+    def spans(self) -> list[RowSpan]:
+        """All of the sweep."""
+        return [span for batch in self.micro_batches for span in batch.spans]
 
     @property
     def rows(self) -> int:

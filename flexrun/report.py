@@ -24,13 +24,16 @@ class RunCounters:
     generated_tokens: int = 0
     sweeps: int = 0
     rows: int = 0
+    sequences: int = 0
+    """That were running, summed over all sweeps."""
     load_seconds: float = 0.0
     sweep_seconds: list[float] = field(default_factory=list)
 
-    def sweep(self, rows: int, generated: int, seconds: float) -> None:
+    def sweep(self, rows: int, sequences: int, generated: int, seconds: float) -> None:
         """One sweep is over."""
         self.sweeps += 1
         self.rows += rows
+        self.sequences += sequences
         self.generated_tokens += generated
         self.sweep_seconds.append(seconds)
 
@@ -49,6 +52,7 @@ class RunCounters:
             "tokens_per_second": round(self.generated_tokens / seconds, 3) if seconds else 0.0,
             "sweeps": self.sweeps,
             "rows": self.rows,
+            "running_sequences": round(self.sequences / self.sweeps, 2) if self.sweeps else 0.0,
             "sweep_seconds": round(statistics.median(self.sweep_seconds or [0.0]), 6),
             "bound": max(shares, key=lambda row: shares[row]) if self.sweeps else None,
             "compute_share": round(shares[COMPUTE], 4),

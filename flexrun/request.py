@@ -106,6 +106,9 @@ class Request:
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
     sampling_params: SamplingParams
+    ends_after: int | None = None
+    """Generated tokens after which it ends, as if it then said so: for benchmarks, which have
+    lengths that nobody knows before."""
 
 
 @dataclass(slots=True)

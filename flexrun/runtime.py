@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,14 @@ from flexrun.architecture_check import ensure_exact
 from flexrun.attention.torch_ops import TorchAttention
 from flexrun.attention.triton_attention import TritonAttention, usable
 from flexrun.attention_split import AttentionSplit
+from flexrun.compute_speed import measured_flops
 from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
 from flexrun.loading import find_weights, load_weights, model_shape
 from flexrun.machine import choose_types, offload_directory, open_backend
 from flexrun.model import build_model, load_config
 from flexrun.model_files import resolve_model
-from flexrun.scheduler import Scheduler
+from flexrun.schedulers import SCHEDULERS
 from offload.activations import ActivationStore
 from offload.checkpoint import Checkpoint
 from offload.errors import CapacityError
@@ -29,6 +31,8 @@ from offload.tiers import Tier, format_size
 from offload.timeline import Timeline
 from offload.transfer_engine import TransferEngine
 from policy_search.automatic import automatic_policy, with_depth
+from policy_search.cost_model import free_rows, weight_seconds
+from policy_search.hardware import Hardware
 from policy_search.kv_memory import kv_pages, kv_room, leaving_rows_bytes
 from policy_search.memory import parked_rows, smallest_relay, workspace
 from policy_search.policy import Policy
@@ -52,6 +56,8 @@ _POLICY_FIELDS = (
     "max_rows",
     "max_sequences",
     "attention",
+    "scheduler",
+    "order",
 )
 
 
@@ -76,6 +82,7 @@ class Runtime:
         disk = plan_disk(checkpoint, weights.units, self._offload_directory)
         self.shape = model_shape(self.model, weights, self.dtype, disk)
         self.policy = self._choose_policy(config)
+        self._finds_row_budget = config.max_rows is None and config.policy is None
         activations = workspace(self.shape, self.policy)
         account = self.backend.account
         account.charge(Tier.DEVICE, activations, "working memory for activations")
@@ -207,12 +214,13 @@ class Runtime:
             self._offload_directory,
         )
         closing.callback(self.kv_cache.close)
-        self.scheduler = Scheduler(
+        self.scheduler = SCHEDULERS[policy.scheduler](
             self.pools,
             max_rows=policy.max_rows,
             max_sequences=policy.max_sequences,
             micro_batch_rows=policy.micro_batch_rows,
             num_micro_batches=policy.num_micro_batches,
+            order=policy.order,
         )
         self.scheduler.promoted_from = away[::-1]
 
@@ -222,6 +230,23 @@ class Runtime:
             self.raw_speeds = raw_speeds(self.backend, self.weights.store.raw_copies())
             link = self.raw_speeds.get(Link.HOST_TO_DEVICE)
             self._split.measure(link, self.weights.store.streamed_bytes)
+            if self._finds_row_budget:
+                self.scheduler.free_rows = self._free_rows()
+
+    def _free_rows(self) -> int | None:
+        """Rows that compute while a sweep's weights arrive; None where all weights are there."""
+        store, speeds = self.weights.store, self.raw_speeds
+        if not store.streamed_bytes:
+            return None
+        hardware = Hardware(
+            host_to_device=speeds.get(Link.HOST_TO_DEVICE, math.inf),
+            disk_read=speeds.get(self.backend.disk_in, math.inf),
+            flops=measured_flops(
+                self.backend, self.dtype, self.shape.hidden_size, self.shape.widest
+            ),
+        )
+        seconds = weight_seconds(store.streamed_bytes, store.disk_bytes, hardware)
+        return int(free_rows(self.shape, hardware, seconds))
 
     def run(
         self,

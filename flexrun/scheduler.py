@@ -1,16 +1,20 @@
-"""Which rows ride in the next sweep: plain data in, plain data out (no torch)."""
+"""What every batch scheduler is made of: who runs, who waits, and pages for their rows (no torch).
+
+Plain data in, plain data out. `schedulers.py` has the ways to fill a sweep.
+"""
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flexrun.plan import MicroBatch, RowSpan, SweepPlan
+from flexrun.micro_batches import Cutter
+from flexrun.plan import RowSpan, SweepPlan
+from flexrun.progress import Progress, WaitingQueue
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from offload.pages import PagePools
 
@@ -19,29 +23,26 @@ MOST_PROMOTED = 16
 
 
 @dataclass(slots=True)
-class Progress:
-    """What the scheduler knows of a sequence: token counts, never the tokens."""
+class SweepRows:
+    """The rows of a sweep that is being put together."""
 
-    sequence: int
-    tokens: int
-    """Tokens so far: the prompt and what was generated."""
-    most_tokens: int
-    """Tokens the sequence may grow to."""
-    shared: int = 0
-    """The first positions, which are the same in all sequences of the group."""
-    group: int = -1
-    computed: int = 0
-    """Positions whose keys and values are in the KV cache."""
-    last_sweep: int = -1
-    """The last sweep it had rows in."""
+    left: int
+    """Rows that it still has room for."""
+    spans: list[RowSpan] = field(default_factory=list)
+    rows: int = 0
 
-    @property
-    def pending(self) -> int:
-        return self.tokens - self.computed
+    def add(self, span: RowSpan) -> None:
+        self.spans.append(span)
+        self.left -= span.length
+        self.rows += span.length
+
+    def limit(self, rows: int) -> None:
+        """At most so many, or what it has already."""
+        self.left = max(0, min(self.left, rows - self.rows))
 
 
-class Scheduler:
-    """Running sequences first, then waiting ones in order, up to the row budget of a sweep.
+class BatchScheduler:
+    """Sequences that run and that wait; subclasses say which of them get rows in a sweep.
 
     A prompt that does not fit into what is left of the budget, or into one micro-batch, is computed
     in chunks over several sweeps. Sequences take pages as they need them. When there are none left,
@@ -56,23 +57,26 @@ class Scheduler:
         max_rows: int,
         max_sequences: int,
         micro_batch_rows: int,
-        num_micro_batches: int | None,
+        num_micro_batches: int | None = None,
+        order: str = "input",
     ) -> None:
         self.pools = pools
         self.max_rows = max_rows
         self.max_sequences = max_sequences
-        self.micro_batch_rows = micro_batch_rows
-        self.num_micro_batches = num_micro_batches
+        self.cutter = Cutter(pools, micro_batch_rows, num_micro_batches)
         self.running: dict[int, Progress] = {}
-        self.waiting: deque[Progress] = deque()
+        """In the order in which they joined."""
+        self.prompts: dict[int, Progress] = {}
+        """Those of them whose prompts are computed in part."""
+        self.waiting = WaitingQueue(order)
+        self.free_rows: int | None = None
+        """Rows of a sweep that cost nothing: they compute while its weights arrive."""
         self.preemptions = 0
         """How often a running sequence had to give its pages away."""
         self.promoted_from: Sequence[Tier] = ()
         """Tiers, the slowest first, whose pages cross a link in every sweep."""
         self.promotions = 0
         """Pages that moved up."""
-        self.rows_stay_on_host = False
-        """Single rows attend to pages on HOST there: these need no room in staging."""
         self._sweeps = 0
 
     def add(
@@ -82,54 +86,125 @@ class Scheduler:
         # Each computes its prompt's last row itself: that gives its first token.
         shared = 0 if group is None else prompt_tokens - 1
         number = sequence if group is None else group
-        self.waiting.append(Progress(sequence, prompt_tokens, most_tokens, shared, number))
+        self.waiting.add(Progress(sequence, prompt_tokens, most_tokens, shared, number))
 
     def next_sweep(self) -> SweepPlan:
         """Rows of the next sweep; empty when nothing is left to do."""
         self.pools.settle()
         self._promote()
-        spans: list[RowSpan] = []
-        budget = self.max_rows
-        # A decode is never held up by a long prompt, and where not all fit they take turns.
-        candidates = sorted(self.running.values(), key=lambda p: (p.pending > 1, p.last_sweep))
-        for progress in candidates:
-            if budget == 0:
+        sweep = SweepRows(self.max_rows)
+        self.fill(sweep)
+        micro_batches = self.cutter.cut(sweep.spans, sweep.rows)
+        return SweepPlan(micro_batches, last=self._is_last(sweep.spans))
+
+    def fill(self, sweep: SweepRows) -> None:
+        """Choose rows: `decode`, `continue_prompts` and `admit`, in the order of the subclass."""
+        raise NotImplementedError
+
+    def commit(self, plan: SweepPlan) -> None:
+        """The rows of `plan` were computed, and who wanted logits has a token more."""
+        self._sweeps += 1
+        running, prompts, sweeps = self.running, self.prompts, self._sweeps
+        for batch in plan.micro_batches:
+            for sequence, start, length, wants_logits in batch.spans:
+                progress = running[sequence]
+                progress.computed = start + length
+                progress.last_sweep = sweeps
+                if wants_logits:
+                    progress.tokens += 1
+                    prompts.pop(sequence, None)
+
+    def finish(self, sequence: int) -> None:
+        """`sequence` is over: its pages are free for the next sweep."""
+        self.prompts.pop(sequence, None)
+        if self.running.pop(sequence, None) is not None:
+            self.pools.release(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def decode(self, sweep: SweepRows) -> None:
+        """A row for each running sequence that has its next token to compute.
+
+        Where not all fit they take turns.
+        """
+        running, prompts, allocate = self.running, self.prompts, self.pools.allocate
+        ready = [each for sequence, each in running.items() if sequence not in prompts]
+        if len(ready) > sweep.left:
+            ready.sort(key=lambda progress: progress.last_sweep)
+        for progress in ready:
+            if not sweep.left:
                 break
-            if progress.sequence in self.running:  # else it gave its pages away a moment ago
-                span = self._span(progress, budget)
-                if self._make_room(span, spans):
-                    spans.append(span)
-                    budget -= span.length
-        spans += self._admit(budget)
-        return SweepPlan(tuple(self._cut(spans)), last=self._is_last(spans))
+            sequence, start = progress.sequence, progress.computed
+            if sequence not in running:
+                continue  # it gave its pages away a moment ago
+            span = RowSpan(sequence, start, 1, True)
+            if allocate(sequence, start + 1) or self._make_room(span, sweep.spans):
+                sweep.add(span)
+
+    def continue_prompts(self, sweep: SweepRows) -> None:
+        """More rows of prompts that are being computed, those first that have waited longest."""
+        for progress in sorted(self.prompts.values(), key=lambda progress: progress.last_sweep):
+            if sweep.left and progress.sequence in self.prompts:
+                span = self._span(progress, sweep.left)
+                if self._make_room(span, sweep.spans):
+                    sweep.add(span)
+
+    def admit(self, sweep: SweepRows) -> None:
+        """Sequences that wait, in their order, while there are places, rows and pages for them."""
+        if not (self.waiting and sweep.left and self.places):
+            return
+        free = self.pools.total_free - self.watermark()
+        later: list[Progress] = []
+        # Who waits for its group has a place: else others would fill it until the group is over.
+        while self.waiting and sweep.left and self.places > len(later):
+            progress = self.waiting.pop()
+            ready = self._begin(progress)
+            free -= self.pages_wanted(progress)
+            if not ready:
+                free += progress.shared // self.pools.page_tokens
+                later.append(progress)  # its prompt is being computed
+                continue
+            if progress.computed % self.pools.page_tokens:
+                free -= 1  # a copy of the last page that it shares
+            span = self._span(progress, sweep.left)
+            enough = free >= 0 or not self.running
+            if not (enough and self.pools.allocate(progress.sequence, span.end)):
+                self._forget(progress)
+                later.append(progress)
+                break  # in order: a short one must not overtake for ever a long one
+            self.running[progress.sequence] = progress
+            if not span.wants_logits:
+                self.prompts[progress.sequence] = progress
+            sweep.add(span)
+        for progress in reversed(later):
+            self.waiting.put_back(progress)
+
+    @property
+    def places(self) -> int:
+        """Sequences that may join."""
+        return self.max_sequences - len(self.running)
+
+    def pages_wanted(self, progress: Progress) -> int:
+        """Pages that a sequence does not have yet, for all its tokens and some more."""
+        table = self.pools.tables.get(progress.sequence)
+        held = 0 if table is None else len(table.pages)
+        return self.pools.pages_for(progress.tokens) + 1 - held
+
+    def watermark(self) -> int:
+        """Pages that nobody new may take: prompts that are being computed will want the rest of
+        theirs, and everyone soon one more.
+        """
+        rest = (self.pages_wanted(progress) - 1 for progress in self.prompts.values())
+        return len(self.running) + sum(rest)
 
     def _is_last(self, spans: list[RowSpan]) -> bool:
         """Whether every sequence there is reaches its most tokens with this sweep."""
         if self.waiting or len(spans) < len(self.running):
             return False
         running = self.running.values()
-        return all(span.wants_logits for span in spans) and all(
-            progress.tokens + 1 >= progress.most_tokens for progress in running
+        return all(progress.tokens + 1 >= progress.most_tokens for progress in running) and all(
+            span.wants_logits for span in spans
         )
-
-    def commit(self, plan: SweepPlan) -> None:
-        """The rows of `plan` were computed."""
-        self._sweeps += 1
-        for batch in plan.micro_batches:
-            for span in batch.spans:
-                progress = self.running[span.sequence]
-                progress.computed, progress.last_sweep = span.end, self._sweeps
-
-    def grow(self, sequence: int) -> None:
-        """One token was generated for `sequence`."""
-        self.running[sequence].tokens += 1
-
-    def finish(self, sequence: int) -> None:
-        """`sequence` is over: its pages are free for the next sweep."""
-        if self.running.pop(sequence, None) is not None:
-            self.pools.release(sequence)
-        else:
-            self.waiting = deque(p for p in self.waiting if p.sequence != sequence)
 
     def _make_room(self, span: RowSpan, chosen: list[RowSpan]) -> bool:
         """Pages for a running sequence's rows, if need be those of sequences that came after it."""
@@ -146,37 +221,10 @@ class Scheduler:
 
     def _preempt(self, sequence: int) -> None:
         progress = self.running.pop(sequence)
+        self.prompts.pop(sequence, None)
         self._forget(progress)
-        self.waiting.appendleft(progress)
+        self.waiting.put_back(progress)
         self.preemptions += 1
-
-    def _admit(self, budget: int) -> Iterator[RowSpan]:
-        if not self.waiting:
-            return
-        # What runs will want the rest of its prompts, and soon a page more each.
-        free = self.pools.total_free - sum(map(self._pages_wanted, self.running.values()))
-        later: list[Progress] = []
-        # Who waits for its group has a place: else others would fill it until the group is over.
-        while self.waiting and budget > 0 and len(self.running) + len(later) < self.max_sequences:
-            progress = self.waiting.popleft()
-            ready = self._begin(progress)
-            free -= self._pages_wanted(progress)
-            if not ready:
-                free += progress.shared // self.pools.page_tokens
-                later.append(progress)  # its prompt is being computed
-                continue
-            if progress.computed % self.pools.page_tokens:
-                free -= 1  # a copy of the last page that it shares
-            span = self._span(progress, budget)
-            enough = free >= 0 or not self.running
-            if not (enough and self.pools.allocate(progress.sequence, span.end)):
-                self._forget(progress)
-                later.append(progress)
-                break  # in order: a short one must not overtake for ever a long one
-            self.running[progress.sequence] = progress
-            budget -= span.length
-            yield span
-        self.waiting.extendleft(reversed(later))
 
     def _begin(self, progress: Progress) -> bool:
         """Share what others of its group have computed; False if they are about to compute it."""
@@ -205,12 +253,11 @@ class Scheduler:
         """
         if self.waiting or not self.promoted_from:
             return
-        running = self.running.values()
-        spare = self.pools.free_pages(Tier.DEVICE) - sum(map(self._pages_wanted, running))
+        spare = self.pools.free_pages(Tier.DEVICE) - self.watermark()
         pages = ((tier, self.pools.capacity.get(tier, 0)) for tier in self.promoted_from)
         if spare <= 0 or all(self.pools.free_pages(tier) == count for tier, count in pages):
             return
-        tables = [(p, self.pools.tables[p.sequence].pages) for p in running]
+        tables = [(p, self.pools.tables[p.sequence].pages) for p in self.running.values()]
         full = [
             page for p, pages in tables for page in pages[: p.computed // self.pools.page_tokens]
         ]
@@ -218,69 +265,7 @@ class Scheduler:
         chosen = list(dict.fromkeys(slow))[: max(0, min(spare, MOST_PROMOTED))]
         self.promotions += len(self.pools.move(dict.fromkeys(chosen, Tier.DEVICE)))
 
-    def _pages_wanted(self, progress: Progress) -> int:
-        """Pages that a sequence does not have yet, for all its tokens and some more."""
-        table = self.pools.tables.get(progress.sequence)
-        held = 0 if table is None else len(table.pages)
-        return self.pools.pages_for(progress.tokens) + 1 - held
-
     def _span(self, progress: Progress, budget: int) -> RowSpan:
-        # All rows of a sequence ride in one micro-batch: the next one's KV pages are fetched before
-        # this one's new keys and values are stored.
-        length = min(progress.pending, budget, self.micro_batch_rows)
+        length = min(progress.pending, budget, self.cutter.most_rows)
         whole = length == progress.pending
         return RowSpan(progress.sequence, progress.computed, length, wants_logits=whole)
-
-    def _cut(self, spans: list[RowSpan]) -> Iterator[MicroBatch]:
-        """Cut the rows, in order, into micro-batches of about equal size."""
-        rows = sum(span.length for span in spans)
-        count = max(-(-rows // self.micro_batch_rows), self.num_micro_batches or 1)
-        batch: list[RowSpan] = []
-        filled = done = number = 0
-        pages = _PageCount(self.pools, self.rows_stay_on_host)
-        for span in spans:
-            wanted = pages.of(span)
-            full = filled + span.length > self.micro_batch_rows or not pages.room_for(wanted)
-            if batch and full:
-                yield MicroBatch(tuple(batch))
-                batch, filled, number = [], 0, number + 1
-                pages.clear()
-            batch.append(span)
-            pages.add(wanted)
-            filled += span.length
-            done += span.length
-            if done * count >= rows * (number + 1):
-                yield MicroBatch(tuple(batch))
-                batch, filled, number = [], 0, number + 1
-                pages.clear()
-        if batch:
-            yield MicroBatch(tuple(batch))
-
-
-class _PageCount:
-    """Pages of a micro-batch per tier, held against what the tier's staging takes."""
-
-    def __init__(self, pools: PagePools, rows_stay_on_host: bool) -> None:
-        self._pools = pools
-        self._rows_stay_on_host = rows_stay_on_host
-        self._pages: Counter[Tier] = Counter()
-
-    def of(self, span: RowSpan) -> Counter[Tier]:
-        """Pages of one span, where there is a limit to them."""
-        if not self._pools.largest_table:
-            return Counter()
-        pages = self._pools.tables[span.sequence].pages
-        count = Counter(page.tier for page in pages[: self._pools.pages_for(span.end)])
-        if self._rows_stay_on_host and span.length == 1:
-            del count[Tier.HOST]
-        return count
-
-    def room_for(self, wanted: Counter[Tier]) -> bool:
-        limits = self._pools.largest_table
-        return all(self._pages[tier] + wanted[tier] <= most for tier, most in limits.items())
-
-    def add(self, wanted: Counter[Tier]) -> None:
-        self._pages.update(wanted)
-
-    def clear(self) -> None:
-        self._pages.clear()

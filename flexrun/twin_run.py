@@ -14,7 +14,7 @@ from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
 from flexrun.loading import find_weights, load_weights
 from flexrun.model import build_model
-from flexrun.scheduler import Scheduler
+from flexrun.schedulers import ContinuousScheduler
 from offload.activations import ActivationStore
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.kv_cache import KVCache
@@ -87,7 +87,7 @@ class TwinRun:
         closing.callback(kv_cache.close)
         hidden = twin.config.get_text_config().hidden_size
         activations = ActivationStore(Split(host=100), 40, hidden * 4, backend, transfers)
-        self.scheduler = Scheduler(
+        self.scheduler = ContinuousScheduler(
             pools, max_rows=40, max_sequences=4, micro_batch_rows=20, num_micro_batches=2
         )
         self.executor = Executor(
@@ -120,8 +120,6 @@ class TwinRun:
             for number in chosen:
                 if len(logits[number]) == NEW_TOKENS:
                     self.scheduler.finish(number)
-                else:
-                    self.scheduler.grow(number)
         return [torch.stack(rows) for rows in logits.values()]
 
 

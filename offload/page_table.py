@@ -40,6 +40,8 @@ class PageTable:
     """With pages on DISK, which takes whole ones: the place in RAM of a page that is not full."""
     tokens: int = 0
     """Positions that it has pages for: after a sweep, those with keys and values."""
+    room: int = 0
+    """Positions that it may have without another page, or a copy of one that others have, too."""
 
     def by_tier(self, count: int) -> dict[Tier, tuple[list[int], list[int]]]:
         """Numbers and places of the first `count` pages, for every tier that some are on.

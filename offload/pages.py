@@ -65,6 +65,11 @@ class PagePools:
         """Pages that no sequence holds."""
         return sum(map(len, self._free.values()))
 
+    @property
+    def held(self) -> int:
+        """Pages that sequences hold, or that are about to be read."""
+        return sum(self.capacity.values()) - self.total_free
+
     def owners(self, page: Page) -> int:
         """Sequences that `page` belongs to."""
         return self._owners[page]
@@ -82,6 +87,9 @@ class PagePools:
         page that the new positions begin in is copied first if others have it, too.
         """
         table = self.tables.get(sequence) or PageTable()
+        if tokens <= table.room:
+            table.tokens = max(table.tokens, tokens)
+            return True
         shared = self._shared_page_to_write(table, tokens)
         count = self.pages_for(tokens) - len(table.pages)
         tiers = self._choose(table, max(0, count) + (shared is not None))
@@ -92,6 +100,7 @@ class PagePools:
             self._copy(table, shared, pages.pop(0))
         table.pages += pages
         table.tokens = max(table.tokens, tokens)
+        table.room = len(table.pages) * self.page_tokens
         self.tables[sequence] = table
         return True
 
@@ -118,9 +127,12 @@ class PagePools:
     def _choose(self, table: PageTable, count: int) -> list[Tier] | None:
         """A tier for each of `count` new pages; None if there are not so many."""
         free = {tier: len(numbers) for tier, numbers in self._free.items()}
-        held = Counter(page.tier for page in table.pages) if count > 0 else Counter()
         if table.tail is None and not self._free_tails:
             free.pop(Tier.DISK, None)
+        if len(free) == 1 and not self.largest_table:
+            (tier,) = free
+            return [tier] * count if count <= free[tier] else None
+        held = Counter(page.tier for page in table.pages) if count > 0 else Counter()
         chosen = []
         for _ in range(count):
             room = [
@@ -141,7 +153,8 @@ class PagePools:
             table.tail = self._free_tails.pop()
         # Last in, first out: a sequence gets pages that lie next to each other, as they were taken.
         pages = [Page(tier, self._free[tier].pop()) for tier in tiers]
-        self._owners.update(pages)
+        for page in pages:
+            self._owners[page] = 1
         self._report(tiers, 1)
         return pages
 
@@ -169,6 +182,7 @@ class PagePools:
             count = full
         self._owners.update(table.pages[:count])
         self.tables[child] = table
+        origin.room = 0  # its last page may be the child's, too
         return True
 
     def move(self, wanted: Mapping[Page, Tier]) -> list[Page]:

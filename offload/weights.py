@@ -89,6 +89,9 @@ class WeightStore:
         here = {Tier.DEVICE, Tier.HOST} if backend.unified else {Tier.DEVICE}
         self._allocate_home(self._resident, Tier.DEVICE)
         self._units = [self._unit(unit, tiers, here) for unit in units]
+        self.disk_bytes = sum(unit.disk.nbytes for unit in self._units)
+        self.streamed_bytes = sum(unit.streamed_bytes for unit in self._units)
+        """Bytes that cross a link to the device in every sweep; `disk_bytes` of them are read."""
         table = self._unit(gathered, tiers, here)
         for unit in (*self._units, table):
             if unit.host.nbytes:
@@ -164,11 +167,6 @@ class WeightStore:
         home = self._backend.allocate(tier, nbytes, what)
         self._homes.append((tier, home))
         return home
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Bytes that cross a link to the device in every sweep."""
-        return sum(unit.streamed_bytes for unit in self._units)
 
     def view(self, name: str) -> torch.Tensor | FileExtent:
         """Where weight `name` is at home: uint8 [nbytes] in memory, or an extent."""

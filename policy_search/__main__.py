@@ -1,4 +1,6 @@
-"""The command `policy-search`: what the engine would put where, in under a second, without torch.
+"""The command `policy-search`: what the engine would put where, and how long a job would take.
+
+In under a second, without torch.
 
 Exit codes: 0 there is a plan, 2 wrong usage, or a model that does not fit.
 """
@@ -9,18 +11,20 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from compression.errors import FlexrunError
-from offload.tiers import Tier, parse_size
+from offload.tiers import Tier
 from policy_search.automatic import automatic_policy
 from policy_search.errors import PolicyError
+from policy_search.flags import Parser, count, size
 from policy_search.machine import disk_budget, gpu_budget, host_budget
 from policy_search.memory import memory_of
 from policy_search.model_config import ModelConfig
 from policy_search.plan_text import command_line, plan_text
 from policy_search.policy import Policy
 from policy_search.shape_from_config import shape_from_config
+from policy_search.simulate_command import add_simulate_flags, run_simulate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,62 +34,60 @@ if TYPE_CHECKING:
 DONE, BAD_USAGE = 0, 2
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports what it cannot read like every other wrong setting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise PolicyError(message, hint=f"see {self.prog} --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `policy-search`."""
-    parser = _Parser(
+    parser = Parser(
         prog="policy-search",
         description="Say where weights and KV cache of a model go on this machine, or on one with "
         "the memory given here. No weight is read. The same plan is made by `flexrun generate` "
         "without --weights and --kv-cache.",
+        epilog="`policy-search simulate --help`: a job of published lengths on a virtual clock.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="local directory with config.json")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="type of weights and compute (%(default)s)")
-    size: dict[str, Any] = {"type": _size, "metavar": "SIZE"}
-    add("--device-memory", **size, help="such as 16GiB; default: what the GPU (or RAM) has free")
-    add("--host-memory", **size, help="RAM beside a GPU; default: what is free")
-    add("--disk-space", **size, help="default: what is free on the offload directory's disk")
+    nbytes: dict[str, Any] = {"type": size, "metavar": "SIZE"}
+    add("--device-memory", **nbytes, help="such as 16GiB; default: what the GPU (or RAM) has free")
+    add("--host-memory", **nbytes, help="RAM beside a GPU; default: what is free")
+    add("--disk-space", **nbytes, help="default: what is free on the offload directory's disk")
     add("--offload-dir", type=Path, metavar="DIR", help="directory for what lives on disk")
-    count: dict[str, Any] = {"type": _count}
-    add("--context", **count, metavar="TOKENS", help="longest sequence; default: the model's")
-    add("--max-sequences", **count, metavar="N", help="most sequences running at once")
-    add("--max-rows", **count, metavar="ROWS", help="most rows of one sweep")
-    add("--micro-batch", **count, metavar="ROWS", help="most rows in one layer call")
+    number: dict[str, Any] = {"type": count}
+    add("--context", **number, metavar="TOKENS", help="longest sequence; default: the model's")
+    add("--max-sequences", **number, metavar="N", help="most sequences running at once")
+    add("--max-rows", **number, metavar="ROWS", help="most rows of one sweep")
+    add("--micro-batch", **number, metavar="ROWS", help="most rows in one layer call")
     add("--unified", action="store_true", help="the CPU computes: all memory is RAM")
     add("-o", "--output", type=Path, metavar="FILE", help="write the policy for `flexrun --policy`")
     add("--json", action="store_true", help="print one JSON object instead of text")
     return parser
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except FlexrunError as error:
-        raise argparse.ArgumentTypeError(f"{error.message} ({error.hint})") from None
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run(build_parser().parse_args(argv))
+        if words[:1] == ["simulate"]:
+            return simulate(words[1:])
+        return run(build_parser().parse_args(words))
     except FlexrunError as error:
         print(f"policy-search: error: {error}", file=sys.stderr)
         return BAD_USAGE
+
+
+def simulate(words: Sequence[str]) -> int:
+    """Run a simulation's command line. Raises `FlexrunError`."""
+    from flexrun.schedulers import SCHEDULERS  # an entry point wires packages together
+
+    parser = Parser(
+        prog="policy-search simulate",
+        description="Run a job of published lengths on a virtual clock: the scheduler and the KV "
+        "pages of the engine, with each sweep's time from the cost model. No model is loaded.",
+        allow_abbrev=False,
+    )
+    add_simulate_flags(parser)
+    return run_simulate(parser.parse_args(words), SCHEDULERS)
 
 
 def run(arguments: argparse.Namespace) -> int:

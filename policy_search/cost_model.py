@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from policy_search.hardware import Hardware
+    from policy_search.model_shape import ModelShape
 
 WORTH_SPLITTING = 0.15
 """Of a sweep's time."""
@@ -53,3 +54,25 @@ def best_host_share(work: SweepWork, hardware: Hardware) -> float:
     seconds = {share: sweep_seconds(work, hardware, share) for share in (1.0, 0.0, balanced)}
     best = 1.0 if seconds[1.0] <= seconds[0.0] else 0.0
     return balanced if seconds[balanced] < (1 - WORTH_SPLITTING) * seconds[best] else best
+
+
+def weight_seconds(streamed: int, from_disk: int, hardware: Hardware) -> float:
+    """Until the weights of a sweep have arrived: bytes that cross the link to the device, and those
+    of them that come from disk.
+    """
+    return max(streamed / hardware.host_to_device, from_disk / hardware.disk_read)
+
+
+def compute_seconds(shape: ModelShape, hardware: Hardware, rows: int, positions: int) -> float:
+    """Of `rows` that attend to `positions` keys, each row's counted."""
+    flops = rows * shape.flops_per_row + positions * shape.attention_flops
+    return flops / hardware.flops
+
+
+def free_rows(shape: ModelShape, hardware: Hardware, seconds: float) -> float:
+    """Rows that compute in the `seconds` that a sweep's weights need to arrive: they cost nothing.
+
+    Sarathi's token budget with the roles changed: there prefill is what a decode batch has room for
+    beside its reads of the weights, here beside their way to the device.
+    """
+    return seconds * hardware.flops / shape.flops_per_row

@@ -1,7 +1,8 @@
-"""What a machine can do, in bytes per second: measured, or stated."""
+"""What a machine can do, in bytes and operations per second: measured, or stated."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -11,5 +12,11 @@ class Hardware:
 
     host_to_device: float
     """Of copies from pinned RAM to the device."""
-    host_attention: float
+    host_attention: float = math.inf
     """Bytes of keys and values in RAM that the processor attends to, a row for each sequence."""
+    disk_read: float = math.inf
+    """Bytes of weights that arrive from disk."""
+    flops: float = math.inf
+    """Of matrix products on the device, with rows enough to be limited by compute."""
+    device_read: float = math.inf
+    """Bytes per second of the device's memory."""

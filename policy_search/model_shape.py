@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from offload.placement import TensorSpec
+
+
+def product_flops(shape: Sequence[int], experts_per_row: int) -> int:
+    """Of one row and a weight of `shape`; of matrices stacked by expert, a row visits some."""
+    if len(shape) < 2:
+        return 0
+    visited = (experts_per_row, *shape[1:]) if len(shape) == 3 else shape
+    return 2 * math.prod(visited)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,6 +41,10 @@ class ModelShape:
     """Of one row in the widest layer, over all its query heads."""
     output_values: int = 0
     """That attention gives for one row: values of every head, and a log-sum-exp of each."""
+    flops_per_row: int = 0
+    """Of one row's matrix products in all layers: two for each parameter that the row meets."""
+    head_flops_per_row: int = 0
+    """Of a row that needs logits, besides."""
     expanded_bytes: int = 0
     """Of the largest unit in the type that is computed in, if weights are stored in another one."""
     prepared_bytes: int = 0
@@ -62,6 +77,13 @@ class ModelShape:
     def kv_token_bytes(self) -> int:
         """Keys and values of one token in all layers."""
         return sum(self.kv_bytes_per_token)
+
+    @property
+    def attention_flops(self) -> int:
+        """Of one row and one position that it attends to, in all layers: a product with the key and
+        one with the value (FlashAttention-2, section 3.1: 4 x length^2 x heads x head size).
+        """
+        return 4 * self.query_values * self.num_layers
 
     def workspace_bytes(
         self, micro_batch_rows: int, max_rows: int, max_sequences: int, gathered_tokens: int

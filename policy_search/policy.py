@@ -19,7 +19,12 @@ _COUNTS = (
     "prefetch_depth",
 )
 
-ATTENTION = ("auto", "host", "device")
+CHOICES = {
+    "attention": ("auto", "host", "device"),
+    "scheduler": ("continuous", "phased", "static"),
+    "order": ("longest", "input"),
+}
+"""What the fields may be that are one of a few words."""
 DEFAULT_DEPTH = 3
 """A layer that computes and two on their way: one may be late without stopping compute."""
 
@@ -50,6 +55,11 @@ class Policy:
     attention: str = "auto"
     """Where rows of running sequences attend to pages on HOST: there, or on the device, to which
     the pages move; auto splits them so that link and processor take as long."""
+    scheduler: str = "continuous"
+    """How sweeps are filled: prompts ride in the sweeps of sequences that generate; one phase at a
+    time; or FlexGen's static block, which is over before the next one begins."""
+    order: str = "longest"
+    """Of sequences that wait: the most tokens to generate first, or as they come."""
     overlap: bool = True
     """Transfers run beside compute; False runs the same steps one after another."""
 
@@ -58,8 +68,9 @@ class Policy:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise PolicyError(f"{name} must be at least 1, not {value}")
-        if self.attention not in ATTENTION:
-            raise PolicyError(f"attention must be one of {', '.join(ATTENTION)}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise PolicyError(f"{name} must be one of {', '.join(choices)}")
         if self.activations.disk:
             raise PolicyError(
                 "activations cannot live on disk", hint="use --activations device=A,host=B"
@@ -131,9 +142,9 @@ def _checked(name: str, value: Any) -> Any:
         if not isinstance(value, str):
             raise PolicyError(f'policy field {name} must be a split such as "device=20,host=80"')
         return Split.parse(value)
-    if name == "attention":
-        if value not in ATTENTION:
-            raise PolicyError(f"policy field attention must be one of {', '.join(ATTENTION)}")
+    if name in CHOICES:
+        if value not in CHOICES[name]:
+            raise PolicyError(f"policy field {name} must be one of {', '.join(CHOICES[name])}")
         return value
     if name == "overlap":
         if not isinstance(value, bool):

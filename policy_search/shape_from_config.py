@@ -12,7 +12,7 @@ from offload.placement import TensorSpec
 from offload.prepared_layout import PREPARED_BLOCK, layout
 from offload.tiers import CACHE_LINE, DISK_BLOCK, padded
 from policy_search.errors import PolicyError
-from policy_search.model_shape import ModelShape
+from policy_search.model_shape import ModelShape, product_flops
 from policy_search.stored_shapes import stored_tensors
 from policy_search.weight_formula import shapes_by_formula
 
@@ -79,6 +79,12 @@ def shape_from_config(config: ModelConfig, dtype: str, computed: str | None = No
         value_bytes=nbytes((1,), computed),
         query_values=config.number("num_attention_heads") * config.key_dim,
         output_values=config.number("num_attention_heads") * (config.value_dim + 1),
+        flops_per_row=sum(
+            product_flops(shapes[t.name], config.experts_per_row)
+            for t in specs
+            if 0 <= t.unit < layers
+        ),
+        head_flops_per_row=2 * config.number("hidden_size") * config.number("vocab_size"),
         expanded_bytes=0 if computed == dtype else _largest_unit(specs, shapes, computed),
         prepared_bytes=to_write,
         tensors=tuple(tensor for tensor in specs if tensor.unit != _RESIDENT),

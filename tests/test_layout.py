@@ -18,7 +18,10 @@ MAX_FUNCTION_LINES = 60
 TORCH_FREE = (
     "policy_search",
     "flexrun.zigzag",
+    "flexrun.progress",
+    "flexrun.micro_batches",
     "flexrun.scheduler",
+    "flexrun.schedulers",
     "offload.tiers",
     "offload.disk_layout",
     "offload.prepared_layout",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from flexrun.scheduler import Scheduler
+from flexrun.schedulers import ContinuousScheduler
 from offload.pages import PagePools
 from offload.tiers import Tier
 from policy_search.policy import Policy
@@ -32,7 +32,7 @@ def utilisation(page_tokens: int) -> float:
     policy = Policy()
     pages = {Tier.DEVICE: 50_000 // page_tokens, Tier.HOST: 100_000 // page_tokens}
     pools = PagePools(pages, page_tokens)
-    scheduler = Scheduler(
+    scheduler = ContinuousScheduler(
         pools,
         max_rows=policy.max_rows,
         max_sequences=policy.max_sequences,
@@ -51,7 +51,6 @@ def utilisation(page_tokens: int) -> float:
         slots += sum(len(table.pages) for table in pools.tables.values()) * page_tokens
         for span in (span for batch in plan.micro_batches for span in batch.spans):
             if span.wants_logits:
-                scheduler.grow(span.sequence)
                 left[span.sequence] -= 1
                 if not left[span.sequence]:
                     scheduler.finish(span.sequence)

@@ -8,7 +8,13 @@ from collections import Counter
 import pytest
 
 from flexrun.plan import MicroBatch, RowSpan, SweepPlan
-from flexrun.scheduler import Scheduler
+from flexrun.scheduler import BatchScheduler
+from flexrun.schedulers import (
+    SCHEDULERS,
+    ContinuousScheduler,
+    PhasedScheduler,
+    StaticScheduler,
+)
 from offload.pages import PagePools
 from offload.tiers import Tier
 
@@ -24,14 +30,17 @@ def make_scheduler(
     max_sequences: int = 8,
     micro_batch_rows: int = 64,
     num_micro_batches: int | None = None,
-) -> Scheduler:
+    order: str = "input",
+    kind: type[BatchScheduler] = ContinuousScheduler,
+) -> BatchScheduler:
     limits = {} if staging is None else {Tier.HOST: staging}
-    return Scheduler(
+    return kind(
         PagePools(pages or {Tier.DEVICE: MANY}, page_tokens, limits),
         max_rows=max_rows,
         max_sequences=max_sequences,
         micro_batch_rows=micro_batch_rows,
         num_micro_batches=num_micro_batches,
+        order=order,
     )
 
 
@@ -39,14 +48,12 @@ def spans_of(plan: SweepPlan) -> list[RowSpan]:
     return [span for batch in plan.micro_batches for span in batch.spans]
 
 
-def commit(scheduler: Scheduler, plan: SweepPlan, ending: tuple[int, ...] = ()) -> None:
+def commit(scheduler: BatchScheduler, plan: SweepPlan, ending: tuple[int, ...] = ()) -> None:
     """What the engine does after a sweep; the sequences in `ending` got their last token."""
     scheduler.commit(plan)
     for span in spans_of(plan):
-        if span.wants_logits:
-            scheduler.grow(span.sequence)
-            if span.sequence in ending:
-                scheduler.finish(span.sequence)
+        if span.wants_logits and span.sequence in ending:
+            scheduler.finish(span.sequence)
 
 
 def test_nothing_to_do_is_an_empty_plan():
@@ -87,15 +94,12 @@ def test_a_prompt_takes_what_is_left_of_the_budget():
 
 def test_decodes_go_before_prompts():
     """A sequence that generates is not held up by another one's long prompt."""
-    scheduler = make_scheduler(max_rows=4, micro_batch_rows=4)
+    scheduler = make_scheduler(max_rows=8, micro_batch_rows=4)
     scheduler.add(0, 100, 110)
     scheduler.add(1, 2, 10)
-    scheduler.running[0] = scheduler.waiting.popleft()
-    scheduler.pools.allocate(0, 110)
-    scheduler.running[1] = scheduler.waiting.popleft()
-    scheduler.pools.allocate(1, 10)
-    scheduler.running[1].computed = 1
-    assert spans_of(scheduler.next_sweep()) == [RowSpan(1, 1, 1, True), RowSpan(0, 0, 3, False)]
+    commit(scheduler, scheduler.next_sweep())
+    scheduler.max_rows = 4
+    assert spans_of(scheduler.next_sweep()) == [RowSpan(1, 2, 1, True), RowSpan(0, 4, 3, False)]
 
 
 def test_decodes_take_turns():
@@ -212,7 +216,9 @@ def test_micro_batches_hold_no_more_pages_than_staging():
     assert [len(batch.spans) for batch in plan.micro_batches] == [2, 2, 2]
 
 
-def random_run(draw: random.Random) -> tuple[Scheduler, dict[int, tuple[int, int]]]:
+def random_run(
+    draw: random.Random, kind: type[BatchScheduler] = ContinuousScheduler
+) -> tuple[BatchScheduler, dict[int, tuple[int, int]]]:
     """A scheduler with sequences waiting, and each one's prompt and most tokens."""
     scheduler = make_scheduler(
         pages={Tier.DEVICE: draw.randint(12, 30), Tier.HOST: draw.randint(12, 30)},
@@ -222,6 +228,8 @@ def random_run(draw: random.Random) -> tuple[Scheduler, dict[int, tuple[int, int
         max_sequences=draw.randint(1, 9),
         micro_batch_rows=draw.randint(1, 20),
         num_micro_batches=draw.choice([None, 1, 2, 3]),
+        order=draw.choice(["input", "longest"]),
+        kind=kind,
     )
     jobs = {}
     for number in range(20):
@@ -231,14 +239,14 @@ def random_run(draw: random.Random) -> tuple[Scheduler, dict[int, tuple[int, int
     return scheduler, jobs
 
 
-def check_plan(scheduler: Scheduler, plan: SweepPlan) -> None:
+def check_plan(scheduler: BatchScheduler, plan: SweepPlan) -> None:
     """No limit is exceeded, and a sequence rides once."""
     assert 0 < plan.rows <= scheduler.max_rows
     assert len(scheduler.running) <= scheduler.max_sequences
     spans = spans_of(plan)
     assert len({span.sequence for span in spans}) == len(spans)
     for batch in plan.micro_batches:
-        assert 0 < batch.rows <= scheduler.micro_batch_rows
+        assert 0 < batch.rows <= scheduler.cutter.most_rows
         pages: Counter[Tier] = Counter()
         for span in batch.spans:
             table, count = (
@@ -252,12 +260,13 @@ def check_plan(scheduler: Scheduler, plan: SweepPlan) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_job_computes_every_position(seed):
+@pytest.mark.parametrize("kind", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_any_job_computes_every_position(seed, kind):
     """Under random limits positions are computed in order, once but for sequences that had to give
     their pages away, and all pages come back.
     """
     draw = random.Random(seed)
-    scheduler, jobs = random_run(draw)
+    scheduler, jobs = random_run(draw, kind)
     free = {tier: scheduler.pools.free_pages(tier) for tier in Tier}
     computed: dict[int, int] = dict.fromkeys(jobs, 0)
     tokens = {number: prompt for number, (prompt, _) in jobs.items()}
@@ -273,7 +282,6 @@ def test_any_job_computes_every_position(seed):
             computed[span.sequence] = span.end
             assert span.wants_logits == (span.end == tokens[span.sequence])
             if span.wants_logits:
-                scheduler.grow(span.sequence)
                 tokens[span.sequence] += 1
                 if tokens[span.sequence] == jobs[span.sequence][1]:
                     scheduler.finish(span.sequence)
@@ -338,14 +346,15 @@ def test_a_chunk_of_a_prompt_is_not_last():
 
 @pytest.mark.parametrize("seed", range(60))
 @pytest.mark.parametrize("early", [0.0, 0.3], ids=["full-length", "end-tokens"])
-def test_after_a_last_plan_nothing_is_left(seed, early):
+@pytest.mark.parametrize("kind", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_after_a_last_plan_nothing_is_left(seed, early, kind):
     """Nothing follows a plan marked last; without end tokens the final plan always is marked.
 
     With them sequences end early, waiting ones are given up and new ones come: a plan that was not
     marked may be the final one, but one that was marked is.
     """
     draw = random.Random(seed)
-    scheduler, jobs = random_run(draw)
+    scheduler, jobs = random_run(draw, kind)
     lasts, number = [], len(jobs)
     while not (plan := scheduler.next_sweep()).empty:
         lasts.append(plan.last)
@@ -353,12 +362,11 @@ def test_after_a_last_plan_nothing_is_left(seed, early):
         for span in spans_of(plan):
             if span.sequence not in scheduler.running or not span.wants_logits:
                 continue
-            scheduler.grow(span.sequence)
             progress = scheduler.running[span.sequence]
             if progress.tokens == progress.most_tokens or draw.random() < early:
                 scheduler.finish(span.sequence)
             if scheduler.waiting and draw.random() < early / 3:
-                scheduler.finish(scheduler.waiting[-1].sequence)
+                scheduler.finish(list(scheduler.waiting)[-1].sequence)
         # A job's next lines come while others still wait.
         if scheduler.waiting and number < 30 and draw.random() < early:
             scheduler.add(number, 3, 4 + draw.randint(0, 3))
@@ -447,7 +455,8 @@ def test_pages_move_up_when_nothing_waits():
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_job_with_groups_computes_every_position(seed):
+@pytest.mark.parametrize("kind", SCHEDULERS.values(), ids=SCHEDULERS)
+def test_any_job_with_groups_computes_every_position(seed, kind):
     """However few pages there are, every sequence computes, or shares, all its positions once."""
     draw = random.Random(seed)
     scheduler = make_scheduler(
@@ -455,6 +464,7 @@ def test_any_job_with_groups_computes_every_position(seed):
         max_rows=draw.randint(3, 40),
         micro_batch_rows=draw.randint(3, 40),
         max_sequences=draw.randint(1, 8),
+        kind=kind,
     )
     scheduler.promoted_from = (Tier.HOST,)
     left, number = {}, 0
@@ -483,3 +493,98 @@ def test_any_job_with_groups_computes_every_position(seed):
     assert set(left.values()) == {0}
     scheduler.pools.settle()
     assert scheduler.pools.total_free == sum(scheduler.pools.capacity.values())
+
+
+def test_phases_do_not_mix():
+    """Prompts are computed first, and again as soon as there is a place; then tokens alone."""
+    scheduler = make_scheduler(max_sequences=2, max_rows=4, kind=PhasedScheduler)
+    for number in range(3):
+        scheduler.add(number, 4, 12)
+    seen = []
+    for ending in ((), (), (), (0,), (), ()):
+        plan = scheduler.next_sweep()
+        seen.append([(span.sequence, span.length) for span in spans_of(plan)])
+        commit(scheduler, plan, ending)
+    both = [(0, 1), (1, 1)]
+    assert seen == [[(0, 4)], [(1, 4)], both, both, [(2, 4)], [(1, 1), (2, 1)]]
+
+
+def test_a_block_is_over_before_the_next_one_begins():
+    """Places of sequences that ended stay empty; prompts come first, and all decode together."""
+    scheduler = make_scheduler(max_sequences=2, max_rows=4, kind=StaticScheduler)
+    for number in range(3):
+        scheduler.add(number, 4, 12)
+    seen = []
+    for ending in ((), (), (0,), (), (1,), (2,)):
+        plan = scheduler.next_sweep()
+        seen.append([(span.sequence, span.length) for span in spans_of(plan)])
+        commit(scheduler, plan, ending)
+    assert seen == [[(0, 4)], [(1, 4)], [(0, 1), (1, 1)], [(1, 1)], [(1, 1)], [(2, 4)]]
+
+
+def test_a_place_left_while_the_block_is_filled_stays_empty():
+    """A sequence that ends with its first token is part of the block all the same."""
+    scheduler = make_scheduler(max_sequences=3, max_rows=8, kind=StaticScheduler)
+    for number in range(5):
+        scheduler.add(number, 4, 12)
+    joined = []
+    for ending in ((0,), (), (1, 2), ()):
+        plan = scheduler.next_sweep()
+        joined.append([span.sequence for span in spans_of(plan)])
+        commit(scheduler, plan, ending)
+    assert joined == [[0, 1], [2], [1, 2], [3, 4]]
+
+
+def test_a_block_keeps_room_for_whole_lengths():
+    """A sequence joins only if all its tokens have pages, so none is ever preempted."""
+    scheduler = make_scheduler(pages={Tier.DEVICE: 7}, kind=StaticScheduler)
+    for number in range(4):
+        scheduler.add(number, 4, 12)  # three pages each
+    sweeps = 0
+    while not (plan := scheduler.next_sweep()).empty:
+        sweeps += 1
+        assert len(scheduler.running) <= 2
+        ending = [s.sequence for s in spans_of(plan) if s.end == 11]
+        commit(scheduler, plan, tuple(ending))
+    assert (scheduler.preemptions, sweeps) == (0, 16)
+
+
+@pytest.mark.parametrize("order", ["longest", "input"])
+def test_the_longest_go_first(order):
+    """Who may generate most starts first, and with equal lengths, or if asked, who came first."""
+    scheduler = make_scheduler(max_sequences=1, order=order)
+    for number, (prompt, most) in enumerate([(50, 55), (2, 9), (3, 30), (4, 31), (1, 3)]):
+        scheduler.add(number, prompt, most)
+    started = []
+    while not (plan := scheduler.next_sweep()).empty:
+        started += [span.sequence for span in spans_of(plan)]
+        commit(scheduler, plan, tuple(span.sequence for span in spans_of(plan)))
+    assert started == ([2, 3, 1, 0, 4] if order == "longest" else [0, 1, 2, 3, 4])
+
+
+def test_who_was_preempted_goes_before_longer_ones():
+    scheduler = make_scheduler(pages={Tier.DEVICE: 4}, order="longest")
+    scheduler.add(0, 3, 16)
+    scheduler.add(1, 3, 15)
+    while not scheduler.preemptions:
+        commit(scheduler, scheduler.next_sweep())
+    scheduler.add(2, 3, 99)
+    assert [progress.sequence for progress in scheduler.waiting] == [1, 2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_micro_batches_are_about_as_much_work(seed):
+    """Rows differ by no more than one span has, and context of single rows by less than one has."""
+    draw = random.Random(seed)
+    scheduler = make_scheduler(micro_batch_rows=draw.randint(40, 90), num_micro_batches=4)
+    spans = [RowSpan(number, draw.randint(0, 900), 1, True) for number in range(100)]
+    rows = [sum(s.length for s in b.spans) for b in scheduler.cutter.cut(spans, 100)]
+    assert len(rows) == 4
+    assert max(rows) - min(rows) <= 1
+    context = [sum(s.end for s in b.spans) for b in scheduler.cutter.cut(spans, 100)]
+    assert max(context) - min(context) <= 901
+    spans += [RowSpan(100 + n, 0, draw.randint(2, 40), False) for n in range(5)]
+    total = sum(span.length for span in spans)
+    batches = scheduler.cutter.cut(spans, total)
+    assert sorted(s for b in batches for s in b.spans) == sorted(spans)
+    assert max(b.rows for b in batches) - min(b.rows for b in batches) <= 40

@@ -1,0 +1,93 @@
+"""Three ways to fill a sweep, behind one interface (no torch).
+
+A sweep costs its weights' way to the device whoever rides in it. `ContinuousScheduler` is what jobs
+run with; the other two are what it is held against.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flexrun.scheduler import BatchScheduler
+
+if TYPE_CHECKING:
+    from flexrun.progress import Progress
+    from flexrun.scheduler import SweepRows
+
+LEAST_PROMPT_ROWS = 128
+"""That ride with the sequences that generate, also where these alone take longer than the weights:
+matrix products of fewer rows use a processor badly."""
+
+
+class ContinuousScheduler(BatchScheduler):
+    """Every sweep full: prompts ride in the sweeps of those that generate.
+
+    A place is taken as soon as its sequence ends (Orca's iteration-level batching), and a sequence
+    that generates is never held up by another one's prompt (Sarathi's stall-free batching). Prompts
+    take the rows that compute while the weights arrive: more would make this sweep longer, and
+    leave less to do beside the next one's weights.
+    """
+
+    def fill(self, sweep: SweepRows) -> None:
+        self.decode(sweep)
+        if self.free_rows is not None:
+            sweep.limit(max(self.free_rows, sweep.rows + LEAST_PROMPT_ROWS))
+        self.continue_prompts(sweep)
+        self.admit(sweep)
+
+
+class PhasedScheduler(BatchScheduler):
+    """One phase at a time: sweeps of prompts while any can be computed, else of single rows."""
+
+    def fill(self, sweep: SweepRows) -> None:
+        self.continue_prompts(sweep)
+        self.admit(sweep)
+        if not sweep.spans:
+            self.decode(sweep)
+
+
+class StaticScheduler(BatchScheduler):
+    """FlexGen's block: as many sequences as may run start together, and the next when all are over.
+
+    Pages for a sequence's most tokens are kept for it. Unlike FlexGen's, the block is not padded to
+    its longest prompt, and who has ended has no rows.
+    """
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._ended = 0
+        """Sequences of this block that are over, whose places stay empty."""
+        self._whole = False
+        """All prompts of the block are computed."""
+
+    def fill(self, sweep: SweepRows) -> None:
+        if not self.running:
+            self._ended, self._whole = 0, False
+        self.continue_prompts(sweep)
+        self.admit(sweep)
+        if not sweep.spans:
+            self._whole = True
+            self.decode(sweep)
+
+    def finish(self, sequence: int) -> None:
+        self._ended += sequence in self.running
+        super().finish(sequence)
+
+    @property
+    def places(self) -> int:
+        return 0 if self._whole else super().places - self._ended
+
+    def pages_wanted(self, progress: Progress) -> int:
+        table = self.pools.tables.get(progress.sequence)
+        held = 0 if table is None else len(table.pages)
+        return self.pools.pages_for(progress.most_tokens) - held
+
+    def watermark(self) -> int:
+        return sum(map(self.pages_wanted, self.running.values()))
+
+
+SCHEDULERS = {
+    "continuous": ContinuousScheduler,
+    "static": StaticScheduler,
+    "phased": PhasedScheduler,
+}

@@ -1,0 +1,159 @@
+"""`policy-search simulate`: a job of published lengths on a virtual clock."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offload.pages import PagePools
+from offload.tiers import Tier, format_size
+from policy_search.cost_model import compute_seconds, free_rows, weight_seconds
+from policy_search.errors import PolicyError
+from policy_search.flags import count, size
+from policy_search.hardware import Hardware
+from policy_search.model_config import ModelConfig
+from policy_search.policy import CHOICES, Policy
+from policy_search.shape_from_config import shape_from_config
+from policy_search.simulator import simulate
+from policy_search.workload import WORKLOADS, draw_lengths, longest_output
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Mapping, Sequence
+
+    from policy_search.model_shape import ModelShape
+    from policy_search.simulator import Scheduler, Simulation
+
+LLAMA_2_13B = {
+    "model_type": "llama",
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}
+"""What is simulated unless another model is given; its published config.json."""
+
+
+def add_simulate_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `policy-search simulate`."""
+    add = parser.add_argument
+    add("--workload", default="conv", choices=WORKLOADS, help="length table (%(default)s)")
+    add("--requests", type=int, default=2048, metavar="N", help="of the job (%(default)s)")
+    add("--scale", type=float, default=1.0, metavar="X", help="multiplies all lengths")
+    add(
+        "--prompt-len",
+        type=count,
+        default=512,
+        metavar="N",
+        help="of --workload fixed (%(default)s)",
+    )
+    add("--gen-len", type=count, default=32, metavar="N", help="likewise (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of the lengths (%(default)s)")
+    schedulers, orders = CHOICES["scheduler"], CHOICES["order"]
+    add("--scheduler", default=schedulers[0], choices=schedulers, help="(%(default)s)")
+    add("--order", default=orders[0], choices=orders, help="of waiting requests (%(default)s)")
+    text = "tell the scheduler each output's length; else only the longest one there may be"
+    add("--known-lengths", action="store_true", help=text)
+    add(
+        "--max-sequences", type=count, default=64, metavar="N", help="running at once (%(default)s)"
+    )
+    text = "most rows of a sweep; default: those that compute while the weights arrive"
+    add("--max-rows", type=count, metavar="ROWS", help=text)
+    text = "room of the KV cache; default: for every running sequence's most tokens"
+    add("--kv-tokens", type=count, metavar="TOKENS", help=text)
+    add("--model", type=Path, metavar="DIR", help="with config.json; default: Llama-2-13B, float16")
+    nbytes: dict[str, Any] = {"type": size, "metavar": "SIZE"}
+    add("--streamed", **nbytes, help="weights that travel in every sweep; default: all of them")
+    add("--link", default=25 * 10**9, **nbytes, help="per second, to the device (25GB)")
+    text = "of products on the device (%(default)s)"
+    add("--tflops", type=float, default=100.0, metavar="TFLOP/S", help=text)
+    add("--json", action="store_true", help="print one JSON object instead of text")
+
+
+def run_simulate(
+    arguments: argparse.Namespace, schedulers: Mapping[str, Callable[..., Scheduler]]
+) -> int:
+    """Simulate a job and print what happened. Raises `FlexrunError`."""
+    _check(arguments)
+    shape = _shape(arguments.model)
+    streamed = shape.weight_bytes if arguments.streamed is None else arguments.streamed
+    hardware = Hardware(host_to_device=arguments.link, flops=arguments.tflops * 1e12)
+    arriving = weight_seconds(streamed, 0, hardware)
+    max_rows = arguments.max_rows or max(
+        arguments.max_sequences + 1, int(free_rows(shape, hardware, arriving))
+    )
+
+    def seconds(rows: int, positions: int) -> float:
+        return max(arriving, compute_seconds(shape, hardware, rows, positions))
+
+    lengths = draw_lengths(
+        arguments.workload,
+        arguments.requests,
+        seed=arguments.seed,
+        scale=arguments.scale,
+        prompt_len=arguments.prompt_len,
+        gen_len=arguments.gen_len,
+    )
+    longest = longest_output(arguments.workload, scale=arguments.scale, gen_len=arguments.gen_len)
+    most = None if arguments.known_lengths else longest
+    scheduler = schedulers[arguments.scheduler](
+        _pools(arguments, [each.prompt + (most or each.output) for each in lengths]),
+        max_rows=max_rows,
+        max_sequences=arguments.max_sequences,
+        micro_batch_rows=Policy().micro_batch_rows,
+        order=arguments.order,
+    )
+    result = simulate(scheduler, lengths, seconds, max_tokens=most)
+    report = asdict(result) | {"max_rows": max_rows, "sweep_weight_seconds": arriving}
+    print(json.dumps(report) if arguments.json else _text(arguments, report, result, streamed))
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name, least in {"requests": 0, "link": 1, "tflops": 1e-6}.items():
+        if not getattr(arguments, name) >= least:
+            raise PolicyError(
+                f"--{name} must be at least {least:g}, not {getattr(arguments, name)}"
+            )
+
+
+def _shape(model: Path | None) -> ModelShape:
+    if model is None:
+        return shape_from_config(ModelConfig(Path("Llama-2-13B"), LLAMA_2_13B), "float16")
+    config = ModelConfig.load(model.expanduser())
+    stored, computed = config.types("auto", unified=False)
+    return shape_from_config(config, stored, computed)
+
+
+def _pools(arguments: argparse.Namespace, most_tokens: Sequence[int]) -> PagePools:
+    """Pages on one tier: for `--kv-tokens`, or for the longest sequences that may run together."""
+    page_tokens = Policy().page_tokens
+    longest = sorted(most_tokens, reverse=True)[: arguments.max_sequences]
+    enough = sum(-(-tokens // page_tokens) + 1 for tokens in longest)
+    pages = enough if arguments.kv_tokens is None else arguments.kv_tokens // page_tokens
+    pools = PagePools({Tier.DEVICE: pages}, page_tokens)
+    if most_tokens and not pools.fits_ever(longest[0]):
+        raise PolicyError(
+            f"a request of up to {longest[0]} tokens does not fit into the KV cache of "
+            f"{pages * page_tokens}",
+            hint="raise --kv-tokens, lower --scale, or give --known-lengths",
+        )
+    return pools
+
+
+def _text(
+    arguments: argparse.Namespace, report: dict[str, Any], result: Simulation, streamed: int
+) -> str:
+    return (
+        f"{result.requests} requests ({arguments.workload}), {result.prompt_tokens} prompt tokens, "
+        f"{result.generated_tokens} generated\n"
+        f"{arguments.scheduler}: {result.sweeps} sweeps of up to {report['max_rows']} rows, each "
+        f"with {format_size(streamed)} of weights in {report['sweep_weight_seconds']:.3f} s or more"
+        f"\njob:       {result.makespan_seconds:.0f} s, {result.tokens_per_second:.1f} tokens/s\n"
+        f"slots:     {result.slot_utilization:.1%} of {arguments.max_sequences} in use\n"
+        f"KV pages:  {result.kv_utilization:.1%} filled, {result.preemptions} preemptions"
+    )

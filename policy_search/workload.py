@@ -1,0 +1,123 @@
+"""How long prompts and outputs are: published length tables, drawn from with a seed (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from policy_search.errors import PolicyError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_QUANTILES = [*range(0, 100, 5), 97.5, 99, 99.9, 100]
+"""Percent, of the lengths in a table."""
+
+
+class Lengths(NamedTuple):
+    """Tokens of one request."""
+
+    prompt: int
+    output: int
+
+
+@dataclass(frozen=True, slots=True)
+class LengthTable:
+    """Lengths at the `_QUANTILES` of a trace, between which they are interpolated."""
+
+    prompt: tuple[int, ...]
+    output: tuple[int, ...]
+    source: str
+    most_tokens: int | None = None
+    """That no request of the trace exceeds, prompt and output together."""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split()))
+
+
+TABLES = {
+    "conv": LengthTable(
+        _numbers(
+            "2 181 207 372 387 396 403 414 703 984 1020 1045 1071 1097 1130 1189 1315 1876 2734 "
+            "4083 4092 4142 6179 14050"
+        ),
+        _numbers(
+            "7 41 54 67 77 85 91 96 103 113 129 151 177 217 384 395 400 411 424 451 522 601 954 "
+            "1000"
+        ),
+        "conversations, Azure LLM inference trace 2023 (Splitwise, ISCA 2024), 19 366 requests",
+    ),
+    "code": LengthTable(
+        _numbers(
+            "3 75 147 232 386 578 770 939 1075 1261 1469 1690 1909 2164 2433 2744 3192 3920 5188 "
+            "7303 7435 7436 7437 7437"
+        ),
+        _numbers("6 6 7 7 8 9 9 10 11 12 13 14 16 18 20 24 29 39 55 90 145 251 825 1899"),
+        "code completion, Azure LLM inference trace 2023 (Splitwise, ISCA 2024), 8 819 requests",
+    ),
+    "summarization": LengthTable(
+        _numbers(
+            "1 749 1242 1564 1802 1986 2150 2308 2453 2596 2730 2861 2996 3127 3249 3370 3490 3597 "
+            "3702 3813 3876 3933 4012 4054"
+        ),
+        _numbers(
+            "5 60 78 92 104 115 125 135 145 156 167 179 192 206 222 242 268 304 372 736 2507 3271 "
+            "3844 4056"
+        ),
+        "arXiv summarization with Llama 2's tokenizer (Vidur, MLSys 2024), 28 257 requests",
+        most_tokens=4096,
+    ),
+}
+"""In these traces long prompts do not go with long outputs (correlation -0.11 and 0.00), so the two
+are drawn independently. In the last one their sum has a limit (correlation -0.46): the prompt gives
+way, because long outputs are few."""
+
+WORKLOADS = (*TABLES, "fixed")
+
+
+def draw_lengths(
+    workload: str,
+    requests: int,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    prompt_len: int = 512,
+    gen_len: int = 32,
+) -> list[Lengths]:
+    """Lengths of `requests` requests, each multiplied by `scale` and at least 1.
+
+    `fixed` gives all of them `prompt_len` and `gen_len` tokens. The same seed gives the same
+    lengths. Raises `PolicyError`.
+    """
+    import numpy as np  # it takes a while, and flags are read without it
+
+    if workload not in WORKLOADS:
+        raise PolicyError(f"unknown workload {workload!r}", hint=f"known: {', '.join(WORKLOADS)}")
+    if not 0 < scale <= 1e6:
+        raise PolicyError(f"the scale must be above 0, not {scale:g}", hint="1 keeps all lengths")
+    if workload == "fixed":
+        pairs = np.array([[prompt_len, gen_len]]).repeat(requests, 0)
+    else:
+        pairs = _drawn(TABLES[workload], np.random.default_rng(seed).random((requests, 2)))
+    scaled = np.maximum(1, np.rint(pairs * scale)).astype(int)
+    return [Lengths(*pair) for pair in scaled.tolist()]
+
+
+def _drawn(table: LengthTable, places: np.ndarray) -> np.ndarray:
+    """Lengths [n, 2] at `places` [n, 2] of the distribution, in [0, 1)."""
+    import numpy as np
+
+    prompt, output = (
+        np.interp(100 * places[:, column], _QUANTILES, lengths)
+        for column, lengths in enumerate((table.prompt, table.output))
+    )
+    if table.most_tokens is not None:
+        prompt = np.minimum(prompt, table.most_tokens - output)
+    return np.stack([prompt, output], 1)
+
+
+def longest_output(workload: str, *, scale: float = 1.0, gen_len: int = 32) -> int:
+    """The most tokens that a request of `workload` generates: what `max_tokens` would be set to."""
+    most = gen_len if workload == "fixed" else TABLES[workload].output[-1]
+    return max(1, round(most * scale))

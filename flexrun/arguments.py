@@ -32,6 +32,7 @@ OVERRIDES = (
     "attention",
     "scheduler",
     "order",
+    "speculation",
 )
 """Settings that replace single fields of the policy."""
 
@@ -181,6 +182,8 @@ def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", text, choices=CHOICES["scheduler"])
     text = "who waits joins by the most tokens to generate (longest) or as in the input"
     add("--order", text, choices=CHOICES["order"])
+    text = "guess tokens from the sequence itself where rows cost nothing (lookup), or do not"
+    add("--speculation", text, choices=CHOICES["speculation"])
     add("--trace", "write a Chrome trace: what each link and compute did when", metavar="FILE")
     help_text = "transfer and compute one after another; same tokens, slower"
     group.add_argument("--no-overlap", dest="overlap", action="store_false", help=help_text)

@@ -28,7 +28,7 @@ class EngineConfig:
     policy: Policy | None = None
     """None: placed automatically under the budgets."""
     weights: Split | None = None
-    """Overrides the policy's field; so do the next nine."""
+    """Overrides the policy's field; so do the next ten."""
     kv_cache: Split | None = None
     activations: Split | None = None
     micro_batch_rows: int | None = None
@@ -38,6 +38,7 @@ class EngineConfig:
     attention: str | None = None
     scheduler: str | None = None
     order: str | None = None
+    speculation: str | None = None
     overlap: bool = True
     device_memory: int | None = None
     """Budget in bytes; None: what the device has free. The next two likewise."""

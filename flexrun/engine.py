@@ -15,6 +15,7 @@ from flexrun.request import RequestOutput
 from flexrun.runtime import Runtime
 from flexrun.sampler import sample
 from flexrun.sequence import Sequence, make_sequences
+from flexrun.speculation import right_guesses
 from flexrun.tokenizer import end_token_ids
 from flexrun.trace import write_trace
 
@@ -118,42 +119,85 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One sweep; the requests that are finished with it."""
         start = time.perf_counter()
-        plan = self._runtime.scheduler.next_sweep()
+        scheduler, counters = self._runtime.scheduler, self._counters
+        drafts = self._draft()
+        plan = scheduler.next_sweep({number: len(ids) for number, ids in drafts.items()})
         if plan.empty:
             assert not self._sequences, "sequences wait, but none can run"
             return []
-        spans = (span for batch in plan.micro_batches for span in batch.spans)
-        tokens = {span.sequence: self._sequences[span.sequence].tokens for span in spans}
-        running = len(self._runtime.scheduler.running)
+        tokens = {span.sequence: self._sequences[span.sequence].tokens for span in plan.spans}
+        for span in plan.spans:
+            if span.drafts:
+                tokens[span.sequence] = tokens[span.sequence] + drafts[span.sequence]
+        running = len(scheduler.running)
         chosen = self._runtime.run(plan, tokens, self._choose)
-        finished = self._commit(plan, chosen)
-        self._counters.sweep(plan.rows, running, len(chosen), time.perf_counter() - start)
+        finished = self._commit(self._accept(plan, chosen, drafts))
+        counters.sweep(plan.rows, running, time.perf_counter() - start)
         return finished
+
+    def _draft(self) -> dict[int, list[int]]:
+        """Guessed tokens of sequences that generate, if a sweep has rows for them."""
+        scheduler = self._runtime.scheduler
+        if scheduler.speculation.most_rows <= len(scheduler.running):
+            return {}
+        numbers = (number for number in scheduler.running if number not in scheduler.prompts)
+        drafts = ((number, self._sequences[number].draft()) for number in numbers)
+        return {number: ids for number, ids in drafts if ids}
 
     def _choose(self, numbers: list[int], logits: torch.Tensor) -> torch.Tensor:
         sequences = [self._sequences[number] for number in numbers]
+        # Rows of one sequence follow each other: the first of them chooses its next token.
+        first = dict(zip(reversed(numbers), reversed(range(len(numbers)))))
+        ahead = [place - first[number] for place, number in enumerate(numbers)]
         return sample(
             logits,
             [sequence.request.sampling_params for sequence in sequences],
-            [sequence.random() for sequence in sequences],
-            [sequence.checker.banned for sequence in sequences],
+            [sequence.random(n) for sequence, n in zip(sequences, ahead)],
+            [sequence.checker.banned(n) for sequence, n in zip(sequences, ahead)],
         )
 
-    def _commit(self, plan: SweepPlan, chosen: dict[int, int]) -> list[RequestOutput]:
-        scheduler = self._runtime.scheduler
-        scheduler.commit(plan)
+    def _accept(
+        self, plan: SweepPlan, chosen: dict[int, list[int]], drafts: dict[int, list[int]]
+    ) -> dict[int, list[int]]:
+        """What each sequence goes on with: the tokens chosen up to the first wrong guess.
+
+        Each row chooses with its position's own random number, so tokens are those that single rows
+        would have chosen. For a guess without a probability of its own this accepts as often as
+        rejection sampling does (Leviathan, 2023): with the probability of the guessed token.
+        """
+        accepted, broken = {}, []
+        for number, _, _, _, drafted in plan.spans:
+            if drafted:
+                ids = chosen[number]
+                right = accepted[number] = right_guesses(drafts[number][:drafted], ids)
+                chosen[number] = ids[: right + 1]
+                if any(token < 0 for token in ids[right + 1 :]):
+                    broken.append(number)
+                self._sequences[number].drafter.learn(drafted, right)
+                self._counters.drafted_tokens += drafted
+                self._counters.accepted_tokens += right
+        self._runtime.scheduler.commit(plan, accepted)
+        for number in broken:
+            # A wrong guess gave no numbers. They must not stay in the pages, but tokens are as well
+            # off as without the guess.
+            self._runtime.kv_cache.erase(number)
+            self._runtime.scheduler.preempt(number)
+        return chosen
+
+    def _commit(self, chosen: dict[int, list[int]]) -> list[RequestOutput]:
         finished = []
-        for number, token in chosen.items():
-            sequence = self._sequences.get(number)
-            if sequence is None:
-                continue  # its request failed earlier in this sweep
-            if token < 0:
-                finished.append(self._fail(sequence.request))
-                continue
-            if sequence.append(token):
-                scheduler.finish(number)
-                del self._sequences[number]
-                finished.extend(self._complete(sequence))
+        for number, tokens in chosen.items():
+            for token in tokens:
+                sequence = self._sequences.get(number)
+                if sequence is None:
+                    break  # it has ended, or its request failed earlier in this sweep
+                self._counters.generated_tokens += 1
+                if token < 0:
+                    finished.append(self._fail(sequence.request))
+                elif sequence.append(token):
+                    self._runtime.scheduler.finish(number)
+                    del self._sequences[number]
+                    finished.extend(self._complete(sequence))
         return finished
 
     def _complete(self, sequence: Sequence) -> list[RequestOutput]:

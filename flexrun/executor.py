@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -94,11 +95,12 @@ class Executor:
         plan: SweepPlan,
         tokens: Mapping[int, Sequence[int]],
         choose: Callable[[list[int], torch.Tensor], torch.Tensor],
-    ) -> dict[int, int]:
+    ) -> dict[int, list[int]]:
         """Compute `plan`; the next token of every sequence whose rows end in one.
 
-        `tokens` holds each sequence's token ids; `choose(sequences, logits [n, vocab])` picks the
-        next ids [n] on the device.
+        `tokens` holds each sequence's token ids, guessed ones at their end; `choose(sequences,
+        logits [n, vocab])` picks the next ids [n] on the device. A sequence with guessed tokens has
+        several rows there, one after the other, and gets what each of them chooses.
         """
         self._begin(plan, tokens)
         chosen: list[tuple[list[int], torch.Tensor]] = []
@@ -117,7 +119,10 @@ class Executor:
             return {}
         # One copy, and the only wait for the device, at the very end of the sweep.
         ids = torch.cat([ids for _, ids in chosen]).tolist()
-        return dict(zip([s for sequences, _ in chosen for s in sequences], ids))
+        found: dict[int, list[int]] = defaultdict(list)
+        for sequence, token in zip([s for sequences, _ in chosen for s in sequences], ids):
+            found[sequence].append(token)
+        return found
 
     def _do(self, action: Action, unit: int, number: int) -> None:
         match action:
@@ -262,7 +267,8 @@ class Executor:
     def _choose(
         self, running: _Running, choose: Callable[[list[int], torch.Tensor], torch.Tensor]
     ) -> list[tuple[list[int], torch.Tensor]]:
-        sequences = [span.sequence for span in running.batch.spans if span.wants_logits]
+        spans = (span for span in running.batch.spans if span.wants_logits)
+        sequences = [span.sequence for span in spans for _ in range(1 + span.drafts)]
         logits, running.logits, running.forward = running.logits.logits[0], None, None
         with self._timed(SAMPLING, "sampling"):
             chosen = choose(sequences, logits[: len(sequences)]) if sequences else None
@@ -270,7 +276,11 @@ class Executor:
 
 
 def _logit_rows(batch: MicroBatch) -> torch.Tensor:
-    ends = torch.tensor([span.length for span in batch.spans]).cumsum(0) - 1
-    wanted = ends[torch.tensor([span.wants_logits for span in batch.spans])]
+    wanted: list[int] = []
+    end = 0
+    for span in batch.spans:
+        end += span.length
+        if span.wants_logits:
+            wanted += range(end - 1 - span.drafts, end)
     # The head always gets a row, so that its weights are used as planned.
-    return wanted if len(wanted) else ends[:1]
+    return torch.tensor(wanted or [batch.spans[0].length - 1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 
@@ -14,6 +14,9 @@ class RowSpan(NamedTuple):
     length: int
     wants_logits: bool
     """The last row is the sequence's newest token: its logits choose the next one."""
+    drafts: int = 0
+    """Rows at the end of `length`, of tokens that are guessed to follow. Each gives logits, too,
+    and is right if the row before it chooses it."""
 
     @property
     def end(self) -> int:
@@ -52,3 +55,27 @@ class SweepPlan:
     @property
     def empty(self) -> bool:
         return not self.micro_batches
+
+
+@dataclass(slots=True)
+class SweepRows:
+    """The rows of a sweep that is being put together."""
+
+    most: int
+    """Rows that it may have."""
+    spans: list[RowSpan] = field(default_factory=list)
+    rows: int = 0
+    left: int = field(init=False)
+    """Rows that may still be added."""
+
+    def __post_init__(self) -> None:
+        self.left = self.most
+
+    def add(self, span: RowSpan) -> None:
+        self.spans.append(span)
+        self.left -= span.length
+        self.rows += span.length
+
+    def limit(self, rows: int) -> None:
+        """At most so many, or what it has already."""
+        self.left = max(0, min(self.left, rows - self.rows))

@@ -57,7 +57,10 @@ class PromptLookup:
         known = self._extend(tokens)
         for size in range(LONGEST_NGRAM, SHORTEST_NGRAM - 1, -1):
             if len(known) > size and (start := _last_place(known, size)) is not None:
-                return known[start : start + self._width].tolist()
+                follow: list[int] = known[start : start + self._width].tolist()
+                while len(follow) < self._width:  # up to now: it repeats itself
+                    follow += follow[: self._width - len(follow)]
+                return follow
         return []
 
     def learn(self, drafted: int, accepted: int) -> None:

@@ -26,15 +26,18 @@ class RunCounters:
     rows: int = 0
     sequences: int = 0
     """That were running, summed over all sweeps."""
+    drafted_tokens: int = 0
+    """Guessed tokens that had rows, …"""
+    accepted_tokens: int = 0
+    """… and those of them that were right."""
     load_seconds: float = 0.0
     sweep_seconds: list[float] = field(default_factory=list)
 
-    def sweep(self, rows: int, sequences: int, generated: int, seconds: float) -> None:
+    def sweep(self, rows: int, sequences: int, seconds: float) -> None:
         """One sweep is over."""
         self.sweeps += 1
         self.rows += rows
         self.sequences += sequences
-        self.generated_tokens += generated
         self.sweep_seconds.append(seconds)
 
     def summary(
@@ -52,6 +55,8 @@ class RunCounters:
             "tokens_per_second": round(self.generated_tokens / seconds, 3) if seconds else 0.0,
             "sweeps": self.sweeps,
             "rows": self.rows,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
             "running_sequences": round(self.sequences / self.sweeps, 2) if self.sweeps else 0.0,
             "sweep_seconds": round(statistics.median(self.sweep_seconds or [0.0]), 6),
             "bound": max(shares, key=lambda row: shares[row]) if self.sweeps else None,

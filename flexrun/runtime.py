@@ -58,6 +58,7 @@ _POLICY_FIELDS = (
     "attention",
     "scheduler",
     "order",
+    "speculation",
 )
 
 
@@ -223,6 +224,7 @@ class Runtime:
             order=policy.order,
         )
         self.scheduler.promoted_from = away[::-1]
+        self.scheduler.speculation.most_logits = policy.logit_rows
 
     def measure_links(self) -> None:
         """Find out what the links can do, before they have anything else to do."""
@@ -230,8 +232,11 @@ class Runtime:
             self.raw_speeds = raw_speeds(self.backend, self.weights.store.raw_copies())
             link = self.raw_speeds.get(Link.HOST_TO_DEVICE)
             self._split.measure(link, self.weights.store.streamed_bytes)
+            rows = self._free_rows()
             if self._finds_row_budget:
-                self.scheduler.free_rows = self._free_rows()
+                self.scheduler.free_rows = rows
+            if self.policy.speculation != "off":
+                self.scheduler.speculation.most_rows = rows or 0
 
     def _free_rows(self) -> int | None:
         """Rows that compute while a sweep's weights arrive; None where all weights are there."""
@@ -253,8 +258,8 @@ class Runtime:
         plan: SweepPlan,
         tokens: Mapping[int, Sequence[int]],
         choose: Callable[[list[int], torch.Tensor], torch.Tensor],
-    ) -> dict[int, int]:
-        """One sweep: the next token of every sequence that wants one."""
+    ) -> dict[int, list[int]]:
+        """One sweep: the next token of every sequence that wants one, and of guessed ones."""
         try:
             with torch.inference_mode():
                 chosen = self._executor.run(plan, tokens, choose)

@@ -5,40 +5,21 @@ Plain data in, plain data out. `schedulers.py` has the ways to fill a sweep.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexrun.micro_batches import Cutter
-from flexrun.plan import RowSpan, SweepPlan
+from flexrun.plan import RowSpan, SweepPlan, SweepRows
 from flexrun.progress import Progress, WaitingQueue
+from flexrun.speculation import Speculation
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from offload.pages import PagePools
 
 MOST_PROMOTED = 16
 """Pages that move to DEVICE in one sweep: few enough to hide beside what it moves anyway."""
-
-
-@dataclass(slots=True)
-class SweepRows:
-    """The rows of a sweep that is being put together."""
-
-    left: int
-    """Rows that it still has room for."""
-    spans: list[RowSpan] = field(default_factory=list)
-    rows: int = 0
-
-    def add(self, span: RowSpan) -> None:
-        self.spans.append(span)
-        self.left -= span.length
-        self.rows += span.length
-
-    def limit(self, rows: int) -> None:
-        """At most so many, or what it has already."""
-        self.left = max(0, min(self.left, rows - self.rows))
 
 
 class BatchScheduler:
@@ -70,7 +51,9 @@ class BatchScheduler:
         """Those of them whose prompts are computed in part."""
         self.waiting = WaitingQueue(order)
         self.free_rows: int | None = None
-        """Rows of a sweep that cost nothing: they compute while its weights arrive."""
+        """Rows of a sweep that cost nothing: they compute while its weights arrive. Prompts take no
+        more of them, if it is known."""
+        self.speculation = Speculation(pools, self.cutter, most_logits=micro_batch_rows)
         self.preemptions = 0
         """How often a running sequence had to give its pages away."""
         self.promoted_from: Sequence[Tier] = ()
@@ -88,12 +71,18 @@ class BatchScheduler:
         number = sequence if group is None else group
         self.waiting.add(Progress(sequence, prompt_tokens, most_tokens, shared, number))
 
-    def next_sweep(self) -> SweepPlan:
-        """Rows of the next sweep; empty when nothing is left to do."""
+    def next_sweep(self, drafts: Mapping[int, int] | None = None) -> SweepPlan:
+        """Rows of the next sweep; empty when nothing is left to do.
+
+        `drafts` has the number of guessed tokens of sequences that generate.
+        """
         self.pools.settle()
         self._promote()
         sweep = SweepRows(self.max_rows)
         self.fill(sweep)
+        if drafts:
+            free = self.pools.total_free - self.watermark()
+            self.speculation.add(sweep, drafts, self.running, free)
         micro_batches = self.cutter.cut(sweep.spans, sweep.rows)
         return SweepPlan(micro_batches, last=self._is_last(sweep.spans))
 
@@ -101,18 +90,25 @@ class BatchScheduler:
         """Choose rows: `decode`, `continue_prompts` and `admit`, in the order of the subclass."""
         raise NotImplementedError
 
-    def commit(self, plan: SweepPlan) -> None:
-        """The rows of `plan` were computed, and who wanted logits has a token more."""
+    def commit(self, plan: SweepPlan, accepted: Mapping[int, int] | None = None) -> None:
+        """The rows of `plan` were computed, and who wanted logits has a token more.
+
+        `accepted`: how many of a sequence's guessed tokens were right.
+        """
         self._sweeps += 1
         running, prompts, sweeps = self.running, self.prompts, self._sweeps
         for batch in plan.micro_batches:
-            for sequence, start, length, wants_logits in batch.spans:
+            for sequence, start, length, wants_logits, drafts in batch.spans:
                 progress = running[sequence]
                 progress.computed = start + length
                 progress.last_sweep = sweeps
                 if wants_logits:
                     progress.tokens += 1
                     prompts.pop(sequence, None)
+                if drafts:
+                    right = (accepted or {}).get(sequence, 0)
+                    progress.computed -= drafts - right
+                    progress.tokens += right
 
     def finish(self, sequence: int) -> None:
         """`sequence` is over: its pages are free for the next sweep."""
@@ -214,12 +210,13 @@ class BatchScheduler:
         later = order[order.index(span.sequence) + 1 :]
         riding = {each.sequence for each in chosen}
         for victim in reversed([sequence for sequence in later if sequence not in riding]):
-            self._preempt(victim)
+            self.preempt(victim)
             if self.pools.allocate(span.sequence, span.end):
                 return True
         return False  # it waits until one that came before it has ended
 
-    def _preempt(self, sequence: int) -> None:
+    def preempt(self, sequence: int) -> None:
+        """Take the pages of a running sequence away; it goes on as one of those that wait."""
         progress = self.running.pop(sequence)
         self.prompts.pop(sequence, None)
         self._forget(progress)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from flexrun.scheduler import BatchScheduler
 
 if TYPE_CHECKING:
+    from flexrun.plan import SweepRows
     from flexrun.progress import Progress
-    from flexrun.scheduler import SweepRows
 
 LEAST_PROMPT_ROWS = 128
 """That ride with the sequences that generate, also where these alone take longer than the weights:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from flexrun.prompt_lookup import PromptLookup
 from flexrun.sampler import request_seed, uniform
 from flexrun.stop import StopChecker
 
 if TYPE_CHECKING:
+    from flexrun.prompt_lookup import Drafter
     from flexrun.request import CompletionOutput, Request
     from flexrun.tokenizer import Tokenizer
 
@@ -23,6 +25,7 @@ class Sequence:
     sample_index: int
     checker: StopChecker
     seed: int
+    drafter: Drafter
     tokens: list[int] = field(default_factory=list)
     """Prompt and generated tokens."""
 
@@ -30,11 +33,15 @@ class Sequence:
     def generated(self) -> int:
         return len(self.tokens) - len(self.request.prompt_token_ids)
 
-    def random(self) -> float:
-        """The random number of the next token: the same under any schedule."""
+    def random(self, ahead: int = 0) -> float:
+        """The random number of the next token, or of one further: the same under any schedule."""
         if self.request.sampling_params.greedy:
             return 0.0
-        return uniform(self.seed, self.sample_index, self.generated)
+        return uniform(self.seed, self.sample_index, self.generated + ahead)
+
+    def draft(self) -> list[int]:
+        """A guess of the tokens that follow; may be empty."""
+        return self.drafter.propose(self.tokens)
 
     def append(self, token: int) -> bool:
         """Take the next token; returns whether the sequence has ended."""
@@ -64,6 +71,7 @@ def make_sequences(
             sample_index=index,
             checker=StopChecker(params, end_ids, tokenizer, prompt, max_tokens),
             seed=seed,
+            drafter=PromptLookup(),
             tokens=list(prompt),
         )
         for index in range(params.n)

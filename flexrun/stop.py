@@ -48,10 +48,9 @@ class StopChecker:
         if tokenizer is not None and params.stop:
             self._decoder = _IncrementalDecoder(tokenizer, self._context, params)
 
-    @property
-    def banned(self) -> tuple[int, ...]:
-        """Tokens that the next one may not be, because `min_tokens` is not reached."""
-        if len(self.token_ids) >= self._params.min_tokens:
+    def banned(self, ahead: int = 0) -> tuple[int, ...]:
+        """Tokens that the next one, or one further `ahead`, may not be: `min_tokens` come first."""
+        if len(self.token_ids) + ahead >= self._params.min_tokens:
             return ()
         return tuple(sorted(self._end_ids.union(self._params.stop_token_ids)))
 

@@ -251,9 +251,10 @@ class PagePools:
         self._report([page.tier for page in pages], -1)
 
     def pages_to_erase(self, sequence: int) -> dict[Tier, list[int]]:
-        """Numbers of pages that hold what `sequence` has stored, the places of moved ones too."""
+        """Numbers of pages with what `sequence` alone has stored, the places of moved ones too."""
         found: dict[Tier, list[int]] = {}
-        for page in (*self.tables[sequence].pages, *self._being_read):
+        own = [page for page in self.tables[sequence].pages if self._owners[page] == 1]
+        for page in (*own, *self._being_read):
             found.setdefault(page.tier, []).append(page.number)
         return found
 

@@ -56,7 +56,7 @@ def workspace(shape: ModelShape, policy: Policy) -> int:
     What waits on HOST is on DEVICE, too, while its micro-batch computes or is about to.
     """
     everything = shape.workspace_bytes(
-        policy.micro_batch_rows, policy.max_rows, policy.max_sequences, policy.gathered_tokens
+        policy.micro_batch_rows, policy.max_rows, policy.logit_rows, policy.gathered_tokens
     )
     moving = IN_MOTION * policy.micro_batch_rows
     away = max(0, int(policy.max_rows * policy.activations.fraction(Tier.HOST)) - moving)

@@ -86,7 +86,7 @@ class ModelShape:
         return 4 * self.query_values * self.num_layers
 
     def workspace_bytes(
-        self, micro_batch_rows: int, max_rows: int, max_sequences: int, gathered_tokens: int
+        self, micro_batch_rows: int, max_rows: int, logit_rows: int, gathered_tokens: int
     ) -> int:
         """Activations at their peak, beside weights and KV cache.
 
@@ -96,7 +96,7 @@ class ModelShape:
         Attention copies one layer's keys and values of `gathered_tokens` positions at a time.
         """
         layer = micro_batch_rows * (4 * self.hidden_size + 3 * self.widest) * self.value_bytes
-        head = min(micro_batch_rows, max_sequences) * self.vocab_size * (self.value_bytes + 4)
+        head = logit_rows * self.vocab_size * (self.value_bytes + 4)
         waiting = max_rows * 3 * self.hidden_size * self.value_bytes
         gathered = gathered_tokens * max(self.kv_bytes_per_token)
         return max(layer + gathered, head) + waiting

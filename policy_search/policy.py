@@ -23,8 +23,11 @@ CHOICES = {
     "attention": ("auto", "host", "device"),
     "scheduler": ("continuous", "phased", "static"),
     "order": ("longest", "input"),
+    "speculation": ("lookup", "off"),
 }
 """What the fields may be that are one of a few words."""
+MOST_GUESSED_LOGITS = 128
+"""Rows of a sweep that give logits, if only that many sequences run that some are of guesses."""
 DEFAULT_DEPTH = 3
 """A layer that computes and two on their way: one may be late without stopping compute."""
 
@@ -60,6 +63,9 @@ class Policy:
     time; or FlexGen's static block, which is over before the next one begins."""
     order: str = "longest"
     """Of sequences that wait: the most tokens to generate first, or as they come."""
+    speculation: str = "lookup"
+    """Guess the next tokens from what followed the same ones earlier, and compute their rows in the
+    same sweep where they cost nothing. Tokens are the same without."""
     overlap: bool = True
     """Transfers run beside compute; False runs the same steps one after another."""
 
@@ -93,6 +99,14 @@ class Policy:
     def depth(self) -> int:
         """The prefetch depth that plans are made with."""
         return self.prefetch_depth or DEFAULT_DEPTH
+
+    @property
+    def logit_rows(self) -> int:
+        """Most rows of a micro-batch that give logits: guessed tokens do, too."""
+        most = self.max_sequences
+        if self.speculation != "off":
+            most = max(most, min(MOST_GUESSED_LOGITS, 4 * most))
+        return min(self.micro_batch_rows, most)
 
     @property
     def gathered_tokens(self) -> int:

@@ -105,7 +105,7 @@ def simulate(
         slots += pools.held
         stored += sum([table.tokens for table in pools.tables.values()])
         scheduler.commit(plan)
-        for sequence, start, length, wants_logits in spans:
+        for sequence, start, length, wants_logits, _ in spans:
             sweep_rows += length
             positions += length * (2 * start + length + 1) // 2
             if wants_logits:

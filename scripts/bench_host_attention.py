@@ -90,7 +90,7 @@ def run(model: Path, given: argparse.Namespace, way: str) -> Run:
         runtime = engine._runtime
         scheduler, plans = runtime.scheduler, []
         next_sweep = scheduler.next_sweep
-        scheduler.next_sweep = lambda: plans.append(next_sweep()) or plans[-1]  # type: ignore
+        scheduler.next_sweep = lambda _=None: plans.append(next_sweep()) or plans[-1]  # type: ignore
         params = SamplingParams(temperature=0, max_tokens=given.sweeps + LEFT_OUT, ignore_eos=True)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         page = runtime.policy.page_tokens

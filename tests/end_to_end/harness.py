@@ -57,8 +57,8 @@ def record_plans(engine: Engine) -> list[SweepPlan]:
     scheduler, plans = engine._runtime.scheduler, []
     next_sweep = scheduler.next_sweep
 
-    def recorded() -> SweepPlan:
-        plans.append(next_sweep())
+    def recorded(drafts: dict[int, int] | None = None) -> SweepPlan:
+        plans.append(next_sweep(drafts))
         return plans[-1]
 
     scheduler.next_sweep = recorded  # type: ignore[method-assign]

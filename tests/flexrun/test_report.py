@@ -22,8 +22,8 @@ def test_the_bound_is_what_was_busy_longest(compute, read, bound):
     transfers.timeline.add("disk->host", "weights", 0.0, read)
     transfers.counters[Link.DISK_TO_HOST].count("weights", 19 * 10**9)
     counters = RunCounters()
-    counters.sweep(rows=3, sequences=2, generated=2, seconds=6.0)
-    counters.sweep(rows=3, sequences=2, generated=2, seconds=4.0)
+    counters.sweep(rows=3, sequences=2, seconds=6.0)
+    counters.sweep(rows=3, sequences=2, seconds=4.0)
     summary = counters.summary(transfers, MemoryAccount(), {Link.DISK_TO_HOST: 4e9})
     transfers.close()
     assert summary["bound"] == bound

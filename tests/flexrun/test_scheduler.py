@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -588,3 +589,104 @@ def test_micro_batches_are_about_as_much_work(seed):
     batches = scheduler.cutter.cut(spans, total)
     assert sorted(s for b in batches for s in b.spans) == sorted(spans)
     assert max(b.rows for b in batches) - min(b.rows for b in batches) <= 40
+
+
+def running_scheduler(count: int, **settings: Any) -> BatchScheduler:
+    """`count` sequences with prompts of three tokens that were computed."""
+    scheduler = make_scheduler(max_sequences=count, **settings)
+    for number in range(count):
+        scheduler.add(number, 3, 12)
+    commit(scheduler, scheduler.next_sweep())
+    return scheduler
+
+
+def test_guessed_tokens_fill_the_rows_that_are_free():
+    """Behind the newest row of each sequence, in order, as far as the free rows go."""
+    scheduler = running_scheduler(3)
+    scheduler.speculation.most_rows = 8
+    spans = spans_of(scheduler.next_sweep({0: 2, 1: 4, 2: 4}))
+    assert sorted(spans) == [
+        RowSpan(0, 3, 3, True, 2),
+        RowSpan(1, 3, 4, True, 3),
+        RowSpan(2, 3, 1, True),
+    ]
+
+
+def test_only_right_guesses_count():
+    """After a sweep a sequence goes on behind the last guess that was right, and one token more."""
+    scheduler = running_scheduler(2)
+    scheduler.speculation.most_rows = 64
+    plan = scheduler.next_sweep({0: 4, 1: 3})
+    scheduler.commit(plan, {0: 2, 1: 3})
+    assert sorted(spans_of(scheduler.next_sweep())) == [
+        RowSpan(0, 6, 1, True),
+        RowSpan(1, 7, 1, True),
+    ]
+
+
+def test_no_more_is_guessed_than_may_be_generated():
+    scheduler = running_scheduler(1)  # eight tokens to come, one of them from the newest row
+    scheduler.speculation.most_rows = 64
+    assert spans_of(scheduler.next_sweep({0: 50})) == [RowSpan(0, 3, 8, True, 7)]
+
+
+def test_guesses_take_no_page_that_others_want():
+    """With no page to spare, guessed tokens take what their sequence's last page has room for."""
+    scheduler = running_scheduler(2, pages={Tier.DEVICE: 4})
+    scheduler.speculation.most_rows = 64
+    assert sorted(spans_of(scheduler.next_sweep({0: 5, 1: 5}))) == [
+        RowSpan(0, 3, 1, True),
+        RowSpan(1, 3, 1, True),
+    ]
+    assert scheduler.pools.total_free == 2
+
+
+def test_prompts_go_before_guesses():
+    """A sequence that waits gets the rows; what it leaves is for guesses."""
+    scheduler = running_scheduler(2, max_rows=10)
+    scheduler.max_sequences = 3
+    scheduler.speculation.most_rows = 10
+    scheduler.add(9, 7, 12)
+    spans = sorted(spans_of(scheduler.next_sweep({0: 5, 1: 5})))
+    assert spans == [RowSpan(0, 3, 2, True, 1), RowSpan(1, 3, 1, True), RowSpan(9, 0, 7, True)]
+
+
+def test_pages_on_disk_hold_no_guess_when_they_are_full():
+    """The page that becomes full in a sweep is written then: guesses end before that."""
+    pools = PagePools({Tier.DISK: 100}, 4, tails=4)
+    scheduler = ContinuousScheduler(pools, max_rows=64, max_sequences=4, micro_batch_rows=64)
+    scheduler.speculation.most_rows = 64
+    for number, prompt in enumerate((1, 2, 3, 4)):
+        scheduler.add(number, prompt, 40)
+    commit(scheduler, scheduler.next_sweep())
+    for span in spans_of(scheduler.next_sweep(dict.fromkeys(range(4), 9))):
+        true_end = span.end - span.drafts
+        assert span.end // 4 == true_end // 4 or true_end % 4 == 0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_job_with_guesses_computes_every_position(seed):
+    """However many guesses are right, a sequence's rows follow each other without a gap."""
+    draw = random.Random(seed)
+    scheduler, jobs = random_run(draw)
+    scheduler.speculation.most_rows = draw.randint(1, 60)
+    tokens = {number: prompt for number, (prompt, _) in jobs.items()}
+    computed = dict.fromkeys(jobs, 0)
+    sweeps = 0
+    while not (plan := scheduler.next_sweep({n: draw.randint(0, 4) for n in jobs})).empty:
+        sweeps += 1
+        assert 0 < plan.rows <= scheduler.max_rows
+        right = {span.sequence: draw.randint(0, span.drafts) for span in spans_of(plan)}
+        scheduler.commit(plan, right)
+        for span in spans_of(plan):
+            number = span.sequence
+            assert span.start in (0, computed[number])
+            computed[number] = span.end - span.drafts + right[number]
+            if span.wants_logits:
+                assert span.end - span.drafts == tokens[number]
+                tokens[number] += 1 + right[number]
+                assert tokens[number] <= jobs[number][1]
+                if tokens[number] == jobs[number][1]:
+                    scheduler.finish(number)
+    assert tokens == {number: most for number, (_, most) in jobs.items()}
+    assert scheduler.pools.total_free == sum(scheduler.pools.capacity.values())

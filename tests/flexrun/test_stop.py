@@ -140,11 +140,11 @@ def test_min_tokens_holds_back_every_stop(tokenizer):
     """Before min_tokens, end and stop tokens are banned and stop texts are not looked for."""
     params = SamplingParams(min_tokens=3, stop=("b",), stop_token_ids=(9,), max_tokens=99)
     checker = StopChecker(params, END, tokenizer)
-    assert checker.banned == (0, 9)
+    assert checker.banned() == (0, 9)
     assert feed(checker, b"ab") == 2
     assert checker.finish_reason is None
     assert feed(checker, b"cb") == 2
-    assert not checker.banned
+    assert not checker.banned()
     assert checker.output(0).text == "abc"
 
 

@@ -1,0 +1,74 @@
+"""Rows for guessed tokens, where a sweep has rows that cost nothing (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offload.tiers import Tier
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from flexrun.micro_batches import Cutter
+    from flexrun.plan import RowSpan, SweepRows
+    from flexrun.progress import Progress
+    from offload.pages import PagePools
+
+
+def right_guesses(guessed: Sequence[int], chosen: Sequence[int]) -> int:
+    """How many of the first `guessed` tokens are those `chosen` in their places."""
+    wrong = (place for place, token in enumerate(guessed) if token != chosen[place])
+    return next(wrong, len(guessed))
+
+
+@dataclass(slots=True)
+class Speculation:
+    """How many guessed tokens may ride."""
+
+    pools: PagePools
+    cutter: Cutter
+    most_logits: int
+    """Rows of a sweep that give logits, if some of them are of guessed tokens."""
+    most_rows: int = 0
+    """Rows of a sweep that guessed tokens may fill up; 0: none are guessed."""
+
+    def add(
+        self,
+        sweep: SweepRows,
+        drafts: Mapping[int, int],
+        running: Mapping[int, Progress],
+        free_pages: int,
+    ) -> None:
+        """Put as many of the `drafts` (tokens by sequence) behind their sequences' newest rows as
+        there is room for; `free_pages` are those that nobody else wants soon.
+        """
+        rows = min(self.most_rows, sweep.most) - sweep.rows
+        room = min(rows, self.most_logits - len(sweep.spans))
+        for place, span in enumerate(sweep.spans):
+            if room <= 0:
+                break
+            most = min(room, self._most(span, running[span.sequence]))
+            count = min(drafts.get(span.sequence, 0), most)
+            held = self.pools.tables[span.sequence].room - span.end
+            if count > held:
+                count = count if free_pages > 0 else held
+                free_pages -= 1
+            if count > 0 and self.pools.allocate(span.sequence, span.end + count):
+                sweep.spans[place] = span._replace(length=span.length + count, drafts=count)
+                sweep.rows += count
+                room -= count
+
+    def _most(self, span: RowSpan, progress: Progress) -> int:
+        """No more tokens than the sequence may generate, and only behind its newest one."""
+        if span.length > 1 or not span.wants_logits:
+            return 0
+        most = min(progress.most_tokens - progress.tokens, self.cutter.most_rows) - 1
+        if self.pools.tails:
+            # A page on DISK is written when it is full: all its tokens have to be right by then.
+            most = min(most, -(span.end + 1) % self.pools.page_tokens)
+        if self.cutter.rows_stay_on_host:
+            # There only single rows attend.
+            pages = self.pools.tables[span.sequence].pages
+            most *= all(page.tier is not Tier.HOST for page in pages)
+        return most

@@ -33,6 +33,7 @@ OVERRIDES = (
     "scheduler",
     "order",
     "speculation",
+    "preemption",
 )
 """Settings that replace single fields of the policy."""
 
@@ -184,6 +185,8 @@ def _add_policy_flags(parser: argparse.ArgumentParser) -> None:
     add("--order", text, choices=CHOICES["order"])
     text = "guess tokens from the sequence itself where rows cost nothing (lookup), or do not"
     add("--speculation", text, choices=CHOICES["speculation"])
+    text = "a sequence without KV pages left: swap them to a slower tier, or recompute them (auto)"
+    add("--preemption", text, choices=CHOICES["preemption"])
     add("--trace", "write a Chrome trace: what each link and compute did when", metavar="FILE")
     help_text = "transfer and compute one after another; same tokens, slower"
     group.add_argument("--no-overlap", dest="overlap", action="store_false", help=help_text)

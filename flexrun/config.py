@@ -28,7 +28,7 @@ class EngineConfig:
     policy: Policy | None = None
     """None: placed automatically under the budgets."""
     weights: Split | None = None
-    """Overrides the policy's field; so do the next ten."""
+    """Overrides the policy's field; so do the next eleven."""
     kv_cache: Split | None = None
     activations: Split | None = None
     micro_batch_rows: int | None = None
@@ -39,6 +39,7 @@ class EngineConfig:
     scheduler: str | None = None
     order: str | None = None
     speculation: str | None = None
+    preemption: str | None = None
     overlap: bool = True
     device_memory: int | None = None
     """Budget in bytes; None: what the device has free. The next two likewise."""

@@ -247,7 +247,8 @@ class Engine:
         )
         scheduler = runtime.scheduler
         return summary | {
-            "preemptions": scheduler.preemptions,
+            "preemptions": scheduler.preemption.count,
+            "swaps": scheduler.preemption.swaps,
             "promotions": scheduler.promotions,
         }
 

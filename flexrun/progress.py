@@ -27,6 +27,8 @@ class Progress:
     group: int = -1
     computed: int = 0
     """Positions whose keys and values are in the KV cache."""
+    swapped: bool = False
+    """It waits, and these are on the swap tier."""
     last_sweep: int = -1
     """The last sweep it had rows in."""
 

@@ -12,28 +12,24 @@ from flexrun.architecture_check import ensure_exact
 from flexrun.attention.torch_ops import TorchAttention
 from flexrun.attention.triton_attention import TritonAttention, usable
 from flexrun.attention_split import AttentionSplit
-from flexrun.compute_speed import measured_flops
+from flexrun.calibration import measured_hardware, tune
 from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
+from flexrun.kv_setup import open_kv
 from flexrun.loading import find_weights, load_weights, model_shape
 from flexrun.machine import choose_types, offload_directory, open_backend
 from flexrun.model import build_model, load_config
 from flexrun.model_files import resolve_model
-from flexrun.schedulers import SCHEDULERS
 from offload.activations import ActivationStore
 from offload.checkpoint import Checkpoint
 from offload.errors import CapacityError
-from offload.kv_cache import KVCache
 from offload.links import Link
-from offload.pages import PagePools
 from offload.raw_speed import raw_speeds
 from offload.tiers import Tier, format_size
 from offload.timeline import Timeline
 from offload.transfer_engine import TransferEngine
 from policy_search.automatic import automatic_policy, with_depth
-from policy_search.cost_model import free_rows, weight_seconds
 from policy_search.hardware import Hardware
-from policy_search.kv_memory import kv_pages, kv_room, leaving_rows_bytes
 from policy_search.memory import parked_rows, smallest_relay, workspace
 from policy_search.policy import Policy
 
@@ -59,6 +55,7 @@ _POLICY_FIELDS = (
     "scheduler",
     "order",
     "speculation",
+    "preemption",
 )
 
 
@@ -94,7 +91,8 @@ class Runtime:
         self.weights = self._load(weights, checkpoint, disk)
         closing.callback(self.weights.close)
         self.activations = self._add_activations(closing)
-        self._add_kv_cache(closing)
+        kv = self.model, self.dtype, self.shape, self.policy, self.backend, self.transfers
+        self.pools, self.kv_cache, self.scheduler = open_kv(*kv, self._offload_directory, closing)
         self._split = AttentionSplit(
             self.policy,
             self.shape,
@@ -189,69 +187,23 @@ class Runtime:
         closing.callback(store.close)
         return store
 
-    def _add_kv_cache(self, closing: contextlib.ExitStack) -> None:
-        backend, policy, shape = self.backend, self.policy, self.shape
-        context = self.model.context_length
-        free = {tier: backend.account.available(tier) or 0 for tier in Tier}
-        room, staging = kv_room(
-            shape, policy, free, context, unified=backend.unified, lazy=backend.lazy
-        )
-        pages = kv_pages(shape, policy, room, context)
-        leaving = leaving_rows_bytes(shape, policy, unified=backend.unified)
-        backend.account.charge(Tier.DEVICE, leaving, "new keys and values on their way to HOST")
-        closing.callback(backend.account.refund, Tier.DEVICE, leaving)
-        away = (Tier.DISK,) if backend.unified else (Tier.HOST, Tier.DISK)
-        limits = {tier: staging for tier in away if pages[tier]}
-        tails = policy.max_sequences if pages[Tier.DISK] else 0
-        self.pools = PagePools(pages, policy.page_tokens, limits, tails)
-        self.kv_cache = KVCache(
-            self.model.attention,
-            self.dtype,
-            self.pools,
-            backend,
-            self.transfers,
-            staging,
-            policy.gathered_tokens,
-            self._offload_directory,
-        )
-        closing.callback(self.kv_cache.close)
-        self.scheduler = SCHEDULERS[policy.scheduler](
-            self.pools,
-            max_rows=policy.max_rows,
-            max_sequences=policy.max_sequences,
-            micro_batch_rows=policy.micro_batch_rows,
-            num_micro_batches=policy.num_micro_batches,
-            order=policy.order,
-        )
-        self.scheduler.promoted_from = away[::-1]
-        self.scheduler.speculation.most_logits = policy.logit_rows
-
     def measure_links(self) -> None:
         """Find out what the links can do, before they have anything else to do."""
         with torch.inference_mode():
             self.raw_speeds = raw_speeds(self.backend, self.weights.store.raw_copies())
             link = self.raw_speeds.get(Link.HOST_TO_DEVICE)
             self._split.measure(link, self.weights.store.streamed_bytes)
-            rows = self._free_rows()
-            if self._finds_row_budget:
-                self.scheduler.free_rows = rows
-            if self.policy.speculation != "off":
-                self.scheduler.speculation.most_rows = rows or 0
+            hardware = self._measure(self.raw_speeds)
+            tune(self.scheduler, self.policy, self.shape, hardware, self.weights.store)
+            if not self._finds_row_budget:
+                self.scheduler.free_rows = None
 
-    def _free_rows(self) -> int | None:
-        """Rows that compute while a sweep's weights arrive; None where all weights are there."""
-        store, speeds = self.weights.store, self.raw_speeds
-        if not store.streamed_bytes:
-            return None
-        hardware = Hardware(
-            host_to_device=speeds.get(Link.HOST_TO_DEVICE, math.inf),
-            disk_read=speeds.get(self.backend.disk_in, math.inf),
-            flops=measured_flops(
-                self.backend, self.dtype, self.shape.hidden_size, self.shape.widest
-            ),
-        )
-        seconds = weight_seconds(store.streamed_bytes, store.disk_bytes, hardware)
-        return int(free_rows(self.shape, hardware, seconds))
+    def _measure(self, speeds: Mapping[Link, float]) -> Hardware:
+        """What decides about rows that are free, and about pages that move away."""
+        if not self.weights.store.streamed_bytes and self.pools.swap is None:
+            return Hardware(host_to_device=math.inf)
+        known = {**raw_speeds(self.backend, self.kv_cache.swap_copies()), **speeds}
+        return measured_hardware(self.backend, self.dtype, self.shape, known)
 
     def run(
         self,
@@ -285,7 +237,7 @@ class Runtime:
         tokens = {
             tier: pages * self.policy.page_tokens
             for tier, pages in self.pools.capacity.items()
-            if pages
+            if pages and tier is not self.pools.swap
         }
         kv = ", ".join(f"{count} tokens on {tier}" for tier, count in tokens.items())
         policy = self.policy

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flexrun.micro_batches import Cutter
 from flexrun.plan import RowSpan, SweepPlan, SweepRows
+from flexrun.preemption import Preemption
 from flexrun.progress import Progress, WaitingQueue
 from flexrun.speculation import Speculation
 from offload.tiers import Tier
@@ -27,8 +28,8 @@ class BatchScheduler:
 
     A prompt that does not fit into what is left of the budget, or into one micro-batch, is computed
     in chunks over several sweeps. Sequences take pages as they need them. When there are none left,
-    those that came last give theirs to those that came before and wait; what they had computed is
-    computed again, as a prompt, when they go on.
+    those that came last give theirs to those that came before and wait; what they had computed
+    moves to another tier meanwhile, or is computed again, as a prompt, when they go on.
     """
 
     def __init__(
@@ -54,8 +55,7 @@ class BatchScheduler:
         """Rows of a sweep that cost nothing: they compute while its weights arrive. Prompts take no
         more of them, if it is known."""
         self.speculation = Speculation(pools, self.cutter, most_logits=micro_batch_rows)
-        self.preemptions = 0
-        """How often a running sequence had to give its pages away."""
+        self.preemption = Preemption(pools)
         self.promoted_from: Sequence[Tier] = ()
         """Tiers, the slowest first, whose pages cross a link in every sweep."""
         self.promotions = 0
@@ -79,6 +79,8 @@ class BatchScheduler:
         self.pools.settle()
         self._promote()
         sweep = SweepRows(self.max_rows)
+        if not self.prompts and (victim := self.preemption.victim(self.running)) is not None:
+            self.preempt(victim, swap=True)
         self.fill(sweep)
         if drafts:
             free = self.pools.total_free - self.watermark()
@@ -113,10 +115,10 @@ class BatchScheduler:
     def finish(self, sequence: int) -> None:
         """`sequence` is over: its pages are free for the next sweep."""
         self.prompts.pop(sequence, None)
-        if self.running.pop(sequence, None) is not None:
-            self.pools.release(sequence)
-        else:
+        if self.running.pop(sequence, None) is None:
             self.waiting.remove(sequence)
+        if sequence in self.pools.tables:  # also of one that waits, if it was swapped
+            self.pools.release(sequence)
 
     def decode(self, sweep: SweepRows) -> None:
         """A row for each running sequence that has its next token to compute.
@@ -154,7 +156,7 @@ class BatchScheduler:
         # Who waits for its group has a place: else others would fill it until the group is over.
         while self.waiting and sweep.left and self.places > len(later):
             progress = self.waiting.pop()
-            ready = self._begin(progress)
+            ready = progress.swapped or self._begin(progress)
             free -= self.pages_wanted(progress)
             if not ready:
                 free += progress.shared // self.pools.page_tokens
@@ -164,8 +166,9 @@ class BatchScheduler:
                 free -= 1  # a copy of the last page that it shares
             span = self._span(progress, sweep.left)
             enough = free >= 0 or not self.running
-            if not (enough and self.pools.allocate(progress.sequence, span.end)):
-                self._forget(progress)
+            if not (enough and self.preemption.pages_for(progress, span.end)):
+                if not progress.swapped:
+                    self.preemption.forget(progress)
                 later.append(progress)
                 break  # in order: a short one must not overtake for ever a long one
             self.running[progress.sequence] = progress
@@ -183,7 +186,7 @@ class BatchScheduler:
     def pages_wanted(self, progress: Progress) -> int:
         """Pages that a sequence does not have yet, for all its tokens and some more."""
         table = self.pools.tables.get(progress.sequence)
-        held = 0 if table is None else len(table.pages)
+        held = 0 if table is None or progress.swapped else len(table.pages)
         return self.pools.pages_for(progress.tokens) + 1 - held
 
     def watermark(self) -> int:
@@ -215,13 +218,15 @@ class BatchScheduler:
                 return True
         return False  # it waits until one that came before it has ended
 
-    def preempt(self, sequence: int) -> None:
-        """Take the pages of a running sequence away; it goes on as one of those that wait."""
+    def preempt(self, sequence: int, *, swap: bool = False) -> None:
+        """Take the pages of a running sequence away; it goes on as one of those that wait.
+
+        With `swap` they move to the swap tier, if there is room for them.
+        """
         progress = self.running.pop(sequence)
         self.prompts.pop(sequence, None)
-        self._forget(progress)
+        self.preemption.take_pages(progress, swap=swap)
         self.waiting.put_back(progress)
-        self.preemptions += 1
 
     def _begin(self, progress: Progress) -> bool:
         """Share what others of its group have computed; False if they are about to compute it."""
@@ -237,11 +242,6 @@ class BatchScheduler:
         if self.pools.fork(*numbers, progress.shared, there.computed):
             progress.computed = progress.shared
         return True
-
-    def _forget(self, progress: Progress) -> None:
-        progress.computed = 0
-        if progress.sequence in self.pools.tables:
-            self.pools.release(progress.sequence)
 
     def _promote(self) -> None:
         """When nothing waits for pages, full ones move up to where more are free than are wanted.

@@ -79,7 +79,7 @@ class StaticScheduler(BatchScheduler):
 
     def pages_wanted(self, progress: Progress) -> int:
         table = self.pools.tables.get(progress.sequence)
-        held = 0 if table is None else len(table.pages)
+        held = 0 if table is None or progress.swapped else len(table.pages)
         return self.pools.pages_for(progress.most_tokens) - held
 
     def watermark(self) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offload.kv_batches import KVBatch, KVPlanner
-from offload.kv_copies import copy_pages
+from offload.kv_copies import copy_pages, swap_copies
 from offload.kv_disk import DiskPages
 from offload.kv_host import HostPages
 from offload.kv_staging import StagedPages, Visit
@@ -93,9 +93,10 @@ class KVCache:
                 self._layers[tier] = [self._pool(tier, pages, shape) for shape in self._shapes]
 
     def _add_staged(self, pages: int, directory: Path | None) -> None:
-        tokens, capacity = self._pools.page_tokens, self._pools.capacity
+        tokens, capacity, swap = self._pools.page_tokens, self._pools.capacity, self._pools.swap
+        pages = 0 if swap is Tier.DISK else pages  # nobody attends to pages on the swap tier
         common = (self._shapes, tokens, pages, self._allocate, self._backend, self._transfers)
-        if capacity.get(Tier.HOST) and not self._backend.unified:
+        if capacity.get(Tier.HOST) and not (self._backend.unified or swap is Tier.HOST):
             self._staged[Tier.HOST] = HostPages(self._layers[Tier.HOST], *common)
         if on_disk := capacity.get(Tier.DISK):
             assert directory is not None
@@ -148,6 +149,10 @@ class KVCache:
         size = min(len(pages), len(target), REQUEST_BYTES)
         return [(Link.HOST_TO_DEVICE, [RawCopy(pages[:size], target[:size], 0)])]
 
+    def swap_copies(self) -> list[tuple[Link, list[RawCopy]]]:
+        """Copies that show what the link to the swap tier can do; only before the first sweep."""
+        return swap_copies(self._pools, self._layers, self._disk_pages())
+
     def begin(self, micro_batches: Sequence[Sequence[Span]]) -> None:
         """Prepare the index tensors of a sweep's micro-batches (each a sequence of spans)."""
         self._earlier_store = dict(self._last_store)
@@ -179,11 +184,14 @@ class KVCache:
     def _copy_pages(self, layer: int) -> list[Transfer]:
         if not self._copies:
             return []
+        earlier = self._earlier_store.get(layer, ())
+        places = self._copies, layer, self._layers, self._disk_pages()
+        return copy_pages(*places, self._backend, self._transfers, earlier)
+
+    def _disk_pages(self) -> DiskPages | None:
         disk = self._staged.get(Tier.DISK)
         assert disk is None or isinstance(disk, DiskPages)
-        earlier = self._earlier_store.get(layer, ())
-        places = self._copies, layer, self._layers, disk
-        return copy_pages(*places, self._backend, self._transfers, earlier)
+        return disk
 
     def arriving(self, layer: int, number: int) -> list[Transfer]:
         """What `append` will wait for: the pages of a micro-batch that had to move."""

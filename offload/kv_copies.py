@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from offload.links import FileExtent, Link
+from offload.page_table import Page
+from offload.raw_speed import AT_LEAST, RawCopy
 from offload.tiers import Tier
 from offload.transfer import URGENT
 
@@ -15,10 +17,25 @@ if TYPE_CHECKING:
 
     from offload.backend import DeviceBackend
     from offload.kv_disk import DiskPages
-    from offload.page_table import Page, PageCopy
+    from offload.page_table import PageCopy
     from offload.paged_kv import PagedKV
+    from offload.pages import PagePools
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
+
+
+def place(
+    page: Page,
+    layer: int,
+    memory: Mapping[Tier, Sequence[PagedKV]],
+    disk: DiskPages | None,
+    tail: int | None = None,
+) -> torch.Tensor | FileExtent:
+    """Where one layer of a page lies: uint8, or an extent of the file."""
+    if page.tier is not Tier.DISK:
+        return memory[page.tier][layer].raw[page.number].view(torch.uint8)
+    assert disk is not None
+    return disk.page(layer, page.number) if tail is None else disk.tail(layer, tail)
 
 
 def copy_pages(
@@ -36,12 +53,6 @@ def copy_pages(
     in memory by layer; `after` is what still stores rows in this layer.
     """
 
-    def place(page: Page, tail: int | None) -> torch.Tensor | FileExtent:
-        if page.tier is not Tier.DISK:
-            return memory[page.tier][layer].raw[page.number].view(torch.uint8)
-        assert disk is not None
-        return disk.page(layer, page.number) if tail is None else disk.tail(layer, tail)
-
     def tier_of(page: Page, tail: int | None) -> Tier:
         if page.tier is Tier.DISK and tail is None:
             return Tier.DISK
@@ -50,7 +61,8 @@ def copy_pages(
 
     started = []
     for copy in copies:
-        source, target = place(copy.source, copy.from_tail), place(copy.target, copy.to_tail)
+        source = place(copy.source, layer, memory, disk, copy.from_tail)
+        target = place(copy.target, layer, memory, disk, copy.to_tail)
         way = tier_of(copy.source, copy.from_tail), tier_of(copy.target, copy.to_tail)
         started.append(_copy(source, target, way, backend, transfers, after))
     return [transfer for transfer in started if transfer is not None]
@@ -82,3 +94,22 @@ def _copy(
         transfer.synchronize()  # from the last sweep: it is over long since
     target.copy_(source)
     return None
+
+
+def swap_copies(
+    pools: PagePools, memory: Mapping[Tier, Sequence[PagedKV]], disk: DiskPages | None
+) -> list[tuple[Link, list[RawCopy]]]:
+    """Some pages of the device and places on the swap tier, with the link between them."""
+    swap = pools.swap
+    if swap is None:
+        return []
+    count = min(AT_LEAST, pools.capacity[swap], pools.capacity[Tier.DEVICE])
+    link = Link.DEVICE_TO_HOST if swap is Tier.HOST else Link.HOST_TO_DISK
+
+    def raw(number: int) -> RawCopy:
+        source, target = (
+            place(Page(tier, number), 0, memory, disk) for tier in (Tier.DEVICE, swap)
+        )
+        return RawCopy(source, target, number)
+
+    return [(link, [raw(number) for number in range(count)])]

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from offload.page_copies import PageCopies
 from offload.page_table import Page, PageCopy, PageTable
 from offload.tiers import Tier
 
@@ -29,6 +30,8 @@ class PagePools:
     """Most pages of a tier that one sequence, or one micro-batch, may have (staging is finite)."""
     tails: int = 0
     """Sequences that may have pages on DISK: each needs a page in RAM besides."""
+    swap: Tier | None = None
+    """A tier whose pages only sequences that wait have."""
     on_change: Callable[[Tier, int], None] | None = None
     """Called with the tier and the pages taken (positive) or given back (negative)."""
     tables: dict[int, PageTable] = field(default_factory=dict)
@@ -36,21 +39,13 @@ class PagePools:
     _free_tails: list[int] = field(default_factory=list)
     _owners: Counter[Page] = field(default_factory=Counter)
     """Tables that a page is in."""
-    _copies: list[PageCopy] = field(default_factory=list)
-    """That nobody has taken yet."""
-    _read: list[Page] = field(default_factory=list)
-    """Pages in no table that one of these reads, …"""
-    _being_read: list[Page] = field(default_factory=list)
-    """… and those that a copy of this sweep reads."""
-    _read_tails: list[int] = field(default_factory=list)
-    _tails_being_read: list[int] = field(default_factory=list)
-    """The same of tails."""
+    _copies: PageCopies = field(default_factory=PageCopies)
 
     def __post_init__(self) -> None:
         # Popped from the end, so low page numbers are used first and reused soonest.
         self._free = {tier: list(range(n))[::-1] for tier, n in self.capacity.items() if n}
         self._free_tails = list(range(self.tails))[::-1]
-        assert self.tails or not self.capacity.get(Tier.DISK), "pages on DISK need tails"
+        assert self.tails or self.swap is Tier.DISK or not self.capacity.get(Tier.DISK)
 
     def pages_for(self, tokens: int) -> int:
         """Pages that hold `tokens` positions."""
@@ -62,13 +57,13 @@ class PagePools:
 
     @property
     def total_free(self) -> int:
-        """Pages that no sequence holds."""
-        return sum(map(len, self._free.values()))
+        """Pages that no sequence holds and every one may have."""
+        return sum([len(free) for tier, free in self._free.items() if tier is not self.swap])
 
     @property
     def held(self) -> int:
         """Pages that sequences hold, or that are about to be read."""
-        return sum(self.capacity.values()) - self.total_free
+        return sum(n - len(self._free[tier]) for tier, n in self.capacity.items() if n)
 
     def owners(self, page: Page) -> int:
         """Sequences that `page` belongs to."""
@@ -76,7 +71,8 @@ class PagePools:
 
     def fits_ever(self, tokens: int) -> bool:
         """Whether a sequence of `tokens` positions fits when nothing else runs."""
-        most = (min(n, self.largest_table.get(tier, n)) for tier, n in self.capacity.items())
+        tiers = {tier: n for tier, n in self.capacity.items() if tier is not self.swap}
+        most = (min(n, self.largest_table.get(tier, n)) for tier, n in tiers.items())
         return self.pages_for(tokens) <= sum(most)
 
     def allocate(self, sequence: int, tokens: int) -> bool:
@@ -114,19 +110,13 @@ class PagePools:
         """Put `target`, with the content of the page at `index`, in its place."""
         source = table.pages[index]
         to_tail = table.tail if target.tier is Tier.DISK else None
-        self._add_copy(PageCopy(source, target, to_tail=to_tail))
+        self._copies.add(PageCopy(source, target, to_tail=to_tail))
         table.pages[index] = target
         self._let_go(source)
 
-    def _add_copy(self, copy: PageCopy) -> None:
-        for earlier in self._copies:
-            if earlier.target == copy.source:  # which is not there yet
-                copy = copy._replace(source=earlier.source, from_tail=earlier.from_tail)
-        self._copies.append(copy)
-
     def _choose(self, table: PageTable, count: int) -> list[Tier] | None:
         """A tier for each of `count` new pages; None if there are not so many."""
-        free = {tier: len(numbers) for tier, numbers in self._free.items()}
+        free = {tier: len(each) for tier, each in self._free.items() if tier is not self.swap}
         if table.tail is None and not self._free_tails:
             free.pop(Tier.DISK, None)
         if len(free) == 1 and not self.largest_table:
@@ -178,7 +168,7 @@ class PagePools:
             in_file = computed >= (full + 1) * self.page_tokens
             from_tail = None if in_file else origin.tail
             to_tail = table.tail if tiers == [Tier.DISK] else None
-            self._add_copy(PageCopy(source, table.pages[full], from_tail, to_tail))
+            self._copies.add(PageCopy(source, table.pages[full], from_tail, to_tail))
             count = full
         self._owners.update(table.pages[:count])
         self.tables[child] = table
@@ -193,10 +183,9 @@ class PagePools:
         """
         if not wanted:
             return []
-        busy = {page for copy in self._copies for page in (copy.source, copy.target)}
         moved: dict[Page, Page] = {}
         held = {number: Counter(p.tier for p in t.pages) for number, t in self.tables.items()}
-        homes = self._full_pages(wanted.keys() - busy)
+        homes = self._full_pages(wanted.keys() - self._copies.pages)
         for page, tier in wanted.items():
             sequences = homes.get(page, [])
             if not sequences or tier is page.tier or not self._free.get(tier):
@@ -206,14 +195,52 @@ class PagePools:
                 continue
             for sequence in sequences:
                 held[sequence][tier] += 1
-            moved[page] = Page(tier, self._free[tier].pop())
-            self._owners[moved[page]] = self._owners.pop(page)
-            self._copies.append(PageCopy(page, moved[page]))
-            self._read.append(page)
-            self._report([tier], 1)
+            moved[page] = self._relocate(page, tier)
         for table in self.tables.values() if moved else ():
             table.pages = [moved.get(page, page) for page in table.pages]
         return list(moved)
+
+    def _relocate(self, page: Page, tier: Tier) -> Page:
+        """Another place for the content of `page`."""
+        new = Page(tier, self._free[tier].pop())
+        self._owners[new] = self._owners.pop(page)
+        self._copies.add(PageCopy(page, new))
+        self._copies.keep(page)
+        self._report([tier], 1)
+        return new
+
+    def can_swap_out(self, sequence: int) -> bool:
+        """Whether the swap tier has room for the full pages of `sequence`, and they are its own."""
+        table, busy = self.tables[sequence], self._copies.pages
+        full = table.pages[: table.tokens // self.page_tokens]
+        room = self.swap is not None and 0 < len(full) <= self.free_pages(self.swap)
+        return room and not any(self._owners[page] > 1 or page in busy for page in full)
+
+    def swap_out(self, sequence: int, tokens: int) -> None:
+        """Move the pages of the first `tokens` positions, which fill them, to the swap tier.
+
+        The others are given back at once, those that move when the next sweep is over.
+        """
+        table, count = self.tables[sequence], tokens // self.page_tokens
+        assert self.swap is not None
+        assert tokens == count * self.page_tokens <= table.tokens
+        kept = table.pages[:count]
+        for page in reversed(table.pages[count:]):
+            self._let_go(page)
+        table.pages = [self._relocate(page, self.swap) for page in kept]
+        table.tokens, table.room = tokens, 0
+
+    def swap_in(self, sequence: int, tokens: int) -> bool:
+        """Bring what `swap_out` moved back, with pages for `tokens` positions in all.
+
+        False, and nothing changes, without room, or if it has not been moved yet.
+        """
+        table = self.tables[sequence]
+        tiers = self._choose(table, self.pages_for(tokens))
+        if tiers is None or not self._copies.pages.isdisjoint(table.pages):
+            return False
+        table.pages = [self._relocate(page, tier) for page, tier in zip(table.pages, tiers)]
+        return self.allocate(sequence, tokens)
 
     def _full_pages(self, pages: Collection[Page]) -> dict[Page, list[int]]:
         """The sequences that have each of `pages`, if it is full."""
@@ -229,9 +256,8 @@ class PagePools:
         table = self.tables.pop(sequence)
         for page in reversed(table.pages):
             self._let_go(page)
-        if table.tail is not None:
-            read = any(copy.from_tail == table.tail for copy in self._copies)
-            (self._read_tails if read else self._free_tails).append(table.tail)
+        if table.tail is not None and self._copies.let_go_of_tail(table.tail):
+            self._free_tails.append(table.tail)
 
     def _let_go(self, page: Page) -> None:
         """One table less has `page`."""
@@ -239,10 +265,7 @@ class PagePools:
         if self._owners[page]:
             return
         del self._owners[page]
-        self._copies = [copy for copy in self._copies if copy.target != page]
-        if any(copy.source == page for copy in self._copies):
-            self._read.append(page)
-        else:
+        if self._copies.let_go(page):
             self._give_back([page])
 
     def _give_back(self, pages: Sequence[Page]) -> None:
@@ -254,23 +277,19 @@ class PagePools:
         """Numbers of pages with what `sequence` alone has stored, the places of moved ones too."""
         found: dict[Tier, list[int]] = {}
         own = [page for page in self.tables[sequence].pages if self._owners[page] == 1]
-        for page in (*own, *self._being_read):
+        for page in (*own, *self._copies.being_read):
             found.setdefault(page.tier, []).append(page.number)
         return found
 
     def take_copies(self) -> list[PageCopy]:
         """What has to be copied in this sweep, before anything else reads or writes these pages."""
-        copies, self._copies = self._copies, []
-        self._being_read += self._read
-        self._tails_being_read += self._read_tails
-        self._read, self._read_tails = [], []
-        return copies
+        return self._copies.take()
 
     def settle(self) -> None:
         """The sweep whose copies were taken is over: what they read may be used again."""
-        self._give_back(self._being_read)
-        self._free_tails += self._tails_being_read
-        self._being_read, self._tails_being_read = [], []
+        pages, tails = self._copies.settle()
+        self._give_back(pages)
+        self._free_tails += tails
 
     def _report(self, tiers: Sequence[Tier], sign: int) -> None:
         if self.on_change:

@@ -69,6 +69,16 @@ def compute_seconds(shape: ModelShape, hardware: Hardware, rows: int, positions:
     return flops / hardware.flops
 
 
+def swapping_is_cheaper(shape: ModelShape, hardware: Hardware, tokens: int) -> bool:
+    """Whether `tokens` positions move to another tier and back in less time than they compute.
+
+    vLLM's question (SOSP 2023, section 4.5), with the link's speed instead of a rule.
+    """
+    link = min(hardware.host_to_device, hardware.disk_read)
+    moved = 2 * tokens * shape.kv_token_bytes / link
+    return moved < compute_seconds(shape, hardware, tokens, tokens * tokens // 2)
+
+
 def free_rows(shape: ModelShape, hardware: Hardware, seconds: float) -> float:
     """Rows that compute in the `seconds` that a sweep's weights need to arrive: they cost nothing.
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
 
+SWAP_OF_PAGES, SWAP_OF_FREE, MOST_SWAP_BYTES = 0.25, 0.5, 4 << 30
+"""Most pages for sequences that wait: of those of running ones, of the tier's free memory, and in
+bytes: it is a reserve, and a file that is written whole."""
 LAZY_FILL = 0.9
 """Share of the room on DISK or a lazy tier that KV pages may take."""
 
@@ -141,6 +144,32 @@ def kv_pages(
                 "weights (--weights) to another tier, or lower --micro-batch and --max-rows",
             )
     return pages
+
+
+def swap_pages(
+    shape: ModelShape,
+    policy: Policy,
+    pages: Mapping[Tier, int],
+    free: Mapping[Tier, int],
+    context_length: int,
+    *,
+    unified: bool,
+) -> tuple[Tier | None, int]:
+    """The tier that pages of sequences move to that have to wait, and how many of them it takes.
+
+    There is one where all KV is on DEVICE and may not suffice, in what is left `free` besides.
+    """
+    most = policy.max_sequences * -(-context_length // policy.page_tokens)
+    if policy.preemption == "recompute" or policy.kv_cache.device < 100:
+        return None, 0
+    if pages[Tier.DEVICE] >= most:
+        return None, 0  # nobody ever has to wait
+    tier = Tier.DISK if unified else Tier.HOST
+    page_bytes = shape.kv_token_bytes * policy.page_tokens
+    room = min(int(free[tier] * SWAP_OF_FREE), MOST_SWAP_BYTES)
+    room -= shape.num_layers * DISK_BLOCK if tier is Tier.DISK else 0
+    count = min(int(pages[Tier.DEVICE] * SWAP_OF_PAGES), room // page_bytes)
+    return (tier, count) if count > 0 else (None, 0)
 
 
 def embedding_rows(shape: ModelShape, policy: Policy, unified: bool) -> int:

@@ -24,6 +24,7 @@ CHOICES = {
     "scheduler": ("continuous", "phased", "static"),
     "order": ("longest", "input"),
     "speculation": ("lookup", "off"),
+    "preemption": ("auto", "swap", "recompute"),
 }
 """What the fields may be that are one of a few words."""
 MOST_GUESSED_LOGITS = 128
@@ -66,6 +67,9 @@ class Policy:
     speculation: str = "lookup"
     """Guess the next tokens from what followed the same ones earlier, and compute their rows in the
     same sweep where they cost nothing. Tokens are the same without."""
+    preemption: str = "auto"
+    """What a sequence that has to give its KV pages away had computed moves to a slower tier, or is
+    computed again; auto takes what is faster."""
     overlap: bool = True
     """Transfers run beside compute; False runs the same steps one after another."""
 

@@ -48,7 +48,7 @@ class Scheduler(Protocol):
     def max_sequences(self) -> int: ...
 
     @property
-    def preemptions(self) -> int: ...
+    def preemption(self) -> Any: ...
 
     def add(self, sequence: int, prompt_tokens: int, most_tokens: int) -> None: ...
 
@@ -127,5 +127,5 @@ def simulate(
         tokens_per_second=generated / seconds if seconds else 0.0,
         slot_utilization=places / (sweeps * scheduler.max_sequences) if sweeps else 0.0,
         kv_utilization=stored / (slots * pools.page_tokens) if slots else 0.0,
-        preemptions=scheduler.preemptions,
+        preemptions=scheduler.preemption.count,
     )

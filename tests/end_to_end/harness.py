@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def record_plans(engine: Engine) -> list[SweepPlan]:
     scheduler, plans = engine._runtime.scheduler, []
     next_sweep = scheduler.next_sweep
 
-    def recorded(drafts: dict[int, int] | None = None) -> SweepPlan:
+    def recorded(drafts: Mapping[int, int] | None = None) -> SweepPlan:
         plans.append(next_sweep(drafts))
         return plans[-1]
 

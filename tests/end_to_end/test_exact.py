@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from flexrun import LLM, runtime
+from flexrun import LLM, kv_setup
 from offload.pages import PagePools
 from offload.tiers import TURNS, Split, Tier
 from policy_search.kv_memory import broken_off_bytes, hosted_row_bytes, hosted_rows
@@ -175,7 +175,7 @@ def test_pages_are_used_again(tiny_llama_dir, tiny, device):
 def test_tokens_are_the_same_when_pages_run_out(tiny_llama_dir, tiny, device, monkeypatch):
     """Sequences whose pages lie on three tiers, and are taken away, go on with the same tokens."""
     pages = {Tier.DEVICE: 4, Tier.HOST: 3, Tier.DISK: 3}
-    monkeypatch.setattr(runtime, "kv_pages", lambda *_: pages)
+    monkeypatch.setattr(kv_setup, "kv_pages", lambda *_: pages)
     prompts = [list(text.encode()) for text in ragged_prompts(12, seed=2, longest=6)]
     settings = tiny.settings(device, "device=50,host=50", "device=40,host=30,disk=30", **cut(3))
     settings["policy"] = Policy(page_tokens=8, prefetch_depth=2)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flexrun import LLM, SamplingParams, runtime
+from flexrun import LLM, SamplingParams, kv_setup
 from offload.tiers import Tier
 from policy_search.policy import Policy
 from tests.end_to_end.harness import engine_of, record_plans
@@ -63,7 +63,7 @@ def test_greedy_completions_are_transformers(tiny_llama_dir):
 def test_pages_move_up_when_nothing_waits(tiny_llama_dir, device, attention, monkeypatch):
     """And when they run out, as well: sequences on three tiers, forks and preemptions."""
     pages = {Tier.DEVICE: 16, Tier.HOST: 8, Tier.DISK: 8}
-    monkeypatch.setattr(runtime, "kv_pages", lambda *_: pages)
+    monkeypatch.setattr(kv_setup, "kv_pages", lambda *_: pages)
     params = SamplingParams(temperature=1.0, seed=3, n=2, max_tokens=24)
     settings = {"device": device, "kv_cache": SPLITS[-1], "attention": attention}
     found, plans, summary = complete(tiny_llama_dir, params, **settings)

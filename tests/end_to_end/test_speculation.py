@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from flexrun import LLM, SamplingParams
+from flexrun import LLM, SamplingParams, calibration
 from flexrun.engine import Engine
-from flexrun.runtime import Runtime
 from tests.end_to_end.harness import Run, engine_of, generate
 from tests.end_to_end.reference import greedy_tokens, ragged_prompts
 
@@ -51,7 +50,7 @@ def reference(tiny_llama_dir: Path) -> list[list[int]]:
 @pytest.fixture
 def free_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as anyone could want: what is measured depends on the machine."""
-    monkeypatch.setattr(Runtime, "_free_rows", lambda self: 1000)
+    monkeypatch.setattr(calibration, "free_rows", lambda *_: 1000)
 
 
 def settings(device: str, kv_cache: str, **more: Any) -> dict[str, Any]:
@@ -143,5 +142,5 @@ def test_a_wrong_guess_that_gives_no_numbers_does_no_harm(tiny_llama_dir, refere
     monkeypatch.setattr(Engine, "_choose", with_nan)
     with LLM(tiny_llama_dir, **settings("cpu", "device=100")) as llm:
         result = generate(llm, PROMPTS, NEW_TOKENS)
-        assert engine_of(llm)._runtime.scheduler.preemptions == len(broken) == 3
+        assert engine_of(llm)._runtime.scheduler.preemption.count == len(broken) == 3
     assert result.tokens == reference

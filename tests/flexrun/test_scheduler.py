@@ -165,7 +165,7 @@ def test_the_last_to_come_gives_its_pages_away():
         seen.append([(span.sequence, span.start, span.length) for span in spans_of(plan)])
         ending = [s for s in scheduler.running if scheduler.running[s].tokens == 15]
         commit(scheduler, plan, tuple(ending))
-    assert scheduler.preemptions == 1
+    assert scheduler.preemption.count == 1
     assert [(0, 0, 3), (1, 0, 3)] in seen
     assert [(0, 8, 1)] in seen, "the third page of the first one is the second one's"
     (again,) = (each for each in seen[1:] if (1, 0) in {row[:2] for row in each})
@@ -185,7 +185,7 @@ def test_the_first_to_come_is_never_preempted():
         ending = [s for s in scheduler.running if scheduler.running[s].tokens == 6]
         commit(scheduler, plan, tuple(ending))
     assert all(oldest)
-    assert scheduler.preemptions > 0
+    assert scheduler.preemption.count > 0
 
 
 def test_a_waiting_sequence_can_be_finished():
@@ -288,8 +288,8 @@ def test_any_job_computes_every_position(seed, kind):
                     scheduler.finish(span.sequence)
     assert computed == {number: most - 1 for number, (_, most) in jobs.items()}
     assert set(joined) == set(jobs)
-    assert len(joined) <= len(jobs) + scheduler.preemptions
-    assert len(joined) > len(jobs) or not scheduler.preemptions
+    assert len(joined) <= len(jobs) + scheduler.preemption.count
+    assert len(joined) > len(jobs) or not scheduler.preemption.count
     assert {tier: scheduler.pools.free_pages(tier) for tier in Tier} == free
 
 
@@ -434,7 +434,7 @@ def test_copies_of_shared_pages_are_counted_before_sequences_start():
         scheduler.pools.take_copies()
         ending = [s.sequence for s in spans_of(plan) if s.end == 17]
         commit(scheduler, plan, tuple(ending))
-    assert scheduler.preemptions == 0
+    assert scheduler.preemption.count == 0
 
 
 def test_pages_move_up_when_nothing_waits():
@@ -547,7 +547,7 @@ def test_a_block_keeps_room_for_whole_lengths():
         assert len(scheduler.running) <= 2
         ending = [s.sequence for s in spans_of(plan) if s.end == 11]
         commit(scheduler, plan, tuple(ending))
-    assert (scheduler.preemptions, sweeps) == (0, 16)
+    assert (scheduler.preemption.count, sweeps) == (0, 16)
 
 
 @pytest.mark.parametrize("order", ["longest", "input"])
@@ -567,7 +567,7 @@ def test_who_was_preempted_goes_before_longer_ones():
     scheduler = make_scheduler(pages={Tier.DEVICE: 4}, order="longest")
     scheduler.add(0, 3, 16)
     scheduler.add(1, 3, 15)
-    while not scheduler.preemptions:
+    while not scheduler.preemption.count:
         commit(scheduler, scheduler.next_sweep())
     scheduler.add(2, 3, 99)
     assert [progress.sequence for progress in scheduler.waiting] == [1, 2]

@@ -212,7 +212,7 @@ class Model:
         owners = Counter(page for table in pools.tables.values() for page in table.pages)
         for page, count in owners.items():
             assert pools.owners(page) == count
-        held = set(pools._read) | set(pools._being_read)
+        held = set(pools._copies._read) | set(pools._copies.being_read)
         assert not held & owners.keys()
         for tier, count in pools.capacity.items():
             mine = sum(page.tier is tier for page in [*owners, *held])
@@ -221,7 +221,7 @@ class Model:
             )
             assert self.used[tier] == mine
         tails = [table.tail for table in pools.tables.values() if table.tail is not None]
-        loose = pools._free_tails + pools._read_tails + pools._tails_being_read
+        loose = pools._free_tails + pools._copies._read_tails + pools._copies._tails_being_read
         assert sorted(tails + loose) == list(range(pools.tails))
         for tier, most in pools.largest_table.items():
             for table in pools.tables.values():

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from flexrun.plan import SweepRows
     from flexrun.progress import Progress
 
-LEAST_PROMPT_ROWS = 128
+LEAST_PROMPT_ROWS = 32
 """That ride with the sequences that generate, also where these alone take longer than the weights:
 matrix products of fewer rows use a processor badly."""
 

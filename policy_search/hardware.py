@@ -18,5 +18,3 @@ class Hardware:
     """Bytes of weights that arrive from disk."""
     flops: float = math.inf
     """Of matrix products on the device, with rows enough to be limited by compute."""
-    device_read: float = math.inf
-    """Bytes per second of the device's memory."""

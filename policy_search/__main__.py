@@ -19,7 +19,7 @@ from policy_search.automatic import automatic_policy
 from policy_search.errors import PolicyError
 from policy_search.flags import Parser, count, size
 from policy_search.machine import disk_budget, gpu_budget, host_budget
-from policy_search.memory import memory_of
+from policy_search.memory import default_max_rows, memory_of
 from policy_search.model_config import ModelConfig
 from policy_search.plan_text import command_line, plan_text
 from policy_search.policy import Policy
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     config = ModelConfig.load(_directory(arguments.model))
     stored, computed = config.types(arguments.dtype, unified=unified)
     shape = shape_from_config(config, stored, computed)
-    base = Policy().with_batch(
+    base = Policy(max_rows=default_max_rows(shape, limits[Tier.DEVICE])).with_batch(
         micro_batch_rows=arguments.micro_batch,
         max_rows=arguments.max_rows,
         max_sequences=arguments.max_sequences,

@@ -19,14 +19,22 @@ from offload.tiers import (
     staging_buffer_bytes,
 )
 from offload.tiers import padded as round_up
-from policy_search.kv_memory import embedding_rows, kv_file_bytes, kv_pages, kv_room, kv_working
+from policy_search.kv_memory import (
+    embedding_rows,
+    kv_file_bytes,
+    kv_pages,
+    kv_room,
+    kv_working,
+    swap_pages,
+)
+from policy_search.policy import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from policy_search.model_shape import ModelShape
-    from policy_search.policy import Policy
 
+SHARE_OF_ROWS, MOST_DEFAULT_ROWS = 0.02, 8192
 IN_MOTION = 4
 """Micro-batches whose activations are on DEVICE although they live on HOST: the one that computes,
 the next one, and those on their way out."""
@@ -61,6 +69,15 @@ def workspace(shape: ModelShape, policy: Policy) -> int:
     moving = IN_MOTION * policy.micro_batch_rows
     away = max(0, int(policy.max_rows * policy.activations.fraction(Tier.HOST)) - moving)
     return everything - away * shape.hidden_size * shape.value_bytes
+
+
+def default_max_rows(shape: ModelShape, device_bytes: int) -> int:
+    """Rows of a sweep for whose hidden states, and what goes with them, `SHARE_OF_ROWS` of DEVICE is
+    enough: a fast device computes thousands while a sweep's weights arrive.
+    """
+    row_bytes = 3 * shape.hidden_size * shape.value_bytes  # as `ModelShape.workspace_bytes` counts
+    least = Policy().max_rows
+    return min(MOST_DEFAULT_ROWS, max(least, int(SHARE_OF_ROWS * device_bytes) // row_bytes))
 
 
 def parked_rows(policy: Policy) -> int:
@@ -108,6 +125,10 @@ def memory_of(
     working[Tier.HOST] += embedding_rows(shape, policy, unified)
     kv = {tier: pages.get(tier, 0) * page_bytes for tier in Tier}
     working[Tier.DISK] += kv_file_bytes(shape, policy, pages[Tier.DISK]) - kv[Tier.DISK]
+    swap, count = swap_pages(shape, policy, pages, room, context_length, unified=unified)
+    if swap is not None:
+        on_disk = kv_file_bytes(shape, policy, count)
+        working[swap] += on_disk if swap is Tier.DISK else count * page_bytes
     result = {t: TierMemory(weights[t], kv[t], working[t], limits[t], elsewhere[t]) for t in Tier}
     for tier in (Tier.HOST, Tier.DEVICE):
         if result[tier].free < 0:

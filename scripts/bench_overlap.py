@@ -138,7 +138,7 @@ class Job:
         scheduler = self.engine._runtime.scheduler
         next_sweep = scheduler.next_sweep
 
-        def noted() -> SweepPlan:
+        def noted(*_: object) -> SweepPlan:
             self._limit(self._speeds if self._plans else {})
             self._marks.append(self._mark())
             self._plans.append(next_sweep())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,8 @@ _MOST_VALUES = 1 << 24
 _ROWS = {"cpu": 256}
 _MANY_ROWS = 2048
 _REPEATS = 5
+_REMEMBERED = 5
+"""Sweeps that say how long a row takes; few, so that the first ones are soon forgotten."""
 
 
 def measured_flops(
@@ -66,20 +70,65 @@ def measured_hardware(
     )
 
 
+class RowBudget:
+    """The rows of a sweep that are free: as planned at first, then as measured."""
+
+    def __init__(
+        self,
+        scheduler: BatchScheduler,
+        seconds: float,
+        planned: float,
+        *,
+        prompts: bool,
+        guess: bool,
+    ) -> None:
+        """A sweep's weights take `seconds`, in which `planned` rows should compute.
+
+        `prompts` take no more than these, and `guess`ed tokens fill them.
+        """
+        self._scheduler = scheduler
+        self._seconds = seconds
+        self._prompts = prompts
+        self._guess = guess
+        self._computed = 0.0
+        self._of_one: deque[float] = deque(maxlen=_REMEMBERED)
+        """Seconds of a row, in the last sweeps that had about as many rows."""
+        self._set(int(planned))
+
+    def learn(self, rows: int, computed: float) -> None:
+        """A sweep of `rows` is over, after `computed` seconds of compute in all sweeps."""
+        seconds, self._computed = computed - self._computed, computed
+        if seconds > 0 and rows >= self.rows // 2:
+            self._of_one.append(seconds / rows)
+        if len(self._of_one) == _REMEMBERED:
+            self._set(int(self._seconds / statistics.median(self._of_one)))
+
+    def _set(self, rows: int) -> None:
+        self.rows = max(1, rows)
+        self._scheduler.free_rows = self.rows if self._prompts else None
+        self._scheduler.speculation.most_rows = self.rows if self._guess else 0
+
+
 def tune(
     scheduler: BatchScheduler,
     policy: Policy,
     shape: ModelShape,
     hardware: Hardware,
     store: WeightStore,
-) -> None:
-    """Rows that are free, guesses that may fill them, and where pages go that have to go away."""
-    if store.streamed_bytes:
-        seconds = weight_seconds(store.streamed_bytes, store.disk_bytes, hardware)
-        scheduler.free_rows = int(free_rows(shape, hardware, seconds))
-        if policy.speculation != "off":
-            scheduler.speculation.most_rows = scheduler.free_rows
+    *,
+    prompts: bool,
+) -> RowBudget | None:
+    """Where pages go that have to go away, and the rows that are free, if weights are streamed.
+
+    `prompts` take no more rows than these.
+    """
     if policy.preemption == "swap":
         scheduler.preemption.swapping_is_cheaper = lambda _: True
     elif policy.preemption == "auto":
         scheduler.preemption.swapping_is_cheaper = partial(swapping_is_cheaper, shape, hardware)
+    if not store.streamed_bytes:
+        return None
+    seconds = weight_seconds(store.streamed_bytes, store.disk_bytes, hardware)
+    planned = free_rows(shape, hardware, seconds)
+    guess = policy.speculation != "off"
+    return RowBudget(scheduler, seconds, planned, prompts=prompts, guess=guess)

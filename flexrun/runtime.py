@@ -26,7 +26,7 @@ from offload.errors import CapacityError
 from offload.links import Link
 from offload.raw_speed import raw_speeds
 from offload.tiers import Tier, format_size
-from offload.timeline import Timeline
+from offload.timeline import COMPUTE, Timeline
 from offload.transfer_engine import TransferEngine
 from policy_search.automatic import automatic_policy, with_depth
 from policy_search.hardware import Hardware
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from flexrun.attention.interface import AttentionBackend
+    from flexrun.calibration import RowBudget
     from flexrun.config import EngineConfig
     from flexrun.disk_weights import DiskPlan
     from flexrun.loading import LoadedWeights, ModelWeights
@@ -69,8 +70,7 @@ class Runtime:
         self.backend = open_backend(config)
         closing.callback(self.backend.close)
         stored = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
-        types = choose_types(config.dtype, stored, self.backend.device)
-        self.stored, self.dtype = types
+        self.stored, self.dtype = choose_types(config.dtype, stored, self.backend.device)
         self.model = build_model(hf_config, self.dtype, self.backend.device, self.stored)
         checkpoint = Checkpoint(
             self.directory, self.model.module, self.stored, self.model.stored_dtypes
@@ -107,6 +107,7 @@ class Runtime:
         # when the memory it reads or writes is given back.
         closing.callback(self.transfers.close)
         self.raw_speeds: dict[Link, float] = {}
+        self._budget: RowBudget | None = None
         self._executor = Executor(
             self.model,
             self.weights.store,
@@ -195,9 +196,8 @@ class Runtime:
             link = self.raw_speeds.get(Link.HOST_TO_DEVICE)
             self._split.measure(link, self.weights.store.streamed_bytes)
             hardware = self._measure(self.raw_speeds)
-            tune(self.scheduler, self.policy, self.shape, hardware, self.weights.store)
-            if not self._finds_row_budget:
-                self.scheduler.free_rows = None
+            known = self.scheduler, self.policy, self.shape, hardware, self.weights.store
+            self._budget = tune(*known, prompts=self._finds_row_budget)
 
     def _measure(self, speeds: Mapping[Link, float]) -> Hardware:
         """What decides about rows that are free, and about pages that move away."""
@@ -222,6 +222,8 @@ class Runtime:
                 hint="lower --micro-batch, --max-rows or --device-memory",
             ) from error
         self.weights.store.check_files()  # before anything that was read from them counts
+        if self._budget is not None:
+            self._budget.learn(plan.rows, self.timeline.busy_seconds(COMPUTE))
         return chosen
 
     def _types(self) -> str:

@@ -72,8 +72,9 @@ def workspace(shape: ModelShape, policy: Policy) -> int:
 
 
 def default_max_rows(shape: ModelShape, device_bytes: int) -> int:
-    """Rows of a sweep for whose hidden states, and what goes with them, `SHARE_OF_ROWS` of DEVICE is
-    enough: a fast device computes thousands while a sweep's weights arrive.
+    """Rows of a sweep that take `SHARE_OF_ROWS` of DEVICE while they wait, within bounds.
+
+    A fast device computes thousands while a sweep's weights arrive.
     """
     row_bytes = 3 * shape.hidden_size * shape.value_bytes  # as `ModelShape.workspace_bytes` counts
     least = Policy().max_rows

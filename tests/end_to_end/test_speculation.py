@@ -51,6 +51,7 @@ def reference(tiny_llama_dir: Path) -> list[list[int]]:
 def free_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as anyone could want: what is measured depends on the machine."""
     monkeypatch.setattr(calibration, "free_rows", lambda *_: 1000)
+    monkeypatch.setattr(calibration.RowBudget, "learn", lambda *_: None)
 
 
 def settings(device: str, kv_cache: str, **more: Any) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""Facts about the rows that are free."""
+
+from __future__ import annotations
+
+import pytest
+
+from flexrun.calibration import RowBudget
+from flexrun.schedulers import ContinuousScheduler
+from offload.pages import PagePools
+from offload.tiers import Tier
+
+
+def make_scheduler() -> ContinuousScheduler:
+    pools = PagePools({Tier.DEVICE: 100}, 4)
+    return ContinuousScheduler(pools, max_rows=500, max_sequences=8, micro_batch_rows=64)
+
+
+def test_rows_that_take_longer_than_planned_are_fewer():
+    """Weights take a second, a row 10 ms and not 5: after some sweeps a hundred rows are free."""
+    scheduler, total = make_scheduler(), 0.0
+    budget = RowBudget(scheduler, 1.0, 200, prompts=True, guess=True)
+    assert (scheduler.free_rows, scheduler.speculation.most_rows) == (200, 200)
+    for _ in range(20):
+        total += budget.rows * 0.01
+        budget.learn(budget.rows, total)
+    assert budget.rows == pytest.approx(100, abs=1)
+    assert (scheduler.free_rows, scheduler.speculation.most_rows) == (budget.rows, budget.rows)
+
+
+def test_small_sweeps_say_nothing_about_full_ones():
+    """A few rows take nearly as long as many: what they take each is not what many would."""
+    scheduler = make_scheduler()
+    budget = RowBudget(scheduler, 1.0, 200, prompts=True, guess=False)
+    for sweep in range(20):
+        budget.learn(4, (sweep + 1) * 0.5)
+    assert budget.rows == 200
+    assert scheduler.speculation.most_rows == 0
+
+
+def test_one_slow_sweep_changes_little():
+    """The first sweep compiles kernels: it takes a hundred times as long."""
+    scheduler, total = make_scheduler(), 100.0
+    budget = RowBudget(scheduler, 1.0, 100, prompts=False, guess=True)
+    budget.learn(100, total)
+    for _ in range(10):
+        total += budget.rows * 0.01
+        budget.learn(budget.rows, total)
+    assert budget.rows == pytest.approx(100, abs=1)
+    assert scheduler.free_rows is None

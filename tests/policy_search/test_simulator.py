@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 from typing import Any
 
 import pytest
@@ -63,13 +62,15 @@ def test_a_small_cache_costs_rows_and_no_request():
 
 
 @pytest.mark.parametrize(("workload", "least"), [("conv", 2.5), ("code", 4.0)])
-@pytest.mark.parametrize("rows", ["default", "1000000"], ids=["free-rows", "all-rows"])
-def test_full_sweeps_are_fewer(capsys, workload, least, rows):
+@pytest.mark.parametrize(
+    ("rows", "seeds"), [("default", 5), ("1000000", 2)], ids=["free-rows", "all-rows"]
+)
+def test_full_sweeps_are_fewer(capsys, workload, least, rows, seeds):
     """2 048 requests in 64 places take that many times fewer sweeps than in FlexGen's blocks, also
     if the prompts of a whole block are computed in one sweep.
     """
     ratios = []
-    for seed in range(5):
+    for seed in range(seeds):
         given = ["--workload", workload, "--seed", str(seed)]
         given += [] if rows == "default" else ["--max-rows", rows]
         sweeps = {
@@ -77,8 +78,7 @@ def test_full_sweeps_are_fewer(capsys, workload, least, rows):
             for kind in ("static", "continuous")
         }
         ratios.append(sweeps["static"] / sweeps["continuous"])
-    assert min(ratios) >= 2.0
-    assert statistics.mean(ratios) >= least
+    assert min(ratios) >= least
 
 
 def test_the_longest_first_drains_well(capsys):

@@ -8,34 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flexrun.config import DEVICES, DTYPES, EngineConfig
+from flexrun.config import DEVICES, DTYPES, OVERRIDES, EngineConfig
 from flexrun.errors import FlexrunError, UsageError
 from flexrun.request import SamplingParams
 from offload.tiers import Split, parse_size
+from policy_search.flags import add_workload_flags
 from policy_search.policy import CHOICES, Policy
-from policy_search.workload import WORKLOADS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 JOB_DEFAULTS = SamplingParams(temperature=0.0, max_tokens=256)
 """A batch job is greedy unless asked otherwise: the safe choice, and the reproducible one."""
-
-OVERRIDES = (
-    "weights",
-    "kv_cache",
-    "activations",
-    "micro_batch_rows",
-    "num_micro_batches",
-    "max_rows",
-    "max_sequences",
-    "attention",
-    "scheduler",
-    "order",
-    "speculation",
-    "preemption",
-)
-"""Settings that replace single fields of the policy."""
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "policy": lambda text: None if text == "auto" else Policy.load(Path(text)),
@@ -101,16 +85,9 @@ def _add_bench(commands: Any) -> None:
         "last line on stdout is one JSON object.",
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("job").add_argument
-    add("--model", required=True, help="directory, hub id or .gguf file")
-    add("--workload", default="conv", choices=WORKLOADS, help="length table (%(default)s)")
-    add("--requests", type=int, default=256, metavar="N", help="of the job (%(default)s)")
-    add("--scale", type=float, default=1.0, metavar="X", help="multiplies all lengths")
-    add("--prompt-len", type=int, default=512, metavar="N", help="of fixed lengths (%(default)s)")
-    add("--gen-len", type=int, default=32, metavar="N", help="likewise (%(default)s)")
-    add("--seed", type=int, default=0, metavar="S", help="of lengths and tokens (%(default)s)")
-    text = "tell the engine each output's length; else only the longest one there may be"
-    add("--known-lengths", action="store_true", help=text)
+    group = parser.add_argument_group("job")
+    group.add_argument("--model", required=True, help="directory, hub id or .gguf file")
+    add_workload_flags(group, requests=256)
     _add_machine_flags(parser)
     _add_policy_flags(parser)
 

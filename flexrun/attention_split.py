@@ -57,6 +57,7 @@ class AttentionSplit:
         memory = most_rows, hosted_row_bytes(shape), broken_off_bytes(shape, policy)
         attention = CpuAttention(max(1, threads))
         self.host = HostAttention(attention, kv_cache, backend, transfers, *memory)
+        scheduler.speculation.spares_host = True
         self._always = policy.attention == "host"
         if self._always:
             kv_cache.attend_on_host(lambda _: 1.0)

@@ -58,14 +58,14 @@ def measured_hardware(
     backend: DeviceBackend,
     dtype: torch.dtype,
     shape: ModelShape,
-    speeds: Mapping[Link, float],
+    weights: Mapping[Link, float],
+    swap: Mapping[Link, float],
 ) -> Hardware:
-    """The device's compute beside the links' `speeds`, where these are known."""
-    to_device = (Link.HOST_TO_DEVICE, Link.DEVICE_TO_HOST)
-    disk = (backend.disk_in, Link.HOST_TO_DISK)
+    """The device's compute, the links' speeds for `weights`, and the one for pages that `swap`."""
     return Hardware(
-        host_to_device=next((speeds[link] for link in to_device if link in speeds), math.inf),
-        disk_read=next((speeds[link] for link in disk if link in speeds), math.inf),
+        host_to_device=weights.get(Link.HOST_TO_DEVICE, math.inf),
+        disk_read=weights.get(backend.disk_in, math.inf),
+        swap=min(swap.values(), default=math.inf),
         flops=measured_flops(backend, dtype, shape.hidden_size, shape.widest),
     )
 
@@ -98,7 +98,7 @@ class RowBudget:
     def learn(self, rows: int, computed: float) -> None:
         """A sweep of `rows` is over, after `computed` seconds of compute in all sweeps."""
         seconds, self._computed = computed - self._computed, computed
-        if seconds > 0 and rows >= self.rows // 2:
+        if seconds > 0 and rows >= min(self.rows, self._scheduler.max_rows) // 2:
             self._of_one.append(seconds / rows)
         if len(self._of_one) == _REMEMBERED:
             self._set(int(self._seconds / statistics.median(self._of_one)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack, closing
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from flexrun.report import report_text
 from flexrun.result_file import ResultFile
 from flexrun.tokenizer import Tokenizer
 from flexrun.trace import check_writable
+from policy_search.flags import workload
 
 if TYPE_CHECKING:
     import argparse
@@ -63,16 +64,16 @@ def prepare(arguments: argparse.Namespace) -> int:
 
 def bench(arguments: argparse.Namespace) -> int:
     """Run a job of published lengths."""
-    from flexrun.bench import Workload, main_bench
+    from flexrun.bench import main_bench  # imports numpy
 
-    workload = Workload(**{f.name: getattr(arguments, f.name) for f in fields(Workload)})
+    job = workload(arguments)
     config = engine_config(vars(arguments), flag_of)
     if config.trace is not None:
         check_writable(config.trace)
     with ExitStack() as stack:
         engine = make_engine(config, None)
         stack.callback(engine.close)
-        code = main_bench(engine, workload)
+        code = main_bench(engine, job)
         engine.write_trace()
         return code
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
+
+from policy_search.policy import Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from offload.tiers import Split
-    from policy_search.policy import Policy
 
 DEVICES = ("auto", "cuda", "cpu", "emulated")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -54,3 +55,11 @@ class EngineConfig:
     """The emulated machine, for example `capacity=256MiB,host-to-device=2GB/s`."""
     seed: int = 0
     """Random state that requests without a seed of their own derive theirs from."""
+
+
+OVERRIDES = tuple(
+    field.name
+    for field in fields(EngineConfig)
+    if field.name in {each.name for each in fields(Policy)} - {"overlap"}
+)
+"""Settings that replace single fields of the policy."""

@@ -175,7 +175,6 @@ class Engine:
                     broken.append(number)
                 self._sequences[number].drafter.learn(drafted, right)
                 self._counters.drafted_tokens += drafted
-                self._counters.accepted_tokens += right
         self._runtime.scheduler.commit(plan, accepted)
         for number in broken:
             # A wrong guess gave no numbers. They must not stay in the pages, but tokens are as well
@@ -187,14 +186,16 @@ class Engine:
     def _commit(self, chosen: dict[int, list[int]]) -> list[RequestOutput]:
         finished = []
         for number, tokens in chosen.items():
-            for token in tokens:
+            for place, token in enumerate(tokens):
                 sequence = self._sequences.get(number)
                 if sequence is None:
                     break  # it has ended, or its request failed earlier in this sweep
-                self._counters.generated_tokens += 1
                 if token < 0:
                     finished.append(self._fail(sequence.request))
-                elif sequence.append(token):
+                    break
+                self._counters.generated_tokens += 1
+                self._counters.accepted_tokens += place < len(tokens) - 1  # the last is no guess
+                if sequence.append(token):
                     self._runtime.scheduler.finish(number)
                     del self._sequences[number]
                     finished.extend(self._complete(sequence))

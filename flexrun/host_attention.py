@@ -169,17 +169,16 @@ class HostAttention:
         result: torch.Tensor,
     ) -> None:
         """On the processor: store what is new, then attend."""
-        group, (heads, dim) = hosted.group, sizes[0]
+        parts = there.split([heads * dim for heads, dim in sizes], 1)
+        query, key, value = (part.unflatten(1, size) for part, size in zip(parts, sizes))
+        group = hosted.group
         if len(group.rows):
-            sent = there.view(torch.uint8).numpy()[group.rows.numpy()]
-            pool.store_from(sent, group.slots, slice(heads * dim * there.element_size(), None))
+            pool.store(group.slots, pool.pack(key[group.rows], value[group.rows]))
         spans = group.paged()
         assert spans is not None
-        query = there[:, : heads * dim].unflatten(1, (heads, dim))
         out, lse = self._attention.attend(query.transpose(0, 1), spans, pool, options)
-        back = result.numpy()
-        back[: out.numel()] = out.numpy().reshape(-1)
-        back[out.numel() : out.numel() + lse.numel()] = lse.numpy().reshape(-1)
+        result[: out.numel()] = out.view(-1)
+        result[out.numel() : out.numel() + lse.numel()] = lse.view(-1)
 
     def measure(self, shape: AttentionShape) -> float:
         """Bytes of pages per second that the processor attends to, in layers of `shape`."""

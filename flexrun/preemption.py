@@ -51,14 +51,17 @@ class Preemption:
         That is, if running sequences have the pages for their next tokens, but not for those after
         them. Who comes later than that is found without pages, and has to be computed again.
         """
-        free, size = self.pools.total_free, self.pools.page_tokens
+        free = self.pools.total_free
         if self.pools.swap is None or len(running) < 2 or free >= 2 * len(running):
             return None
-        now = sum(progress.computed % size == 0 for progress in running.values())
-        soon = sum(progress.computed % size == size - 1 for progress in running.values())
+        room = {number: self.pools.tables[number].room for number in running}
+        going_on = [each for each in running.values() if each.tokens + 1 < each.most_tokens]
+        now = sum(room[each.sequence] <= each.computed for each in running.values())
+        soon = sum(room[each.sequence] == each.computed + 1 for each in going_on)
         last = next(reversed(running.values()))
-        short = now <= free < now + soon and self.pools.can_swap_out(last.sequence)
-        return last.sequence if short and self.swapping_is_cheaper(last.computed) else None
+        short = now <= free < now + soon and last.tokens + 1 < last.most_tokens
+        worth = short and self.pools.can_swap_out(last.sequence)
+        return last.sequence if worth and self.swapping_is_cheaper(last.computed) else None
 
     def pages_for(self, progress: Progress, tokens: int) -> bool:
         """Pages for a sequence that joins, those that moved away back in their place."""

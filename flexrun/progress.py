@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ORDERS = ("longest", "input")
-
 
 @dataclass(slots=True)
 class Progress:
@@ -47,7 +45,6 @@ class WaitingQueue:
     """
 
     def __init__(self, order: str = "input") -> None:
-        assert order in ORDERS
         self._longest_first = order == "longest"
         self._front: deque[Progress] = deque()
         self._heap: list[tuple[int, int, Progress]] = []

@@ -13,6 +13,7 @@ from flexrun.attention.torch_ops import TorchAttention
 from flexrun.attention.triton_attention import TritonAttention, usable
 from flexrun.attention_split import AttentionSplit
 from flexrun.calibration import measured_hardware, tune
+from flexrun.config import OVERRIDES
 from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
 from flexrun.kv_setup import open_kv
@@ -43,21 +44,6 @@ if TYPE_CHECKING:
     from flexrun.disk_weights import DiskPlan
     from flexrun.loading import LoadedWeights, ModelWeights
     from flexrun.plan import SweepPlan
-
-_POLICY_FIELDS = (
-    "weights",
-    "kv_cache",
-    "activations",
-    "micro_batch_rows",
-    "num_micro_batches",
-    "max_rows",
-    "max_sequences",
-    "attention",
-    "scheduler",
-    "order",
-    "speculation",
-    "preemption",
-)
 
 
 class Runtime:
@@ -142,7 +128,7 @@ class Runtime:
         return self.backend.device.type == "cpu" and self.dtype != torch.float32
 
     def _choose_policy(self, config: EngineConfig) -> Policy:
-        changed = {f: getattr(config, f) for f in _POLICY_FIELDS if getattr(config, f) is not None}
+        changed = {f: getattr(config, f) for f in OVERRIDES if getattr(config, f) is not None}
         policy = config.policy or Policy()
         batch = {f: v for f, v in changed.items() if f not in ("weights", "kv_cache")}
         if config.policy is None:
@@ -203,8 +189,8 @@ class Runtime:
         """What decides about rows that are free, and about pages that move away."""
         if not self.weights.store.streamed_bytes and self.pools.swap is None:
             return Hardware(host_to_device=math.inf)
-        known = {**raw_speeds(self.backend, self.kv_cache.swap_copies()), **speeds}
-        return measured_hardware(self.backend, self.dtype, self.shape, known)
+        swap = raw_speeds(self.backend, self.kv_cache.swap_copies())
+        return measured_hardware(self.backend, self.dtype, self.shape, speeds, swap)
 
     def run(
         self,

@@ -184,10 +184,14 @@ class BatchScheduler:
         return self.max_sequences - len(self.running)
 
     def pages_wanted(self, progress: Progress) -> int:
-        """Pages that a sequence does not have yet, for all its tokens and some more."""
+        """Pages that a sequence does not have yet, for what is kept free for it."""
         table = self.pools.tables.get(progress.sequence)
         held = 0 if table is None or progress.swapped else len(table.pages)
-        return self.pools.pages_for(progress.tokens) + 1 - held
+        return self.pages_kept(progress) - held
+
+    def pages_kept(self, progress: Progress) -> int:
+        """For all its tokens and some more."""
+        return self.pools.pages_for(progress.tokens) + 1
 
     def watermark(self) -> int:
         """Pages that nobody new may take: prompts that are being computed will want the rest of

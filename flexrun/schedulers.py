@@ -77,10 +77,8 @@ class StaticScheduler(BatchScheduler):
     def places(self) -> int:
         return 0 if self._whole else super().places - self._ended
 
-    def pages_wanted(self, progress: Progress) -> int:
-        table = self.pools.tables.get(progress.sequence)
-        held = 0 if table is None or progress.swapped else len(table.pages)
-        return self.pools.pages_for(progress.most_tokens) - held
+    def pages_kept(self, progress: Progress) -> int:
+        return self.pools.pages_for(progress.most_tokens)
 
     def watermark(self) -> int:
         return sum(map(self.pages_wanted, self.running.values()))

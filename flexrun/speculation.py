@@ -30,6 +30,8 @@ class Speculation:
     cutter: Cutter
     most_logits: int
     """Rows of a sweep that give logits, if some of them are of guessed tokens."""
+    spares_host: bool = False
+    """Only single rows attend to pages on HOST there: sequences with such pages get no guesses."""
     most_rows: int = 0
     """Rows of a sweep that guessed tokens may fill up; 0: none are guessed."""
 
@@ -50,10 +52,12 @@ class Speculation:
                 break
             most = min(room, self._most(span, running[span.sequence]))
             count = min(drafts.get(span.sequence, 0), most)
-            held = self.pools.tables[span.sequence].room - span.end
-            if count > held:
-                count = count if free_pages > 0 else held
-                free_pages -= 1
+            table = self.pools.tables[span.sequence]
+            if count > (held := table.room - span.end):
+                # At least one: where there are enough, the last is others', too, and copied.
+                more = max(1, self.pools.pages_for(span.end + count) - len(table.pages))
+                count, more = (count, more) if more <= free_pages else (held, 0)
+                free_pages -= more
             if count > 0 and self.pools.allocate(span.sequence, span.end + count):
                 sweep.spans[place] = span._replace(length=span.length + count, drafts=count)
                 sweep.rows += count
@@ -67,8 +71,7 @@ class Speculation:
         if self.pools.tails:
             # A page on DISK is written when it is full: all its tokens have to be right by then.
             most = min(most, -(span.end + 1) % self.pools.page_tokens)
-        if self.cutter.rows_stay_on_host:
-            # There only single rows attend.
+        if self.spares_host:
             pages = self.pools.tables[span.sequence].pages
             most *= all(page.tier is not Tier.HOST for page in pages)
         return most

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 
@@ -33,8 +32,6 @@ class PagedKV:
     values: torch.Tensor
     raw: torch.Tensor
     """[pages, elements of one page]."""
-    memo: dict[str, Any] = field(default_factory=dict)
-    """For those who read it, to prepare something once."""
 
     @classmethod
     def of(cls, data: torch.Tensor, shape: LayerShape, page_tokens: int) -> PagedKV:
@@ -84,25 +81,6 @@ class PagedKV:
         rows = slots.rows(kv_heads, page_tokens)
         self.raw.view(-1, dim).index_copy_(0, rows, packed.view(-1, dim))
 
-    def store_from(self, rows: np.ndarray, slots: TokenSlots, columns: slice) -> None:
-        """Like `store`, in RAM: keys and values are in the `columns` of `rows`, as bytes.
-
-        Numpy's small operations keep the interpreter. Torch's let go of it, and wait for it while
-        another thread launches work.
-        """
-        _, kv_heads, page_tokens, key_dim = self.keys.shape
-        value_dim, itemsize = self.values.shape[-1], self.raw.element_size()
-        if "pages" not in self.memo:
-            data = self.raw.view(torch.uint8).numpy()
-            split = kv_heads * page_tokens * key_dim * itemsize
-            shape = len(data), kv_heads, page_tokens, -1
-            self.memo["pages"] = data[:, :split].reshape(shape), data[:, split:].reshape(shape)
-        keys, values = self.memo["pages"]
-        sent, split = rows[:, columns], kv_heads * key_dim * itemsize
-        pages, offsets = slots.numbers()
-        keys[pages, :, offsets] = sent[:, :split].reshape(-1, kv_heads, key_dim * itemsize)
-        values[pages, :, offsets] = sent[:, split:].reshape(-1, kv_heads, value_dim * itemsize)
-
 
 @dataclass(frozen=True, slots=True)
 class TokenSlots:
@@ -110,14 +88,7 @@ class TokenSlots:
 
     pages: torch.Tensor
     offsets: torch.Tensor
-    _memo: dict[Any, Any] = field(default_factory=dict)
-
-    def numbers(self) -> tuple[np.ndarray, np.ndarray]:
-        """The same in numpy."""
-        if "numbers" not in self._memo:
-            self._memo["numbers"] = self.pages.numpy(), self.offsets.numpy()
-        found: tuple[np.ndarray, np.ndarray] = self._memo["numbers"]
-        return found
+    _memo: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def rows(self, kv_heads: int, page_tokens: int) -> torch.Tensor:
         """[2 * n * kv_heads] where they go if pages are a table of rows of one head and token.
@@ -128,8 +99,7 @@ class TokenSlots:
             heads = torch.arange(2 * kv_heads, device=self.pages.device).view(2, 1, -1)
             first = (self.pages * (2 * kv_heads)).view(-1, 1) + heads
             self._memo[kv_heads] = (first * page_tokens + self.offsets.view(-1, 1)).view(-1)
-        found: torch.Tensor = self._memo[kv_heads]
-        return found
+        return self._memo[kv_heads]
 
 
 def page_elements(shape: LayerShape, page_tokens: int) -> int:

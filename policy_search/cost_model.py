@@ -74,8 +74,7 @@ def swapping_is_cheaper(shape: ModelShape, hardware: Hardware, tokens: int) -> b
 
     vLLM's question (SOSP 2023, section 4.5), with the link's speed instead of a rule.
     """
-    link = min(hardware.host_to_device, hardware.disk_read)
-    moved = 2 * tokens * shape.kv_token_bytes / link
+    moved = 2 * tokens * shape.kv_token_bytes / hardware.swap
     return moved < compute_seconds(shape, hardware, tokens, tokens * tokens // 2)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from typing import NoReturn
 
 from compression.errors import FlexrunError
 from offload.tiers import parse_size
 from policy_search.errors import PolicyError
+from policy_search.workload import WORKLOADS, Workload
 
 
 class Parser(argparse.ArgumentParser):
@@ -30,3 +32,21 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def add_workload_flags(group: argparse._ActionsContainer, requests: int) -> None:
+    """The fields of `Workload`; `requests` is the default of a job's size."""
+    add = group.add_argument
+    add("--workload", default="conv", choices=WORKLOADS, help="length table (%(default)s)")
+    add("--requests", type=int, default=requests, metavar="N", help="of the job (%(default)s)")
+    add("--scale", type=float, default=1.0, metavar="X", help="multiplies all lengths")
+    add("--prompt-len", type=count, default=512, metavar="N", help="of fixed lengths (%(default)s)")
+    add("--gen-len", type=count, default=32, metavar="N", help="likewise (%(default)s)")
+    add("--seed", type=int, default=0, metavar="S", help="of what is drawn (%(default)s)")
+    text = "tell the scheduler each output's length; else only the longest one there may be"
+    add("--known-lengths", action="store_true", help=text)
+
+
+def workload(arguments: argparse.Namespace) -> Workload:
+    """What `add_workload_flags` read. Raises `PolicyError`."""
+    return Workload(**{field.name: getattr(arguments, field.name) for field in fields(Workload)})

@@ -16,5 +16,7 @@ class Hardware:
     """Bytes of keys and values in RAM that the processor attends to, a row for each sequence."""
     disk_read: float = math.inf
     """Bytes of weights that arrive from disk."""
+    swap: float = math.inf
+    """Of KV pages, one by one, on their way to the tier of sequences that wait."""
     flops: float = math.inf
     """Of matrix products on the device, with rows enough to be limited by compute."""

@@ -11,13 +11,13 @@ from offload.pages import PagePools
 from offload.tiers import Tier, format_size
 from policy_search.cost_model import compute_seconds, free_rows, weight_seconds
 from policy_search.errors import PolicyError
-from policy_search.flags import count, size
+from policy_search.flags import add_workload_flags, count, size, workload
 from policy_search.hardware import Hardware
 from policy_search.model_config import ModelConfig
 from policy_search.policy import CHOICES, Policy
 from policy_search.shape_from_config import shape_from_config
 from policy_search.simulator import simulate
-from policy_search.workload import WORKLOADS, draw_lengths, longest_output
+from policy_search.workload import Workload
 
 if TYPE_CHECKING:
     import argparse
@@ -41,23 +41,10 @@ LLAMA_2_13B = {
 def add_simulate_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `policy-search simulate`."""
     add = parser.add_argument
-    add("--workload", default="conv", choices=WORKLOADS, help="length table (%(default)s)")
-    add("--requests", type=int, default=2048, metavar="N", help="of the job (%(default)s)")
-    add("--scale", type=float, default=1.0, metavar="X", help="multiplies all lengths")
-    add(
-        "--prompt-len",
-        type=count,
-        default=512,
-        metavar="N",
-        help="of --workload fixed (%(default)s)",
-    )
-    add("--gen-len", type=count, default=32, metavar="N", help="likewise (%(default)s)")
-    add("--seed", type=int, default=0, metavar="S", help="of the lengths (%(default)s)")
+    add_workload_flags(parser, requests=Workload().requests)
     schedulers, orders = CHOICES["scheduler"], CHOICES["order"]
     add("--scheduler", default=schedulers[0], choices=schedulers, help="(%(default)s)")
     add("--order", default=orders[0], choices=orders, help="of waiting requests (%(default)s)")
-    text = "tell the scheduler each output's length; else only the longest one there may be"
-    add("--known-lengths", action="store_true", help=text)
     add(
         "--max-sequences", type=count, default=64, metavar="N", help="running at once (%(default)s)"
     )
@@ -78,7 +65,12 @@ def run_simulate(
     arguments: argparse.Namespace, schedulers: Mapping[str, Callable[..., Scheduler]]
 ) -> int:
     """Simulate a job and print what happened. Raises `FlexrunError`."""
-    _check(arguments)
+    job = workload(arguments)
+    for name, least in {"link": 1, "tflops": 1e-6}.items():
+        if not getattr(arguments, name) >= least:
+            raise PolicyError(
+                f"--{name} must be at least {least:g}, not {getattr(arguments, name)}"
+            )
     shape = _shape(arguments.model)
     streamed = shape.weight_bytes if arguments.streamed is None else arguments.streamed
     hardware = Hardware(host_to_device=arguments.link, flops=arguments.tflops * 1e12)
@@ -90,16 +82,7 @@ def run_simulate(
     def seconds(rows: int, positions: int) -> float:
         return max(arriving, compute_seconds(shape, hardware, rows, positions))
 
-    lengths = draw_lengths(
-        arguments.workload,
-        arguments.requests,
-        seed=arguments.seed,
-        scale=arguments.scale,
-        prompt_len=arguments.prompt_len,
-        gen_len=arguments.gen_len,
-    )
-    longest = longest_output(arguments.workload, scale=arguments.scale, gen_len=arguments.gen_len)
-    most = None if arguments.known_lengths else longest
+    lengths, most = job.lengths(), job.max_tokens
     scheduler = schedulers[arguments.scheduler](
         _pools(arguments, [each.prompt + (most or each.output) for each in lengths]),
         max_rows=max_rows,
@@ -111,14 +94,6 @@ def run_simulate(
     report = asdict(result) | {"max_rows": max_rows, "sweep_weight_seconds": arriving}
     print(json.dumps(report) if arguments.json else _text(arguments, report, result, streamed))
     return 0
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    for name, least in {"requests": 0, "link": 1, "tflops": 1e-6}.items():
-        if not getattr(arguments, name) >= least:
-            raise PolicyError(
-                f"--{name} must be at least {least:g}, not {getattr(arguments, name)}"
-            )
 
 
 def _shape(model: Path | None) -> ModelShape:

@@ -12,29 +12,6 @@ if TYPE_CHECKING:
     from policy_search.workload import Lengths
 
 
-class Rows(Protocol):
-    """Rows of one sequence in a sweep."""
-
-    @property
-    def sequence(self) -> int: ...
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def length(self) -> int: ...
-
-    @property
-    def wants_logits(self) -> bool: ...
-
-
-class Plan(Protocol):
-    """The rows of a sweep; `flexrun.plan.SweepPlan` is the one."""
-
-    @property
-    def spans(self) -> Sequence[Rows]: ...
-
-
 class Scheduler(Protocol):
     """What is simulated; `flexrun.scheduler.BatchScheduler` is the one."""
 
@@ -109,13 +86,14 @@ def simulate(
             sweep_rows += length
             positions += length * (2 * start + length + 1) // 2
             if wants_logits:
-                if left[sequence] == 1:
+                left[sequence] -= 1
+                if not left[sequence]:
                     scheduler.finish(sequence)
-                else:
-                    left[sequence] -= 1
+                    del left[sequence]
         sweeps += 1
         rows += sweep_rows
         seconds += sweep_seconds(sweep_rows, positions)
+    assert not left, "the scheduler has stopped before all requests were over"
     generated = sum(each.output for each in lengths)
     return Simulation(
         requests=len(lengths),

@@ -76,32 +76,53 @@ way, because long outputs are few."""
 WORKLOADS = (*TABLES, "fixed")
 
 
-def draw_lengths(
-    workload: str,
-    requests: int,
-    *,
-    seed: int = 0,
-    scale: float = 1.0,
-    prompt_len: int = 512,
-    gen_len: int = 32,
-) -> list[Lengths]:
-    """Lengths of `requests` requests, each multiplied by `scale` and at least 1.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """A job of requests whose lengths are drawn from a table. Raises `PolicyError`."""
 
-    `fixed` gives all of them `prompt_len` and `gen_len` tokens. The same seed gives the same
-    lengths. Raises `PolicyError`.
-    """
-    import numpy as np  # it takes a while, and flags are read without it
+    workload: str = "conv"
+    """One of `WORKLOADS`; `fixed` gives all requests `prompt_len` and `gen_len` tokens."""
+    requests: int = 2048
+    scale: float = 1.0
+    """Multiplies all lengths, which stay at least 1."""
+    prompt_len: int = 512
+    gen_len: int = 32
+    seed: int = 0
+    """The same one gives the same lengths."""
+    known_lengths: bool = False
+    """Schedulers are told each request's output length; else only the longest there may be."""
 
-    if workload not in WORKLOADS:
-        raise PolicyError(f"unknown workload {workload!r}", hint=f"known: {', '.join(WORKLOADS)}")
-    if not 0 < scale <= 1e6:
-        raise PolicyError(f"the scale must be above 0, not {scale:g}", hint="1 keeps all lengths")
-    if workload == "fixed":
-        pairs = np.array([[prompt_len, gen_len]]).repeat(requests, 0)
-    else:
-        pairs = _drawn(TABLES[workload], np.random.default_rng(seed).random((requests, 2)))
-    scaled = np.maximum(1, np.rint(pairs * scale)).astype(int)
-    return [Lengths(*pair) for pair in scaled.tolist()]
+    def __post_init__(self) -> None:
+        if self.workload not in WORKLOADS:
+            known = ", ".join(WORKLOADS)
+            raise PolicyError(f"unknown workload {self.workload!r}", hint=f"known: {known}")
+        if self.requests < 0:
+            raise PolicyError(f"--requests must be at least 0, not {self.requests}")
+        if not 0 < self.scale <= 1e6:
+            raise PolicyError(
+                f"the scale must be above 0, not {self.scale:g}", hint="1 keeps all lengths"
+            )
+
+    def lengths(self) -> list[Lengths]:
+        """Of every request."""
+        import numpy as np  # it takes a while, and flags are read without it
+
+        if self.workload == "fixed":
+            pairs = np.array([[self.prompt_len, self.gen_len]]).repeat(self.requests, 0)
+        else:
+            places = np.random.default_rng(self.seed).random((self.requests, 2))
+            pairs = _drawn(TABLES[self.workload], places)
+        scaled = np.maximum(1, np.rint(pairs * self.scale)).astype(int)
+        return [Lengths(*pair) for pair in scaled.tolist()]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """What schedulers know: the most that any request generates, or None: its own output."""
+        if self.known_lengths:
+            return None
+        fixed = self.workload == "fixed"
+        most = self.gen_len if fixed else TABLES[self.workload].output[-1]
+        return max(1, round(most * self.scale))
 
 
 def _drawn(table: LengthTable, places: np.ndarray) -> np.ndarray:
@@ -115,9 +136,3 @@ def _drawn(table: LengthTable, places: np.ndarray) -> np.ndarray:
     if table.most_tokens is not None:
         prompt = np.minimum(prompt, table.most_tokens - output)
     return np.stack([prompt, output], 1)
-
-
-def longest_output(workload: str, *, scale: float = 1.0, gen_len: int = 32) -> int:
-    """The most tokens that a request of `workload` generates: what `max_tokens` would be set to."""
-    most = gen_len if workload == "fixed" else TABLES[workload].output[-1]
-    return max(1, round(most * scale))

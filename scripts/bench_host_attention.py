@@ -3,10 +3,9 @@
 On the emulated device, whose link from HOST has a stated speed, a random Llama with much KV cache
 decodes in three ways: its pages on the device (which says what compute alone takes), on HOST and
 moved to the device, on HOST and attended to there; and as `auto` splits them. Each is held against
-what the cost model predicts from the link's speed, from compute measured alone, and from the
-processor's attention measured alone and beside compute: the emulated device computes in the same
-memory, as no GPU does. One thread computes and one attends, so that they have a core each. The last
-line on stdout is one JSON object.
+what the cost model predicts from the link's speed and from the speeds of compute and of the
+processor's attention, measured alone. One thread computes and one attends, so that they have a core
+each. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import json
 import random
 import statistics
 import tempfile
-import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from bench_links import header, markdown
@@ -31,9 +29,6 @@ from offload.tiers import parse_size
 from offload.timeline import COMPUTE
 from policy_search.cost_model import SweepWork, best_host_share, sweep_seconds
 from policy_search.hardware import Hardware
-
-if TYPE_CHECKING:
-    from flexrun.runtime import Runtime
 
 LEAST_SHARE = 0.85
 """Target: of the predicted factor between moving pages and attending to them on HOST."""
@@ -58,8 +53,6 @@ class Run:
     overlap: float
     """Part of the processor's attention that runs while the device computes."""
     hardware: Hardware | None
-    beside: Hardware | None
-    """The same with attention beside compute."""
     tokens: list[tuple[int, ...]]
 
 
@@ -104,34 +97,8 @@ def run(model: Path, given: argparse.Namespace, way: str) -> Run:
             statistics.mean(decoded) * runtime.shape.kv_token_bytes,
             overlap_of(runtime.timeline.finish()),
             runtime._split.hardware,
-            beside_compute(runtime),
             [output.outputs[0].token_ids for output in outputs],
         )
-
-
-def beside_compute(runtime: Runtime) -> Hardware | None:
-    """The split's hardware, with attention measured while another thread computes layers."""
-    split = runtime._split
-    weights = [p for layer in runtime.model.layers for p in layer.parameters() if p.dim() == 2]
-    if split.hardware is None or split.host is None:
-        return None
-    over = threading.Event()
-
-    def compute() -> None:
-        rows = {w.shape[1]: torch.ones(8, w.shape[1], dtype=w.dtype) for w in copies}
-        while not over.is_set():
-            for weight in copies:
-                torch.nn.functional.linear(rows[weight.shape[1]], weight)
-
-    copies = [torch.ones(w.shape, dtype=w.dtype) for w in weights]
-    thread = threading.Thread(target=compute)
-    thread.start()
-    try:
-        speed = split.host.measure(split._layer)
-    finally:
-        over.set()
-        thread.join()
-    return replace(split.hardware, host_attention=speed)
 
 
 def overlap_of(intervals: list[Any]) -> float:
@@ -147,13 +114,13 @@ def overlap_of(intervals: list[Any]) -> float:
     return both / total if total else 0.0
 
 
-def predicted(runs: dict[str, Run], link: float, hardware: Hardware) -> dict[str, float]:
+def predicted(runs: dict[str, Run], link: float) -> dict[str, float]:
     """Seconds of a sweep in each way, by the cost model."""
-    alone, single = runs["on the device"].seconds, runs["auto"].hardware
-    assert single is not None
-    hardware = replace(hardware, host_to_device=link)
+    alone, hardware = runs["on the device"].seconds, runs["auto"].hardware
+    assert hardware is not None
+    hardware = Hardware(host_to_device=link, host_attention=hardware.host_attention)
     kv = round(runs["moved"].kv_bytes)
-    rest = max(0.0, alone - kv / single.host_attention)  # compute without its attention
+    rest = max(0.0, alone - kv / hardware.host_attention)  # compute without its attention
     moved = SweepWork(weights=0, host_kv=kv, compute=alone)
     there = SweepWork(weights=0, host_kv=kv, compute=rest)
     share = best_host_share(there, hardware)
@@ -167,37 +134,28 @@ def predicted(runs: dict[str, Run], link: float, hardware: Hardware) -> dict[str
 
 def measure(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     """All ways in turn, several times."""
-    pairs: list[dict[str, Any]] = []
+    pairs = []
     for _ in range(given.repeats):
         runs = {way: run(model, given, way) for way in WAYS}
-        hardware, beside = runs["auto"].hardware, runs["auto"].beside
+        foreseen = predicted(runs, parse_size(given.link))
+        hardware = runs["auto"].hardware
         assert hardware is not None
-        assert beside is not None
-        foreseen = predicted(runs, parse_size(given.link), beside)
-        ideal = predicted(runs, parse_size(given.link), hardware)
-        factors = {w: runs["moved"].seconds / runs[w].seconds for w in ("on host", "auto")}
         pairs.append({
             "seconds": {way: each.seconds for way, each in runs.items()},
             "predicted": foreseen,
-            "factor": factors,
-            "predicted_factor": {w: foreseen["moved"] / foreseen[w] for w in factors},
-            "factor_without_contention": {w: ideal["moved"] / ideal[w] for w in factors},
+            "factor": {w: runs["moved"].seconds / runs[w].seconds for w in ("on host", "auto")},
+            "predicted_factor": {w: foreseen["moved"] / foreseen[w] for w in ("on host", "auto")},
             "kv_bytes": runs["moved"].kv_bytes,
             "attention_gb_per_s": hardware.host_attention / 1e9,
-            "beside_compute_gb_per_s": beside.host_attention / 1e9,
             "overlap": runs["on host"].overlap,
             "identical": len({str(each.tokens) for each in runs.values()}) == 1,
         })  # fmt: skip
-    share, ideal = (
-        {
-            way: statistics.median(p["factor"][way] / p[kind][way] for p in pairs)
-            for way in ("on host", "auto")
-        }
-        for kind in ("predicted_factor", "factor_without_contention")
-    )
+    share = {
+        way: statistics.median(p["factor"][way] / p["predicted_factor"][way] for p in pairs)
+        for way in ("on host", "auto")
+    }
     met = share["on host"] >= LEAST_SHARE
-    shares = {"share": share, "share_without_contention": ideal}
-    return {"pairs": pairs, **shares, "met": met, "link": given.link}
+    return {"pairs": pairs, "share": share, "met": met, "link": given.link}
 
 
 def show(report: dict[str, Any]) -> str:
@@ -220,12 +178,10 @@ def show(report: dict[str, Any]) -> str:
         markdown(names, rows),
         "",
         f"{pair['kv_bytes'] / 1e6:.0f} MB of pages a sweep, a link of {report['link']}/s, "
-        f"attention at {pair['attention_gb_per_s']:.1f} GB/s alone and "
-        f"{pair['beside_compute_gb_per_s']:.1f} beside compute; "
+        f"attention at {pair['attention_gb_per_s']:.1f} GB/s; "
         f"{overlap:.0%} of it while the device computes",
         f"factor reached over factor predicted: {report['share']['on host']:.2f} "
-        f"(target {LEAST_SHARE}), auto {report['share']['auto']:.2f}; "
-        f"predicted from attention alone: {report['share_without_contention']['on host']:.2f}",
+        f"(target {LEAST_SHARE}), auto {report['share']['auto']:.2f}",
     ])  # fmt: skip
 
 

@@ -20,8 +20,9 @@ from bench_links import header, markdown
 from make_random_model import Shape, config_of, write_json, write_weights
 
 from flexrun import LLM
-from flexrun.bench import Workload
+from flexrun.bench import make_requests
 from flexrun.engine import Engine
+from policy_search.workload import Workload
 
 LEAST_SHARE = 0.85
 """Target: the longer phase alone over the mixed job."""
@@ -49,7 +50,7 @@ def run(model: Path, given: argparse.Namespace, link: float, scheduler: str) -> 
         scheduler_, plans = engine._runtime.scheduler, []
         next_sweep = scheduler_.next_sweep
         scheduler_.next_sweep = lambda _=None: plans.append(next_sweep()) or plans[-1]  # type: ignore
-        for request in work.make_requests(engine.vocab_size):
+        for request in make_requests(work, engine.vocab_size):
             engine.add_request(request)
         tokens: dict[int, tuple[int, ...]] = {}
         while engine.has_unfinished:

@@ -65,14 +65,10 @@ class CpuAttention(AttentionBackend):
         heads, rows, dim = query.shape
         _, kv_heads, page_tokens, _ = pool.keys.shape
         value_dim = pool.values.shape[-1]
-        # Each operation of torch lets go of the interpreter, and waits for it while another thread
-        # launches work: numpy's small ones do not.
-        out = np.zeros((rows, heads, value_dim), np.float32)
-        lse = np.full((rows, heads), -np.inf, np.float32)
+        out = torch.zeros(rows, heads, value_dim)
+        lse = torch.full((rows, heads), -torch.inf)
         table, pages, indices = _as_arrays(spans)
-        if "cells" not in pool.memo:
-            pool.memo["cells"] = pool.raw.view(-1).view(_CELLS[pool.raw.dtype]).numpy()
-        cells = pool.memo["cells"]
+        cells = pool.raw.view(-1).view(_CELLS[pool.raw.dtype]).numpy()
         job = Job(
             _as_queries(query.transpose(0, 1), pool.raw.dtype),
             cells,
@@ -86,15 +82,15 @@ class CpuAttention(AttentionBackend):
             table,
             pages,
             indices,
-            out.reshape(-1),
-            lse.reshape(-1),
+            out.view(-1).numpy(),
+            lse.view(-1).numpy(),
             rows,
             spans.most_rows,
         )
         worth = len(pages) * pool.raw[0].nbytes // SHARE_BYTES
         shares = max(1, min(SHARES * self._threads, len(pages), worth))
         self._team.run(job, shares if self._threads > 1 else 1)
-        return torch.from_numpy(out), torch.from_numpy(lse)
+        return out, lse
 
     def close(self) -> None:
         """Give back threads."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from flexrun.bench import Workload
+from flexrun.bench import make_requests
 from flexrun.cli import main
 from flexrun.schedulers import SCHEDULERS
+from policy_search.workload import Workload
 from tests.end_to_end.harness import run
 from tests.end_to_end.reference import greedy_tokens, ragged_prompts
 
@@ -61,7 +62,7 @@ def test_rows_computed_are_rows_needed(tiny_llama_dir, capsys, kind):
     report = run_bench(capsys, tiny_llama_dir, kind)
     lengths = [
         (len(request.prompt_token_ids), request.ends_after or 0)
-        for request in Workload(requests=40, scale=0.01).make_requests(256)
+        for request in make_requests(Workload(requests=40, scale=0.01), 256)
     ]
     assert report["requests"] == 40
     assert report["rows"] == report["rows_needed"] == sum(p + n - 1 for p, n in lengths)
@@ -69,7 +70,7 @@ def test_rows_computed_are_rows_needed(tiny_llama_dir, capsys, kind):
 
 
 def test_full_sweeps_are_fewer(tiny_llama_dir, capsys):
-    """The engine takes as many sweeps as the simulated scheduler's order would have it."""
+    """Refilled places save sweeps, and prompts that ride along save more."""
     sweeps = {kind: run_bench(capsys, tiny_llama_dir, kind)["sweeps"] for kind in SCHEDULERS}
     assert sweeps["continuous"] < sweeps["phased"] < sweeps["static"]
 

@@ -145,3 +145,18 @@ def test_a_wrong_guess_that_gives_no_numbers_does_no_harm(tiny_llama_dir, refere
         result = generate(llm, PROMPTS, NEW_TOKENS)
         assert engine_of(llm)._runtime.scheduler.preemption.count == len(broken) == 3
     assert result.tokens == reference
+
+
+@pytest.mark.usefixtures("free_rows")
+def test_guesses_after_the_end_do_not_count(tiny_llama_dir, reference, monkeypatch):
+    """A sequence that ends with its third right guess had three, however many were right."""
+    known = [p + t for p, t in zip(PROMPTS, reference)]
+    monkeypatch.setattr(Oracle, "known", known, raising=False)
+    monkeypatch.setattr("flexrun.sequence.PromptLookup", Oracle)
+    which = next(n for n, tokens in enumerate(reference) if tokens[3] not in tokens[:3])
+    stop = reference[which][3]
+    with LLM(tiny_llama_dir, **settings("cpu", "device=100")) as llm:
+        result = generate(llm, PROMPTS[which : which + 1], NEW_TOKENS, stop_token_ids=(stop,))
+    assert result.tokens == [reference[which][:4]]
+    counted = [result.summary[f"{kind}_tokens"] for kind in ("generated", "accepted", "drafted")]
+    assert counted == [4, 3, 6]

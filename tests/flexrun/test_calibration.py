@@ -47,3 +47,13 @@ def test_one_slow_sweep_changes_little():
         budget.learn(budget.rows, total)
     assert budget.rows == pytest.approx(100, abs=1)
     assert scheduler.free_rows is None
+
+
+def test_a_plan_beyond_what_a_sweep_may_have_is_corrected():
+    """Planned for thousands of rows, sweeps of the most they may have tell better."""
+    scheduler, total = make_scheduler(), 0.0
+    budget = RowBudget(scheduler, 1.0, 5000, prompts=True, guess=True)
+    for _ in range(9):
+        total += scheduler.max_rows * 0.01
+        budget.learn(scheduler.max_rows, total)
+    assert budget.rows == pytest.approx(100, abs=1)

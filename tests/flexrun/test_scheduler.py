@@ -18,6 +18,7 @@ from flexrun.schedulers import (
 )
 from offload.pages import PagePools
 from offload.tiers import Tier
+from policy_search.policy import CHOICES
 
 MANY = 10_000
 
@@ -45,14 +46,10 @@ def make_scheduler(
     )
 
 
-def spans_of(plan: SweepPlan) -> list[RowSpan]:
-    return [span for batch in plan.micro_batches for span in batch.spans]
-
-
 def commit(scheduler: BatchScheduler, plan: SweepPlan, ending: tuple[int, ...] = ()) -> None:
     """What the engine does after a sweep; the sequences in `ending` got their last token."""
     scheduler.commit(plan)
-    for span in spans_of(plan):
+    for span in plan.spans:
         if span.wants_logits and span.sequence in ending:
             scheduler.finish(span.sequence)
 
@@ -70,7 +67,7 @@ def test_a_prompt_is_computed_then_one_row_per_token():
     assert plan == SweepPlan((MicroBatch((RowSpan(7, 0, 5, True),)),))
     assert (plan.rows, plan.empty) == (5, False)
     commit(scheduler, plan)
-    assert spans_of(scheduler.next_sweep()) == [RowSpan(7, 5, 1, True)]
+    assert scheduler.next_sweep().spans == [RowSpan(7, 5, 1, True)]
 
 
 def test_a_long_prompt_is_cut_into_chunks():
@@ -80,7 +77,7 @@ def test_a_long_prompt_is_cut_into_chunks():
     seen = []
     for _ in range(3):
         plan = scheduler.next_sweep()
-        seen += spans_of(plan)
+        seen += plan.spans
         commit(scheduler, plan)
     assert seen == [RowSpan(0, 0, 4, False), RowSpan(0, 4, 4, False), RowSpan(0, 8, 2, True)]
 
@@ -90,7 +87,7 @@ def test_a_prompt_takes_what_is_left_of_the_budget():
     scheduler = make_scheduler(max_rows=10)
     for number, prompt in enumerate((6, 7)):
         scheduler.add(number, prompt, 20)
-    assert spans_of(scheduler.next_sweep()) == [RowSpan(0, 0, 6, True), RowSpan(1, 0, 4, False)]
+    assert scheduler.next_sweep().spans == [RowSpan(0, 0, 6, True), RowSpan(1, 0, 4, False)]
 
 
 def test_decodes_go_before_prompts():
@@ -100,7 +97,7 @@ def test_decodes_go_before_prompts():
     scheduler.add(1, 2, 10)
     commit(scheduler, scheduler.next_sweep())
     scheduler.max_rows = 4
-    assert spans_of(scheduler.next_sweep()) == [RowSpan(1, 2, 1, True), RowSpan(0, 4, 3, False)]
+    assert scheduler.next_sweep().spans == [RowSpan(1, 2, 1, True), RowSpan(0, 4, 3, False)]
 
 
 def test_decodes_take_turns():
@@ -114,7 +111,7 @@ def test_decodes_take_turns():
     for _ in range(20):
         plan = scheduler.next_sweep()
         commit(scheduler, plan)
-        rides.append({span.sequence for span in spans_of(plan)})
+        rides.append({span.sequence for span in plan.spans})
     for three in zip(rides, rides[1:], rides[2:]):
         assert set.union(*three) == set(range(7))
 
@@ -125,10 +122,10 @@ def test_waiting_sequences_join_when_others_leave():
     for number in range(4):
         scheduler.add(number, 3, 9)
     plan = scheduler.next_sweep()
-    assert [span.sequence for span in spans_of(plan)] == [0, 1]
+    assert [span.sequence for span in plan.spans] == [0, 1]
     commit(scheduler, plan, ending=(0,))
     plan = scheduler.next_sweep()
-    assert spans_of(plan) == [RowSpan(1, 3, 1, True), RowSpan(2, 0, 3, True)]
+    assert plan.spans == [RowSpan(1, 3, 1, True), RowSpan(2, 0, 3, True)]
 
 
 def test_short_sequences_do_not_overtake():
@@ -137,9 +134,9 @@ def test_short_sequences_do_not_overtake():
     for number, prompt in enumerate((6, 12, 2)):
         scheduler.add(number, prompt, 14)
     plan = scheduler.next_sweep()
-    assert [span.sequence for span in spans_of(plan)] == [0]
+    assert [span.sequence for span in plan.spans] == [0]
     commit(scheduler, plan, ending=(0,))
-    assert [span.sequence for span in spans_of(scheduler.next_sweep())] == [1]
+    assert [span.sequence for span in scheduler.next_sweep().spans] == [1]
 
 
 def test_pages_are_taken_as_they_are_needed():
@@ -148,7 +145,7 @@ def test_pages_are_taken_as_they_are_needed():
     for number in range(3):
         scheduler.add(number, 4, 24)
     plan = scheduler.next_sweep()
-    assert [span.sequence for span in spans_of(plan)] == [0, 1, 2]
+    assert [span.sequence for span in plan.spans] == [0, 1, 2]
     assert scheduler.pools.total_free == 3
     commit(scheduler, plan)
     scheduler.next_sweep()
@@ -162,7 +159,7 @@ def test_the_last_to_come_gives_its_pages_away():
     scheduler.add(1, 3, 16)
     seen = []
     while not (plan := scheduler.next_sweep()).empty:
-        seen.append([(span.sequence, span.start, span.length) for span in spans_of(plan)])
+        seen.append([(span.sequence, span.start, span.length) for span in plan.spans])
         ending = [s for s in scheduler.running if scheduler.running[s].tokens == 15]
         commit(scheduler, plan, tuple(ending))
     assert scheduler.preemption.count == 1
@@ -181,7 +178,7 @@ def test_the_first_to_come_is_never_preempted():
     oldest = []
     while not (plan := scheduler.next_sweep()).empty:
         first = min(scheduler.running)
-        oldest.append(first in {span.sequence for span in spans_of(plan)})
+        oldest.append(first in {span.sequence for span in plan.spans})
         ending = [s for s in scheduler.running if scheduler.running[s].tokens == 6]
         commit(scheduler, plan, tuple(ending))
     assert all(oldest)
@@ -194,7 +191,7 @@ def test_a_waiting_sequence_can_be_finished():
     scheduler.add(0, 3, 9)
     scheduler.add(1, 3, 9)
     scheduler.finish(0)
-    assert [span.sequence for span in spans_of(scheduler.next_sweep())] == [1]
+    assert [span.sequence for span in scheduler.next_sweep().spans] == [1]
     assert 0 not in scheduler.pools.tables
 
 
@@ -244,7 +241,7 @@ def check_plan(scheduler: BatchScheduler, plan: SweepPlan) -> None:
     """No limit is exceeded, and a sequence rides once."""
     assert 0 < plan.rows <= scheduler.max_rows
     assert len(scheduler.running) <= scheduler.max_sequences
-    spans = spans_of(plan)
+    spans = plan.spans
     assert len({span.sequence for span in spans}) == len(spans)
     for batch in plan.micro_batches:
         assert 0 < batch.rows <= scheduler.cutter.most_rows
@@ -275,7 +272,7 @@ def test_any_job_computes_every_position(seed, kind):
     while not (plan := scheduler.next_sweep()).empty:
         check_plan(scheduler, plan)
         scheduler.commit(plan)
-        for span in spans_of(plan):
+        for span in plan.spans:
             if span.start == 0:
                 joined.append(span.sequence)
                 computed[span.sequence] = 0
@@ -329,7 +326,7 @@ def test_a_plan_is_not_last_while_a_sequence_sits_out():
     for _ in range(2):
         plan = scheduler.next_sweep()
         lasts.append(plan.last)
-        commit(scheduler, plan, tuple(span.sequence for span in spans_of(plan)))
+        commit(scheduler, plan, tuple(span.sequence for span in plan.spans))
     assert lasts == [False, True]
 
 
@@ -360,7 +357,7 @@ def test_after_a_last_plan_nothing_is_left(seed, early, kind):
     while not (plan := scheduler.next_sweep()).empty:
         lasts.append(plan.last)
         scheduler.commit(plan)
-        for span in spans_of(plan):
+        for span in plan.spans:
             if span.sequence not in scheduler.running or not span.wants_logits:
                 continue
             progress = scheduler.running[span.sequence]
@@ -385,13 +382,13 @@ def test_a_group_computes_its_prompt_once():
         scheduler.add(sequence, 9, 20, group=1)
     scheduler.add(4, 1, 20)
     plan = scheduler.next_sweep()
-    assert spans_of(plan) == [RowSpan(1, 0, 6, False)]
+    assert plan.spans == [RowSpan(1, 0, 6, False)]
     commit(scheduler, plan)
     plan = scheduler.next_sweep()
-    assert spans_of(plan) == [RowSpan(1, 6, 3, True), RowSpan(4, 0, 1, True)]
+    assert plan.spans == [RowSpan(1, 6, 3, True), RowSpan(4, 0, 1, True)]
     commit(scheduler, plan)
     plan = scheduler.next_sweep()
-    assert sorted(spans_of(plan), key=lambda s: s.sequence) == [
+    assert sorted(plan.spans, key=lambda s: s.sequence) == [
         RowSpan(1, 9, 1, True),
         RowSpan(2, 8, 1, True),
         RowSpan(3, 8, 1, True),
@@ -407,7 +404,7 @@ def test_a_group_whose_first_is_over_computes_its_prompt_again():
     for sequence in (1, 2):
         scheduler.add(sequence, 9, 20, group=1)
     commit(scheduler, scheduler.next_sweep(), ending=(1,))
-    assert spans_of(scheduler.next_sweep()) == [RowSpan(2, 0, 9, True)]
+    assert scheduler.next_sweep().spans == [RowSpan(2, 0, 9, True)]
 
 
 @pytest.mark.parametrize(("groups", "count", "most"), [(20, 4, 10), (30, 8, 16)])
@@ -419,8 +416,8 @@ def test_prompts_are_computed_once_however_many_wait(groups, count, most):
     computed = 0
     while not (plan := scheduler.next_sweep()).empty:
         scheduler.pools.take_copies()
-        computed += sum(span.start == 0 for span in spans_of(plan))
-        ending = [s.sequence for s in spans_of(plan) if s.end == 11]
+        computed += sum(span.start == 0 for span in plan.spans)
+        ending = [s.sequence for s in plan.spans if s.end == 11]
         commit(scheduler, plan, tuple(ending))
     assert computed == groups
 
@@ -432,7 +429,7 @@ def test_copies_of_shared_pages_are_counted_before_sequences_start():
         scheduler.add(number, 15, 18, group=0)
     while not (plan := scheduler.next_sweep()).empty:
         scheduler.pools.take_copies()
-        ending = [s.sequence for s in spans_of(plan) if s.end == 17]
+        ending = [s.sequence for s in plan.spans if s.end == 17]
         commit(scheduler, plan, tuple(ending))
     assert scheduler.preemption.count == 0
 
@@ -480,12 +477,12 @@ def test_any_job_with_groups_computes_every_position(seed, kind):
         plan = scheduler.next_sweep()
         if plan.empty:
             break
-        for span in spans_of(plan):
+        for span in plan.spans:
             assert scheduler.running[span.sequence].computed == span.start
             assert len(scheduler.pools.tables[span.sequence].pages) * 4 >= span.end
         scheduler.pools.take_copies()
         ending = []
-        for span in spans_of(plan):
+        for span in plan.spans:
             if span.wants_logits:
                 left[span.sequence] -= 1
                 if not left[span.sequence]:
@@ -504,7 +501,7 @@ def test_phases_do_not_mix():
     seen = []
     for ending in ((), (), (), (0,), (), ()):
         plan = scheduler.next_sweep()
-        seen.append([(span.sequence, span.length) for span in spans_of(plan)])
+        seen.append([(span.sequence, span.length) for span in plan.spans])
         commit(scheduler, plan, ending)
     both = [(0, 1), (1, 1)]
     assert seen == [[(0, 4)], [(1, 4)], both, both, [(2, 4)], [(1, 1), (2, 1)]]
@@ -518,7 +515,7 @@ def test_a_block_is_over_before_the_next_one_begins():
     seen = []
     for ending in ((), (), (0,), (), (1,), (2,)):
         plan = scheduler.next_sweep()
-        seen.append([(span.sequence, span.length) for span in spans_of(plan)])
+        seen.append([(span.sequence, span.length) for span in plan.spans])
         commit(scheduler, plan, ending)
     assert seen == [[(0, 4)], [(1, 4)], [(0, 1), (1, 1)], [(1, 1)], [(1, 1)], [(2, 4)]]
 
@@ -531,7 +528,7 @@ def test_a_place_left_while_the_block_is_filled_stays_empty():
     joined = []
     for ending in ((0,), (), (1, 2), ()):
         plan = scheduler.next_sweep()
-        joined.append([span.sequence for span in spans_of(plan)])
+        joined.append([span.sequence for span in plan.spans])
         commit(scheduler, plan, ending)
     assert joined == [[0, 1], [2], [1, 2], [3, 4]]
 
@@ -545,7 +542,7 @@ def test_a_block_keeps_room_for_whole_lengths():
     while not (plan := scheduler.next_sweep()).empty:
         sweeps += 1
         assert len(scheduler.running) <= 2
-        ending = [s.sequence for s in spans_of(plan) if s.end == 11]
+        ending = [s.sequence for s in plan.spans if s.end == 11]
         commit(scheduler, plan, tuple(ending))
     assert (scheduler.preemption.count, sweeps) == (0, 16)
 
@@ -558,8 +555,8 @@ def test_the_longest_go_first(order):
         scheduler.add(number, prompt, most)
     started = []
     while not (plan := scheduler.next_sweep()).empty:
-        started += [span.sequence for span in spans_of(plan)]
-        commit(scheduler, plan, tuple(span.sequence for span in spans_of(plan)))
+        started += [span.sequence for span in plan.spans]
+        commit(scheduler, plan, tuple(span.sequence for span in plan.spans))
     assert started == ([2, 3, 1, 0, 4] if order == "longest" else [0, 1, 2, 3, 4])
 
 
@@ -604,7 +601,7 @@ def test_guessed_tokens_fill_the_rows_that_are_free():
     """Behind the newest row of each sequence, in order, as far as the free rows go."""
     scheduler = running_scheduler(3)
     scheduler.speculation.most_rows = 8
-    spans = spans_of(scheduler.next_sweep({0: 2, 1: 4, 2: 4}))
+    spans = scheduler.next_sweep({0: 2, 1: 4, 2: 4}).spans
     assert sorted(spans) == [
         RowSpan(0, 3, 3, True, 2),
         RowSpan(1, 3, 4, True, 3),
@@ -618,7 +615,7 @@ def test_only_right_guesses_count():
     scheduler.speculation.most_rows = 64
     plan = scheduler.next_sweep({0: 4, 1: 3})
     scheduler.commit(plan, {0: 2, 1: 3})
-    assert sorted(spans_of(scheduler.next_sweep())) == [
+    assert sorted(scheduler.next_sweep().spans) == [
         RowSpan(0, 6, 1, True),
         RowSpan(1, 7, 1, True),
     ]
@@ -627,14 +624,14 @@ def test_only_right_guesses_count():
 def test_no_more_is_guessed_than_may_be_generated():
     scheduler = running_scheduler(1)  # eight tokens to come, one of them from the newest row
     scheduler.speculation.most_rows = 64
-    assert spans_of(scheduler.next_sweep({0: 50})) == [RowSpan(0, 3, 8, True, 7)]
+    assert scheduler.next_sweep({0: 50}).spans == [RowSpan(0, 3, 8, True, 7)]
 
 
 def test_guesses_take_no_page_that_others_want():
     """With no page to spare, guessed tokens take what their sequence's last page has room for."""
     scheduler = running_scheduler(2, pages={Tier.DEVICE: 4})
     scheduler.speculation.most_rows = 64
-    assert sorted(spans_of(scheduler.next_sweep({0: 5, 1: 5}))) == [
+    assert sorted(scheduler.next_sweep({0: 5, 1: 5}).spans) == [
         RowSpan(0, 3, 1, True),
         RowSpan(1, 3, 1, True),
     ]
@@ -647,7 +644,7 @@ def test_prompts_go_before_guesses():
     scheduler.max_sequences = 3
     scheduler.speculation.most_rows = 10
     scheduler.add(9, 7, 12)
-    spans = sorted(spans_of(scheduler.next_sweep({0: 5, 1: 5})))
+    spans = sorted(scheduler.next_sweep({0: 5, 1: 5}).spans)
     assert spans == [RowSpan(0, 3, 2, True, 1), RowSpan(1, 3, 1, True), RowSpan(9, 0, 7, True)]
 
 
@@ -659,7 +656,9 @@ def test_pages_on_disk_hold_no_guess_when_they_are_full():
     for number, prompt in enumerate((1, 2, 3, 4)):
         scheduler.add(number, prompt, 40)
     commit(scheduler, scheduler.next_sweep())
-    for span in spans_of(scheduler.next_sweep(dict.fromkeys(range(4), 9))):
+    spans = scheduler.next_sweep(dict.fromkeys(range(4), 9)).spans
+    assert any(span.drafts for span in spans)
+    for span in spans:
         true_end = span.end - span.drafts
         assert span.end // 4 == true_end // 4 or true_end % 4 == 0
 
@@ -676,9 +675,9 @@ def test_any_job_with_guesses_computes_every_position(seed):
     while not (plan := scheduler.next_sweep({n: draw.randint(0, 4) for n in jobs})).empty:
         sweeps += 1
         assert 0 < plan.rows <= scheduler.max_rows
-        right = {span.sequence: draw.randint(0, span.drafts) for span in spans_of(plan)}
+        right = {span.sequence: draw.randint(0, span.drafts) for span in plan.spans}
         scheduler.commit(plan, right)
-        for span in spans_of(plan):
+        for span in plan.spans:
             number = span.sequence
             assert span.start in (0, computed[number])
             computed[number] = span.end - span.drafts + right[number]
@@ -690,3 +689,55 @@ def test_any_job_with_guesses_computes_every_position(seed):
                     scheduler.finish(number)
     assert tokens == {number: most for number, (_, most) in jobs.items()}
     assert scheduler.pools.total_free == sum(scheduler.pools.capacity.values())
+
+
+def test_a_guess_takes_no_more_pages_than_there_are_to_spare():
+    """Pages of two tokens: one to spare holds no guess that would need three."""
+    scheduler = make_scheduler(pages={Tier.DEVICE: 4}, page_tokens=2, max_sequences=1)
+    scheduler.speculation.most_rows = 64
+    scheduler.add(0, 3, 40)
+    commit(scheduler, scheduler.next_sweep())
+    assert scheduler.next_sweep({0: 6}).spans == [RowSpan(0, 3, 1, True)]
+    assert scheduler.pools.total_free == 2
+
+
+def test_policies_know_all_schedulers():
+    assert set(SCHEDULERS) == set(CHOICES["scheduler"])
+
+
+def run_until(most: int, sweeps: int) -> tuple[BatchScheduler, SweepPlan]:
+    """Two sequences, the second with `most` tokens, in ten pages of four, with some to swap to."""
+    pools = PagePools({Tier.DEVICE: 10, Tier.HOST: 8}, 4, swap=Tier.HOST)
+    scheduler = ContinuousScheduler(pools, max_rows=64, max_sequences=8, micro_batch_rows=64)
+    scheduler.preemption.swapping_is_cheaper = lambda _: True
+    scheduler.add(0, 15, 40)
+    scheduler.add(1, 14, most)
+    for _ in range(sweeps):
+        plan = scheduler.next_sweep()
+        ending = [s.sequence for s in plan.spans if s.sequence and s.end == most - 1]
+        if len(plan.spans) == 2:
+            assert not scheduler.pools.take_copies()
+            commit(scheduler, plan, tuple(ending))
+    return scheduler, plan
+
+
+def test_pages_move_a_sweep_before_they_are_missed():
+    """With its next row the first one's pages are full, and none is free: the last to come leaves
+    while that row is computed, and comes back with what its full pages hold.
+    """
+    scheduler, plan = run_until(40, 6)
+    assert plan.spans == [RowSpan(0, 19, 1, True)]
+    assert (scheduler.preemption.count, scheduler.preemption.swaps) == (1, 1)
+    assert len(scheduler.pools.take_copies()) == 4
+    commit(scheduler, plan)
+    assert scheduler.next_sweep().spans == [RowSpan(0, 20, 1, True)]
+    scheduler.finish(0)
+    assert scheduler.next_sweep().spans == [RowSpan(1, 16, 3, True)]
+
+
+def test_who_ends_in_this_sweep_does_not_leave():
+    """The last to come gets its last token in that sweep: its pages are free after it."""
+    scheduler, plan = run_until(20, 6)
+    assert [span.sequence for span in plan.spans] == [0, 1]
+    assert scheduler.preemption.count == 0
+    assert [span.sequence for span in scheduler.next_sweep().spans] == [0]

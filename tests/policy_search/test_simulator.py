@@ -89,6 +89,14 @@ def test_the_longest_first_drains_well(capsys):
     assert longest["makespan_seconds"] < as_given["makespan_seconds"]
 
 
+def test_a_scheduler_that_stops_early_is_found_out():
+    """An empty plan while requests wait is no finished job."""
+    scheduler = scheduler_of("continuous")
+    scheduler.max_sequences = 0
+    with pytest.raises(AssertionError, match="stopped before"):
+        simulate(scheduler, [Lengths(4, 2)], lambda rows, positions: 1.0)
+
+
 def test_no_requests_is_an_empty_job(capsys):
     result = run(capsys, "--requests", "0")
     assert (result["sweeps"], result["rows"], result["makespan_seconds"]) == (0, 0, 0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
 from policy_search.errors import PolicyError
-from policy_search.workload import TABLES, WORKLOADS, draw_lengths, longest_output
+from policy_search.workload import TABLES, WORKLOADS, Lengths, Workload
 
 PUBLISHED = {
     "conv": ((1155, 1109), (211, 163)),
@@ -18,10 +19,14 @@ PUBLISHED = {
 """Mean and standard deviation of prompts and outputs in the traces themselves."""
 
 
+def draw(workload: str, requests: int, **more: Any) -> list[Lengths]:
+    return Workload(workload=workload, requests=requests, **more).lengths()
+
+
 @pytest.mark.parametrize("workload", TABLES)
 def test_lengths_have_the_published_means(workload):
     """Means within 5 %, of the few long outputs of code within 10 %."""
-    lengths = np.array(draw_lengths(workload, 50_000))
+    lengths = np.array(draw(workload, 50_000))
     for column, (mean, deviation) in enumerate(PUBLISHED[workload]):
         tolerance = 0.1 if workload == "code" and column else 0.05
         assert lengths[:, column].mean() == pytest.approx(mean, rel=tolerance)
@@ -31,28 +36,28 @@ def test_lengths_have_the_published_means(workload):
 
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_a_seed_gives_the_same_lengths(workload):
-    assert draw_lengths(workload, 100, seed=3) == draw_lengths(workload, 100, seed=3)
+    assert draw(workload, 100, seed=3) == draw(workload, 100, seed=3)
     if workload != "fixed":
-        assert draw_lengths(workload, 100, seed=3) != draw_lengths(workload, 100, seed=4)
+        assert draw(workload, 100, seed=3) != draw(workload, 100, seed=4)
 
 
 @pytest.mark.parametrize(("workload", "scale"), [*itertools.product(TABLES, [1.0, 0.125, 1e-9])])
 def test_lengths_are_scaled_and_never_nothing(workload, scale):
-    full, scaled = (np.array(draw_lengths(workload, 500, scale=s)) for s in (1.0, scale))
+    full, scaled = (np.array(draw(workload, 500, scale=s)) for s in (1.0, scale))
     assert (scaled == np.maximum(1, np.rint(full * scale))).mean() > 0.9, "rounded once"
     assert scaled.min() >= 1
-    assert scaled[:, 1].max() <= longest_output(workload, scale=scale)
+    assert scaled[:, 1].max() <= Workload(workload=workload, scale=scale).max_tokens
 
 
 def test_requests_stay_within_the_limit_of_their_trace():
-    assert max(map(sum, draw_lengths("summarization", 20_000))) <= 4096
+    assert max(map(sum, draw("summarization", 20_000))) <= 4096
 
 
 def test_fixed_lengths_are_as_given():
-    assert draw_lengths("fixed", 3, prompt_len=7, gen_len=5) == [(7, 5)] * 3
+    assert draw("fixed", 3, prompt_len=7, gen_len=5) == [(7, 5)] * 3
 
 
 @pytest.mark.parametrize(("workload", "scale"), [("chat", 1.0), ("conv", 0.0), ("conv", -1)])
 def test_what_makes_no_sense_is_refused(workload, scale):
     with pytest.raises(PolicyError):
-        draw_lengths(workload, 3, scale=scale)
+        draw(workload, 3, scale=scale)

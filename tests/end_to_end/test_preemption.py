@@ -56,13 +56,12 @@ def preempt_at_random(llm: LLM, draw: random.Random, modes: list[bool]) -> None:
 
 
 @pytest.mark.usefixtures("few_pages")
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("modes", [[True], [False], [True, False]], ids=["swap", "again", "both"])
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_tokens_are_those_of_transformers(tiny_llama_dir, reference, device, modes, seed):
+def test_tokens_are_those_of_transformers(tiny_llama_dir, reference, device, modes):
     """With sequences preempted at random sweeps, in each way and in both."""
     with LLM(tiny_llama_dir, **settings(device)) as llm:
-        preempt_at_random(llm, random.Random(seed), modes)
+        preempt_at_random(llm, random.Random(0), modes)
         result = generate(llm, PROMPTS, NEW_TOKENS)
     assert result.tokens == reference
     assert result.summary["preemptions"] > 10

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from flexrun.model_trace import AttentionShape
     from offload.backend import DeviceBackend
     from offload.kv_cache import KVCache
-    from offload.kv_hosted import HostedRows
+    from offload.kv_layout import KVGroup
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
 
@@ -54,7 +56,7 @@ class _Turn:
 class Pending:
     """Rows that HOST attends to."""
 
-    rows: torch.Tensor
+    rows: Rows
     turn: _Turn
     shape: tuple[int, int, int]
     """Rows, heads, values of a head."""
@@ -125,9 +127,11 @@ class HostAttention:
             return None
         turn = self._turns[self._number % TURNS]
         self._number += 1
-        sides = [side[:, hosted.rows].transpose(0, 1) for side in (query, key, value)]
-        sent = torch.cat([side.flatten(1) for side in sides], 1)
-        there = turn.there[: sent.nbytes].view(sent.dtype).view(sent.shape)
+        sent, shapes = _in_one_piece(hosted.rows, query, key, value)
+        there = turn.there[: sent.nbytes].view(sent.dtype)
+        shape = shapes[0][0], shapes[0][1], shapes[2][2]
+        length = shape[0] * shape[1] * (shape[2] + 1)
+        result = turn.result[:length]
         down = self._transfers.submit(
             Link.DEVICE_TO_HOST,
             sent,
@@ -138,8 +142,7 @@ class HostAttention:
             priority=URGENT,
         )
         pool = self._kv.host_pool(layer)
-        sizes = [(side.shape[1], side.shape[2]) for side in sides]
-        work = partial(self._attend, hosted, pool, options, there, sizes, turn.result)
+        work = partial(self._attend, hosted.group, pool, options, there, shapes, result)
         turn.work = self._transfers.submit_work(
             Link.HOST_ATTENTION,
             HostWork(work, hosted.pages * pool.raw[0].nbytes),
@@ -147,38 +150,41 @@ class HostAttention:
             after=[down, _unless_failed(turn.returned), *self._kv.earlier_stores(layer)],
         )
         self._kv.add_store(layer, number, turn.work)
-        shape = len(hosted.rows), query.shape[0], value.shape[2]
-        length = shape[0] * shape[1] * (shape[2] + 1)
         turn.returned = self._transfers.submit(
             Link.HOST_TO_DEVICE,
-            turn.result[:length],
+            result,
             turn.back[:length],
             kind="attention",
             after=[turn.work, turn.free],
             priority=URGENT,
         )
-        return Pending(hosted.rows, turn, shape)
+        everything = shape[0] == query.shape[1]
+        return Pending(slice(None) if everything else hosted.rows, turn, shape)
 
     def _attend(
         self,
-        hosted: HostedRows,
+        group: KVGroup,
         pool: PagedKV,
         options: AttentionOptions,
         there: torch.Tensor,
-        sizes: list[tuple[int, int]],
+        shapes: list[tuple[int, int, int]],
         result: torch.Tensor,
     ) -> None:
-        """On the processor: store what is new, then attend."""
-        parts = there.split([heads * dim for heads, dim in sizes], 1)
-        query, key, value = (part.unflatten(1, size) for part, size in zip(parts, sizes))
-        group = hosted.group
-        if len(group.rows):
-            pool.store(group.slots, pool.pack(key[group.rows], value[group.rows]))
+        """On the processor: store what is new, then attend.
+
+        As few operations as can be: with each, Python's lock goes to the thread that drives the
+        device and has to be waited for.
+        """
+        query, key, value = _pieces(there, shapes)
+        if rows := len(group.rows):
+            if rows < len(key):
+                key, value = key[group.rows], value[group.rows]
+            pool.store(group.slots, pool.pack(key, value))
         spans = group.paged()
         assert spans is not None
-        out, lse = self._attention.attend(query.transpose(0, 1), spans, pool, options)
-        result[: out.numel()] = out.view(-1)
-        result[out.numel() : out.numel() + lse.numel()] = lse.view(-1)
+        split = math.prod(shapes[0][:2]) * shapes[2][2]
+        into = result[:split], result[split:]
+        self._attention.attend(query.transpose(0, 1), spans, pool, options, into)
 
     def measure(self, shape: AttentionShape) -> float:
         """Bytes of pages per second that the processor attends to, in layers of `shape`."""
@@ -245,3 +251,23 @@ class HostAttention:
 
 def _unless_failed(transfer: Transfer | None) -> Transfer | None:
     return None if transfer is None or transfer.error is not None else transfer
+
+
+def _in_one_piece(
+    rows: torch.Tensor, *sides: torch.Tensor
+) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
+    """`rows` [n], in order, of each of `sides` [heads, all rows, dim]: flat, one after another.
+
+    Also the shapes [n, heads, dim] that `_pieces` makes of them again.
+    """
+    chosen = [side if len(rows) == side.shape[1] else side[:, rows] for side in sides]
+    shapes = [(len(rows), side.shape[0], side.shape[2]) for side in sides]
+    sent = sides[0].new_empty(sum(side.numel() for side in chosen))
+    for piece, side in zip(_pieces(sent, shapes), chosen):
+        piece.copy_(side.transpose(0, 1))
+    return sent, shapes
+
+
+def _pieces(flat: torch.Tensor, shapes: list[tuple[int, int, int]]) -> list[torch.Tensor]:
+    ends = accumulate(math.prod(shape) for shape in shapes)
+    return [flat[end - math.prod(shape) : end].view(shape) for shape, end in zip(shapes, ends)]

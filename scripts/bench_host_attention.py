@@ -85,9 +85,12 @@ def run(model: Path, given: argparse.Namespace, way: str) -> Run:
         next_sweep = scheduler.next_sweep
         scheduler.next_sweep = lambda _=None: plans.append(next_sweep()) or plans[-1]  # type: ignore
         params = SamplingParams(temperature=0, max_tokens=given.sweeps + LEFT_OUT, ignore_eos=True)
+        llm.generate(prompts, params, use_tqdm=False)  # pages are memory when first written
+        first = len(plans)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         page = runtime.policy.page_tokens
-        steady = [i for i, p in enumerate(plans) if p.rows == given.sequences][1:-1]
+        decodes = [i for i in range(first, len(plans)) if plans[i].rows == given.sequences]
+        steady = decodes[1:-1]
         decoded = [
             sum(-(-s.end // page) * page for b in plans[i].micro_batches for s in b.spans)
             for i in steady

@@ -23,12 +23,6 @@ SHARE_BYTES = 128 * 1024
 """Least pages of a share, …"""
 SHARES = 4
 """… of which there are so many for each thread: one that is held up takes fewer."""
-_CELLS = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.uint16,
-    torch.float16: torch.int16,
-}
-"""How numpy, which knows no bfloat16, holds the values of a pool: see `vector_memory.load`."""
 
 
 class CpuAttention(AttentionBackend):
@@ -56,59 +50,60 @@ class CpuAttention(AttentionBackend):
         spans: PagedSpans,
         pool: PagedKV,
         options: AttentionOptions,
+        into: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of `query` [H, n, D] over the pages of `spans`, without sinks.
 
         Returns the output [n, H, V] and the log of the sum of exponentials [n, H], float32; rows of
-        no span are zeros and -inf.
+        no span are zeros and -inf. With `into` they are made there, and these rows left alone.
         """
-        heads, rows, dim = query.shape
-        _, kv_heads, page_tokens, _ = pool.keys.shape
+        heads, rows, _ = query.shape
         value_dim = pool.values.shape[-1]
-        out = torch.zeros(rows, heads, value_dim)
-        lse = torch.full((rows, heads), -torch.inf)
-        table, pages, indices = _as_arrays(spans)
-        cells = pool.raw.view(-1).view(_CELLS[pool.raw.dtype]).numpy()
-        job = Job(
-            _as_queries(query.transpose(0, 1), pool.raw.dtype),
-            cells,
-            (kv_heads, heads // kv_heads, page_tokens, dim, value_dim),
-            (
-                options.sliding_window or 0,
-                options.chunk or 0,
-                options.softcap or 0.0,
-                options.scaling,
-            ),
-            table,
-            pages,
-            indices,
-            out.view(-1).numpy(),
-            lse.view(-1).numpy(),
-            rows,
-            spans.most_rows,
+        out, lse = into or (
+            torch.zeros(rows, heads, value_dim),
+            torch.full((rows, heads), -torch.inf),
         )
-        worth = len(pages) * pool.raw[0].nbytes // SHARE_BYTES
-        shares = max(1, min(SHARES * self._threads, len(pages), worth))
-        self._team.run(job, shares if self._threads > 1 else 1)
+        job = self._job(query, spans, pool, options)
+        self._team.run(job, _as_queries(query.transpose(0, 1), pool.raw.dtype), pool.raw, out, lse)
         return out, lse
+
+    def _job(
+        self, query: torch.Tensor, spans: PagedSpans, pool: PagedKV, options: AttentionOptions
+    ) -> Job:
+        """Made once for the layers that are alike: beside other threads Python is slow."""
+        (heads, rows, dim), (_, kv_heads, page_tokens, _) = query.shape, pool.keys.shape
+        sizes = kv_heads, heads // kv_heads, page_tokens, dim, pool.values.shape[-1]
+        window, chunk = options.sliding_window or 0, options.chunk or 0
+        masks = window, chunk, options.softcap or 0.0, options.scaling
+        key = "job", sizes, masks, rows
+        if key not in spans.memo:
+            table, pages, indices = _as_arrays(spans)
+            worth = len(pages) * pool.raw[0].nbytes // SHARE_BYTES
+            shares = max(1, min(SHARES * self._threads, len(pages), worth))
+            shares = shares if self._threads > 1 else 1
+            of_spans = table, pages, indices, rows, spans.most_rows
+            spans.memo[key] = Job(sizes, masks, *of_spans, shares)
+        job: Job = spans.memo[key]
+        return job
 
     def close(self) -> None:
         """Give back threads."""
         self._team.close()
 
 
-def _as_queries(query: torch.Tensor, stored: torch.dtype) -> Any:
-    """Flat, of the type and in the order that the kernel multiplies with; query [n, H, D]."""
+def _as_queries(query: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """Of the type and in the order that the kernel multiplies with; query [n, H, D]."""
     if stored != torch.bfloat16:
-        return query.float().reshape(-1).numpy()
+        plain = query if query.dtype == torch.float32 else query.float()
+        return plain if plain.is_contiguous() else plain.contiguous()
     if query.dtype == torch.bfloat16 and MULTIPLIES_PAIRS:
-        return query.reshape(-1).view(torch.uint16).numpy()
+        return query if query.is_contiguous() else query.contiguous()
     whole = query.shape[-1] // (2 * LANES) * (2 * LANES)
-    split = query.new_empty(query.shape, dtype=torch.float32)
+    split = torch.empty(query.shape)
     pairs = query[..., :whole].unflatten(-1, (-1, LANES, 2))
     split[..., :whole] = pairs.transpose(-1, -2).flatten(-3)
     split[..., whole:] = query[..., whole:]
-    return split.view(-1).numpy()
+    return split
 
 
 def _as_arrays(spans: PagedSpans) -> tuple[Any, Any, Any]:

@@ -12,7 +12,6 @@ import ctypes
 import functools
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +33,51 @@ T, D, V, window, chunk, spans, entries, most states of a span, rows, cells; elev
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One call of the kernel; the arrays and numbers are those of `attend_share`."""
+_CELLS, _QUERY, _OUT, _LSE, _NUM_CELLS = 14, 16, 17, 18, 13
+"""Places of what differs from layer to layer."""
 
-    query: Any
-    cells: Any
-    sizes: tuple[int, int, int, int, int]
-    masks: tuple[int, int, float, float]
-    spans: Any
-    pages: Any
-    indices: Any
-    out: Any
-    lse: Any
-    rows: int
-    most_rows: int
-    """Of one span."""
+
+class Job:
+    """What a call of the kernel is about; the arrays and numbers are those of `attend_share`.
+
+    It can be run again and again, by one thread at a time, with other queries and pools.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int, int],
+        masks: tuple[int, int, float, float],
+        spans: Any,
+        pages: Any,
+        indices: Any,
+        rows: int,
+        most_rows: int,
+        shares: int,
+    ) -> None:
+        """`most_rows`: of one span."""
+        self.spans, self.shares = spans, shares
+        self.heads, self.value_dim = sizes[0] * sizes[1], sizes[4]
+        states = most_rows * self.heads
+        self.part_span = np.empty((shares, 2), np.int64)
+        self.part_out = np.empty((shares, 2, states * self.value_dim), np.float32)
+        self.part_lse = np.empty((shares, 2, states), np.float32)
+        counts = [0, shares, *sizes, *masks[:2], len(spans) - 1, len(pages), states, rows, 0]
+        parts = [self.part_span, self.part_out, self.part_lse]
+        self._factors = np.array(masks[2:], np.float32)
+        self._kept = [self._factors, spans, pages, indices, *parts]  # the table has addresses only
+        factors, *others = (each.ctypes.data for each in self._kept)
+        self.table = np.array([*counts, 0, factors, 0, 0, 0, *others, 0], np.int64)
+        self.address = ctypes.cast(self.table.ctypes.data, ctypes.POINTER(ctypes.c_int64))
+
+    def point_to(
+        self, query: torch.Tensor, cells: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        """Say where everything is."""
+        self.part_span.fill(-1)
+        table = self.table
+        table[0] = table[_FINISHED] = 0
+        table[_CELLS], table[_NUM_CELLS] = cells.data_ptr(), cells.numel()
+        table[_QUERY], table[_OUT], table[_LSE] = (each.data_ptr() for each in (query, out, lse))
 
 
 @kernel
@@ -89,16 +117,18 @@ def _merge_parts(
     spans: Any, heads: Any, dim: Any, part_span: Any, part_out: Any, part_lse: Any, out: Any,
     lse: Any,
 ) -> None:  # fmt: skip
-    """Put spans together that were cut: part_span [parts], -1 for none, others like in shares.
-
-    out and lse of these spans start as zeros and -inf.
-    """
+    """Put spans together that were cut: part_span [parts], -1 for none, others like in shares."""
+    before = -1
     for number in range(part_span.shape[0]):
         span = part_span[number]
         if span < 0:
             continue
-        first = spans[span, 0] * heads
-        for state in range(spans[span, 1] * heads):
+        first, states = spans[span, 0] * heads, spans[span, 1] * heads
+        if span != before:  # all parts of a span follow each other
+            out[first * dim : (first + states) * dim] = 0
+            lse[first : first + states] = -np.inf
+            before = span
+        for state in range(states):
             new, old = part_lse[number, state], lse[first + state]
             if new == -np.inf:
                 continue
@@ -115,8 +145,8 @@ def _compiled_from(stamp: Any) -> None:
     """Does nothing. A function that hands over what it closes over is cached apart for each."""
 
 
-def _callbacks(stamp: int) -> dict[tuple[str, str], Any]:
-    """Entry points by how query and cells are held.
+def _callbacks(stamp: int) -> dict[tuple[torch.dtype, torch.dtype], Any]:
+    """Entry points by the types of queries and cells.
 
     Numba's cache notices changes in a function's own file and in what it closes over, but not in
     what it calls: hence `stamp`, of all sources.
@@ -141,9 +171,9 @@ def _callbacks(stamp: int) -> dict[tuple[str, str], Any]:
         _take_shares(job, _floats(job[16]), _floats(job[14]))
 
     found = {
-        ("float32", "uint16"): on_bfloat16,
-        ("float32", "int16"): on_float16,
-        ("float32", "float32"): on_float32,
+        (torch.float32, torch.bfloat16): on_bfloat16,
+        (torch.float32, torch.float16): on_float16,
+        (torch.float32, torch.float32): on_float32,
     }
     if MULTIPLIES_PAIRS:
 
@@ -153,7 +183,7 @@ def _callbacks(stamp: int) -> dict[tuple[str, str], Any]:
             job = carray(data, _FINISHED + 1)
             _take_shares(job, _uint16s(job[16]), _uint16s(job[14]))
 
-        found["uint16", "uint16"] = on_pairs
+        found[torch.bfloat16, torch.bfloat16] = on_pairs
     return found
 
 
@@ -163,6 +193,8 @@ def _stamp_of(directory: Path) -> int:
 
 
 _CALLBACKS = _callbacks(_stamp_of(Path(__file__).parent))
+_CALLS = {types: callback.ctypes for types, callback in _CALLBACKS.items()}
+"""The same for Python. Like all of these, they run without its lock."""
 
 
 class Team:
@@ -173,44 +205,40 @@ class Team:
         self._start = _start_of_openmp()
         self._pool: ThreadPoolExecutor | None = None
 
-    def run(self, job: Job, shares: int) -> None:
-        """Attend in so many shares."""
-        heads, value_dim = job.sizes[0] * job.sizes[1], job.sizes[4]
-        states = job.most_rows * heads
-        part_span = np.full((shares, 2), -1, np.int64)
-        part_out = np.empty((shares, 2, states * value_dim), np.float32)
-        part_lse = np.empty((shares, 2, states), np.float32)
-        factors = np.array(job.masks[2:], np.float32)
-        spans, entries = len(job.spans) - 1, len(job.pages)
-        counts = [0, shares, *job.sizes, *job.masks[:2], spans, entries, states, job.rows]
-        arrays = [job.cells, factors, job.query, job.out, job.lse, job.spans, job.pages]
-        arrays += [job.indices, part_span, part_out, part_lse]
-        addresses = (each.ctypes.data for each in arrays)
-        table = np.array([*counts, len(job.cells), *addresses, 0], np.int64)
-        self._share(
-            _CALLBACKS[job.query.dtype.name, job.cells.dtype.name],
-            table,
-            min(self._threads, shares),
-        )
-        if table[_FINISHED] != shares:  # compiled code cannot raise through OpenMP
-            raise MemoryError("attention ran out of memory for its sums")
-        if shares > 1:
-            parts = (each.reshape(2 * shares, -1) for each in (part_out, part_lse))
-            into = job.out, job.lse
-            _merge_parts(job.spans, heads, value_dim, part_span.reshape(-1), *parts, *into)
+    def run(
+        self,
+        job: Job,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attend with `query` to pages in `cells`; out and lse (float32) of rows in spans are set.
 
-    def _share(self, callback: Any, table: Any, threads: int) -> None:
-        address = ctypes.cast(table.ctypes.data, ctypes.POINTER(ctypes.c_int64))
+        All are contiguous. Raises `MemoryError`.
+        """
+        job.point_to(query, cells, out, lse)
+        self._share((query.dtype, cells.dtype), job)
+        if job.table[_FINISHED] != job.shares:  # compiled code cannot raise through OpenMP
+            raise MemoryError("attention ran out of memory for its sums")
+        if job.shares > 1:
+            spans, into = job.part_span.reshape(-1), (out.view(-1).numpy(), lse.view(-1).numpy())
+            parts = (each.reshape(len(spans), -1) for each in (job.part_out, job.part_lse))
+            _merge_parts(job.spans, job.heads, job.value_dim, spans, *parts, *into)
+
+    def _share(self, types: tuple[torch.dtype, torch.dtype], job: Job) -> None:
+        threads = min(self._threads, job.shares)
         if threads == 1:
-            callback.ctypes(address)  # like all of these, without Python's lock
+            _CALLS[types](job.address)
         elif self._start is not None:
             # As many threads as torch has: a team of another size would be made anew.
-            self._start(ctypes.c_void_p(callback.address), address, self._threads, 0)
+            callback = ctypes.c_void_p(_CALLBACKS[types].address)
+            self._start(callback, job.address, self._threads, 0)
         else:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(self._threads - 1, "attention")
-            others = [self._pool.submit(callback.ctypes, address) for _ in range(threads - 1)]
-            callback.ctypes(address)
+            others = [self._pool.submit(_CALLS[types], job.address) for _ in range(threads - 1)]
+            _CALLS[types](job.address)
             for other in others:
                 other.result()
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offload.links import Link
+from offload.tiers import Tier
 from policy_search.cost_model import free_rows, swapping_is_cheaper, weight_seconds
 from policy_search.hardware import Hardware
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _MOST_VALUES = 1 << 24
 """Of the matrix that is multiplied with."""
+_LEAST_BYTES = 1 << 20
 _ROWS = {"cpu": 256}
 _MANY_ROWS = 2048
 _REPEATS = 5
@@ -38,10 +40,15 @@ def measured_flops(
 ) -> float:
     """Operations per second of products of many rows with a matrix as a layer's widest one.
 
-    The median of a few, after one that is not counted.
+    The median of a few, after one that is not counted. They fit into what is left of the device's
+    budget; a little they may take in any case, for the memory charged for sweeps is not in use.
     """
     columns = max(1, min(widest, _MOST_VALUES // hidden_size))
     rows = _ROWS.get(backend.device.type, _MANY_ROWS)
+    room = backend.account.available(Tier.DEVICE)
+    most = math.inf if room is None else max(room, _LEAST_BYTES) // dtype.itemsize
+    while (rows + columns) * hidden_size + rows * columns > most and max(rows, columns) > 1:
+        rows, columns = max(1, rows // 2), max(1, columns // 2)
     matrix = torch.ones(columns, hidden_size, dtype=dtype, device=backend.device)
     values = torch.ones(rows, hidden_size, dtype=dtype, device=backend.device)
     seconds = []

@@ -52,7 +52,7 @@ class PagedKV:
         """
         memo = {} if memo is None else memo
         _, kv_heads, page_tokens, dim = self.keys.shape
-        if self.keys.shape != self.values.shape:
+        if not self.alike:
             heads = torch.arange(kv_heads, device=pages.device).view(1, -1, 1)
             place = pages.unsqueeze(1), heads
             return self.keys[place].flatten(2, 3), self.values[place].flatten(2, 3)
@@ -65,14 +65,21 @@ class PagedKV:
         keys, values = (table.index_select(0, rows).view(shape) for rows in memo[kv_heads])
         return keys, values
 
+    @property
+    def alike(self) -> bool:
+        """Keys and values are of one size: a page is a table of their rows, keys first."""
+        return self.keys.shape == self.values.shape
+
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """New `keys` [n, kv_heads, key_dim] and `values` as one tensor, the form of `store`."""
-        # Where both are of one size, a page is a table of their rows: keys first, then values.
-        return torch.cat([keys, values], 0 if self.keys.shape == self.values.shape else 2)
+        """New `keys` [n, kv_heads, key_dim] and `values` as one tensor, the form of `store`.
+
+        That is one after the other if they are `alike`, in whatever shape, else along the last one.
+        """
+        return torch.cat([keys, values], 0 if self.alike else 2)
 
     def store(self, slots: TokenSlots, packed: torch.Tensor) -> None:
         """Put `packed` keys and values of n rows into `slots`."""
-        if self.keys.shape != self.values.shape:
+        if not self.alike:
             dim = self.keys.shape[-1]
             self.keys[slots.pages, :, slots.offsets] = packed[..., :dim]
             self.values[slots.pages, :, slots.offsets] = packed[..., dim:]

@@ -5,7 +5,8 @@ decodes in three ways: its pages on the device (which says what compute alone ta
 moved to the device, on HOST and attended to there; and as `auto` splits them. Each is held against
 what the cost model predicts from the link's speed and from the speeds of compute and of the
 processor's attention, measured alone. One thread computes and one attends, so that they have a core
-each. The last line on stdout is one JSON object.
+each. As with a GPU, what rows compute takes less than the processor's attention. The last line on
+stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def run(model: Path, given: argparse.Namespace, way: str) -> Run:
         next_sweep = scheduler.next_sweep
         scheduler.next_sweep = lambda _=None: plans.append(next_sweep()) or plans[-1]  # type: ignore
         params = SamplingParams(temperature=0, max_tokens=given.sweeps + LEFT_OUT, ignore_eos=True)
-        llm.generate(prompts, params, use_tqdm=False)  # pages are memory when first written
+        if way in ("on host", "auto"):  # pages are memory when first written
+            llm.generate(prompts, params, use_tqdm=False)
         first = len(plans)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         page = runtime.policy.page_tokens
@@ -192,7 +194,7 @@ def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--layers", type=int, default=16)
+    add("--layers", type=int, default=24)
     add("--hidden", type=int, default=256)
     add("--heads", type=int, default=4)
     add("--kv-heads", type=int, default=4)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from flexrun.calibration import RowBudget
+from flexrun.calibration import RowBudget, measured_flops
 from flexrun.schedulers import ContinuousScheduler
+from offload.backend_cpu import CpuBackend
 from offload.pages import PagePools
-from offload.tiers import Tier
+from offload.tiers import MemoryAccount, Tier
 
 
 def make_scheduler() -> ContinuousScheduler:
@@ -57,3 +59,21 @@ def test_a_plan_beyond_what_a_sweep_may_have_is_corrected():
         total += scheduler.max_rows * 0.01
         budget.learn(scheduler.max_rows, total)
     assert budget.rows == pytest.approx(100, abs=1)
+
+
+@pytest.mark.parametrize("limit", [2 << 20, 8 << 20, None])
+def test_measuring_products_keeps_within_the_budget(monkeypatch, limit):
+    """Matrices, rows and products all fit into what is left on the device."""
+    made = []
+    linear = torch.nn.functional.linear
+
+    def counted(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        product = linear(rows, matrix)
+        made.append(sum(each.nbytes for each in (rows, matrix, product)))
+        return product
+
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    backend = CpuBackend(MemoryAccount({} if limit is None else {Tier.DEVICE: limit}))
+    assert measured_flops(backend, torch.float32, 1024, 4096) > 0
+    assert max(made) > (limit or 16 << 20) // 8  # enough to tell something
+    assert limit is None or max(made) <= limit

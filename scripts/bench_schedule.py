@@ -114,13 +114,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--layers", type=int, default=12)
+    add("--layers", type=int, default=3)
     add("--hidden", type=int, default=768)
-    add("--requests", type=int, default=64)
-    add("--slots", type=int, default=8)
-    add("--prompt", type=int, default=256)
+    add("--requests", type=int, default=384)
+    add("--slots", type=int, default=16)
+    add("--prompt", type=int, default=768)
     add("--output", type=int, default=32)
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(1)
     shape = Shape(given.layers, given.hidden, 12, 12, 2 * given.hidden, 1024, 8192)

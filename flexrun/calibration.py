@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _MOST_VALUES = 1 << 24
 """Of the matrix that is multiplied with."""
-_LEAST_BYTES = 1 << 20
 _ROWS = {"cpu": 256}
 _MANY_ROWS = 2048
 _REPEATS = 5
@@ -36,17 +35,17 @@ _REMEMBERED = 5
 
 
 def measured_flops(
-    backend: DeviceBackend, dtype: torch.dtype, hidden_size: int, widest: int
+    backend: DeviceBackend, dtype: torch.dtype, hidden_size: int, widest: int, workspace: int
 ) -> float:
     """Operations per second of products of many rows with a matrix as a layer's widest one.
 
     The median of a few, after one that is not counted. They fit into what is left of the device's
-    budget; a little they may take in any case, for the memory charged for sweeps is not in use.
+    budget and into the `workspace`, bytes that are charged for sweeps and not in use yet.
     """
     columns = max(1, min(widest, _MOST_VALUES // hidden_size))
     rows = _ROWS.get(backend.device.type, _MANY_ROWS)
     room = backend.account.available(Tier.DEVICE)
-    most = math.inf if room is None else max(room, _LEAST_BYTES) // dtype.itemsize
+    most = math.inf if room is None else (room + workspace) // dtype.itemsize
     while (rows + columns) * hidden_size + rows * columns > most and max(rows, columns) > 1:
         rows, columns = max(1, rows // 2), max(1, columns // 2)
     matrix = torch.ones(columns, hidden_size, dtype=dtype, device=backend.device)
@@ -67,13 +66,17 @@ def measured_hardware(
     shape: ModelShape,
     weights: Mapping[Link, float],
     swap: Mapping[Link, float],
+    workspace: int,
 ) -> Hardware:
-    """The device's compute, the links' speeds for `weights`, and the one for pages that `swap`."""
+    """The device's compute, the links' speeds for `weights`, and the one for pages that `swap`.
+
+    `workspace`: see `measured_flops`.
+    """
     return Hardware(
         host_to_device=weights.get(Link.HOST_TO_DEVICE, math.inf),
         disk_read=weights.get(backend.disk_in, math.inf),
         swap=min(swap.values(), default=math.inf),
-        flops=measured_flops(backend, dtype, shape.hidden_size, shape.widest),
+        flops=measured_flops(backend, dtype, shape.hidden_size, shape.widest, workspace),
     )
 
 

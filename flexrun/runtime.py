@@ -190,7 +190,8 @@ class Runtime:
         if not self.weights.store.streamed_bytes and self.pools.swap is None:
             return Hardware(host_to_device=math.inf)
         swap = raw_speeds(self.backend, self.kv_cache.swap_copies())
-        return measured_hardware(self.backend, self.dtype, self.shape, speeds, swap)
+        free = workspace(self.shape, self.policy)
+        return measured_hardware(self.backend, self.dtype, self.shape, speeds, swap, free)
 
     def run(
         self,

@@ -65,11 +65,7 @@ class KVCache:
         """By layer and micro-batch."""
         self._copies: list[PageCopy] = []
         self._copying: dict[int, list[Transfer]] = {}
-        """What copies pages of a layer that this sweep's rows read."""
-        self._leaving: dict[int, list[Transfer]] = {}
-        """What copies pages to the swap tier in this sweep, …"""
-        self._left: dict[int, list[Transfer]] = {}
-        """… and did so in the last one."""
+        """What copies the pages of a layer, in this sweep."""
         self._new: dict[tuple[int, int], list[Transfer]] = defaultdict(list)
         """What stores new rows, by layer and micro-batch, until the layer has run."""
         self._last_store: dict[int, list[Transfer]] = {}
@@ -164,7 +160,6 @@ class KVCache:
         self._new.clear()
         self._copies = self._pools.take_copies()
         self._copying.clear()
-        self._left, self._leaving = self._leaving, {}
         self._batches = self._planner.plan(micro_batches)
 
     def _turn(self, layer: int, number: int) -> int:
@@ -183,21 +178,15 @@ class KVCache:
             if group.staged
             for transfer in self._staged[group.tier].fetch(self._visit(layer, number, group))
         ]
-        # Rows may get pages whose contents were still leaving in the last sweep.
-        arriving = [*transfers, *self._copying[layer], *self._left.get(layer, ())]
-        self._arriving[layer, number] = arriving
-        return [*arriving, *self._leaving.get(layer, ())]
+        self._arriving[layer, number] = [*transfers, *self._copying[layer]]
+        return self._arriving[layer, number]
 
     def _copy_pages(self, layer: int) -> list[Transfer]:
-        """Start a layer's copies; those that this sweep's rows have to wait for."""
         if not self._copies:
             return []
-        earlier = [*self._earlier_store.get(layer, ()), *self._left.get(layer, ())]
-        places = layer, self._layers, self._disk_pages(), self._backend, self._transfers, earlier
-        swap = self._pools.swap
-        leaving = [copy for copy in self._copies if copy.target.tier is swap]
-        self._leaving[layer] = copy_pages(leaving, *places)
-        return copy_pages([copy for copy in self._copies if copy.target.tier is not swap], *places)
+        earlier = self._earlier_store.get(layer, ())
+        places = self._copies, layer, self._layers, self._disk_pages()
+        return copy_pages(*places, self._backend, self._transfers, earlier)
 
     def _disk_pages(self) -> DiskPages | None:
         disk = self._staged.get(Tier.DISK)

@@ -114,11 +114,11 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add = parser.add_argument
-    add("--layers", type=int, default=3)
+    add("--layers", type=int, default=2)
     add("--hidden", type=int, default=768)
-    add("--requests", type=int, default=384)
+    add("--requests", type=int, default=512)
     add("--slots", type=int, default=16)
-    add("--prompt", type=int, default=768)
+    add("--prompt", type=int, default=1024)
     add("--output", type=int, default=32)
     add("--repeats", type=int, default=1)
     given = parser.parse_args()

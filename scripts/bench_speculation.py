@@ -1,10 +1,9 @@
 """What guessed tokens cost where they are wrong, and save where they are right.
 
 On the emulated device, whose link has a stated speed, a random Llama with few tokens completes a
-job with and without guesses in turn. Drawn at random, its tokens repeat pairs of earlier ones all
-the time and go on differently: guesses are many, and nearly all wrong. Greedily it runs in circles:
-most are right. The limit is the time that the weights of all sweeps take. The last line on stdout
-is one JSON object.
+job with and without guesses in turn. Drawn at random, its tokens often repeat pairs of earlier ones
+and go on differently: most guesses are wrong. Greedily it runs in circles: most are right. The
+limit is the time that the weights of all sweeps take. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ LEAST_RATIO = 0.97
 """Target: of the speed without guesses, where they are wrong."""
 LEAST_SAVED = 1.3
 """Target: sweeps without over sweeps with guesses, where they are right."""
+LEAST_GUESSED = 0.1
+"""Of the generated tokens: with fewer guesses a comparison says nothing."""
 TEMPERATURE = {"wrong": 1.0, "right": 0.0}
 
 
@@ -79,8 +80,11 @@ def measure(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     ratio = statistics.median(p["off"]["seconds"] / p["lookup"]["seconds"] for p in pairs["wrong"])
     right = pairs["right"][0]
     saved = right["off"]["sweeps"] / right["lookup"]["sweeps"]
-    met = ratio >= LEAST_RATIO and saved >= LEAST_SAVED and right["identical"]
-    return {"pairs": pairs, "ratio": ratio, "saved": saved, "met": met}
+    both = [*pairs["wrong"], *pairs["right"]]
+    guessed = min(p["lookup"]["drafted"] / p["lookup"]["generated"] for p in both)
+    told = guessed >= LEAST_GUESSED and all(pair["identical"] for pair in both)
+    met = told and ratio >= LEAST_RATIO and saved >= LEAST_SAVED
+    return {"pairs": pairs, "ratio": ratio, "saved": saved, "guessed": guessed, "met": met}
 
 
 def show(report: dict[str, Any]) -> str:
@@ -106,7 +110,7 @@ def show(report: dict[str, Any]) -> str:
         "",
         f"where guesses are wrong: {report['ratio']:.3f} of the speed without (target "
         f"{LEAST_RATIO}); where they are right: {report['saved']:.2f} times fewer sweeps (target "
-        f"{LEAST_SAVED})",
+        f"{LEAST_SAVED}); at least {report['guessed']:.0%} as many guesses as tokens",
     ])  # fmt: skip
 
 
@@ -116,7 +120,7 @@ def main() -> None:
     add = parser.add_argument
     add("--layers", type=int, default=4)
     add("--hidden", type=int, default=768)
-    add("--vocab", type=int, default=48)
+    add("--vocab", type=int, default=12)
     add("--requests", type=int, default=48)
     add("--slots", type=int, default=16)
     add("--prompt", type=int, default=160)

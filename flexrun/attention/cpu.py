@@ -60,8 +60,8 @@ class CpuAttention(AttentionBackend):
         heads, rows, _ = query.shape
         value_dim = pool.values.shape[-1]
         out, lse = into or (
-            torch.zeros(rows, heads, value_dim),
-            torch.full((rows, heads), -torch.inf),
+            torch.zeros(rows, heads, value_dim, dtype=torch.float32),
+            torch.full((rows, heads), -torch.inf, dtype=torch.float32),
         )
         job = self._job(query, spans, pool, options)
         self._team.run(job, _as_queries(query.transpose(0, 1), pool.raw.dtype), pool.raw, out, lse)
@@ -99,7 +99,7 @@ def _as_queries(query: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     if query.dtype == torch.bfloat16 and MULTIPLIES_PAIRS:
         return query if query.is_contiguous() else query.contiguous()
     whole = query.shape[-1] // (2 * LANES) * (2 * LANES)
-    split = torch.empty(query.shape)
+    split = torch.empty(query.shape, dtype=torch.float32)
     pairs = query[..., :whole].unflatten(-1, (-1, LANES, 2))
     split[..., :whole] = pairs.transpose(-1, -2).flatten(-3)
     split[..., whole:] = query[..., whole:]

@@ -13,7 +13,7 @@ import functools
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from numba import carray, cfunc, njit, types
 from flexrun.attention.kernel_cpu import attend_share
 from flexrun.attention.vector_memory import count_up, pointer_to
 from flexrun.attention.vectors import MULTIPLIES_PAIRS, Decorator, kernel, part
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _floats, _ints = pointer_to(types.float32), pointer_to(types.int64)
 _uint16s, _int16s = pointer_to(types.uint16), pointer_to(types.int16)
@@ -33,7 +36,7 @@ T, D, V, window, chunk, spans, entries, most states of a span, rows, cells; elev
 """
 
 
-_CELLS, _QUERY, _OUT, _LSE, _NUM_CELLS = 14, 16, 17, 18, 13
+_CELLS, _QUERY, _OUT, _LSE, _PARTS, _NUM_CELLS = 14, 16, 17, 18, 22, 13
 """Places of what differs from layer to layer."""
 
 
@@ -58,24 +61,27 @@ class Job:
         self.spans, self.shares = spans, shares
         self.heads, self.value_dim = sizes[0] * sizes[1], sizes[4]
         states = most_rows * self.heads
-        self.part_span = np.empty((shares, 2), np.int64)
-        self.part_out = np.empty((shares, 2, states * self.value_dim), np.float32)
-        self.part_lse = np.empty((shares, 2, states), np.float32)
+        self.states = states
+        """Of one part."""
         counts = [0, shares, *sizes, *masks[:2], len(spans) - 1, len(pages), states, rows, 0]
-        parts = [self.part_span, self.part_out, self.part_lse]
-        self._factors = np.array(masks[2:], np.float32)
-        self._kept = [self._factors, spans, pages, indices, *parts]  # the table has addresses only
-        factors, *others = (each.ctypes.data for each in self._kept)
-        self.table = np.array([*counts, 0, factors, 0, 0, 0, *others, 0], np.int64)
+        factors = np.array(masks[2:], np.float32)
+        self._kept = [factors, spans, pages, indices]  # the table has addresses only
+        first, *others = (each.ctypes.data for each in self._kept)
+        self.table = np.array([*counts, 0, first, 0, 0, 0, *others, 0, 0, 0, 0], np.int64)
         self.address = ctypes.cast(self.table.ctypes.data, ctypes.POINTER(ctypes.c_int64))
 
     def point_to(
-        self, query: torch.Tensor, cells: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+        self,
+        query: torch.Tensor,
+        cells: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        parts: Sequence[Any],
     ) -> None:
-        """Say where everything is."""
-        self.part_span.fill(-1)
+        """Say where everything is; `parts` are arrays like those of `_merge_parts`."""
         table = self.table
         table[0] = table[_FINISHED] = 0
+        table[_PARTS : _PARTS + len(parts)] = [each.ctypes.data for each in parts]
         table[_CELLS], table[_NUM_CELLS] = cells.data_ptr(), cells.numel()
         table[_QUERY], table[_OUT], table[_LSE] = (each.data_ptr() for each in (query, out, lse))
 
@@ -204,6 +210,8 @@ class Team:
         self._threads = threads
         self._start = _start_of_openmp()
         self._pool: ThreadPoolExecutor | None = None
+        self._scratch = np.empty(0, np.float32)
+        """For the parts of spans that are cut."""
 
     def run(
         self,
@@ -217,14 +225,20 @@ class Team:
 
         All are contiguous. Raises `MemoryError`.
         """
-        job.point_to(query, cells, out, lse)
+        spans = np.full(2 * job.shares, -1, np.int64)
+        sizes = [len(spans) * job.states * each for each in (job.value_dim, 1)]
+        if sum(sizes) > len(self._scratch):
+            self._scratch = np.empty(sum(sizes), np.float32)
+        ends = sizes[0], sum(sizes)
+        parts = self._scratch[: ends[0]], self._scratch[ends[0] : ends[1]]
+        job.point_to(query, cells, out, lse, [spans, *parts])
         self._share((query.dtype, cells.dtype), job)
         if job.table[_FINISHED] != job.shares:  # compiled code cannot raise through OpenMP
             raise MemoryError("attention ran out of memory for its sums")
         if job.shares > 1:
-            spans, into = job.part_span.reshape(-1), (out.view(-1).numpy(), lse.view(-1).numpy())
-            parts = (each.reshape(len(spans), -1) for each in (job.part_out, job.part_lse))
-            _merge_parts(job.spans, job.heads, job.value_dim, spans, *parts, *into)
+            into = out.view(-1).numpy(), lse.view(-1).numpy()
+            shaped = (each.reshape(len(spans), -1) for each in parts)
+            _merge_parts(job.spans, job.heads, job.value_dim, spans, *shaped, *into)
 
     def _share(self, types: tuple[torch.dtype, torch.dtype], job: Job) -> None:
         threads = min(self._threads, job.shares)

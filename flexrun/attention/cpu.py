@@ -75,7 +75,7 @@ class CpuAttention(AttentionBackend):
         sizes = kv_heads, heads // kv_heads, page_tokens, dim, pool.values.shape[-1]
         window, chunk = options.sliding_window or 0, options.chunk or 0
         masks = window, chunk, options.softcap or 0.0, options.scaling
-        key = "job", sizes, masks, rows
+        key = "job", sizes, masks, rows, self._threads
         if key not in spans.memo:
             table, pages, indices = _as_arrays(spans)
             worth = len(pages) * pool.raw[0].nbytes // SHARE_BYTES

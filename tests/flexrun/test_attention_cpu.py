@@ -249,6 +249,36 @@ def test_shares_are_put_together(monkeypatch, openmp, threads):
     many.close()
 
 
+def test_what_is_prepared_once_serves_all_layers(monkeypatch):
+    """Calls with the same pages differ in pools, queries and memory for their results."""
+    monkeypatch.setattr("flexrun.attention.cpu.SHARE_BYTES", 1)
+    draw = random.Random(11)
+    layout = Layout(draw, Shape(2, 32, 32), torch.float32, pools=1, longest=200)
+    group, options = layout.group(None), random_options(draw, 32)
+    assert group is not None
+    spans = group.paged()
+    assert spans is not None
+    many, one = CpuAttention(threads=3), CpuAttention(threads=1)
+    other = torch.randn(layout.whole.raw.shape, generator=torch.Generator().manual_seed(1))
+    layers = [layout.whole, PagedKV.of(other.view(-1), layout.shape, layout.page_tokens)]
+    for pool in (*layers, *layers):
+        query = random_query(draw, 6, layout, 32)
+        into = torch.full((layout.rows, 6, 32), torch.nan), torch.full((layout.rows, 6), torch.nan)
+        out, lse = many.attend(query, spans, pool, options, into)
+        fresh = layout.group(None)
+        assert fresh is not None
+        again = fresh.paged()
+        assert again is not None
+        expected, sums = one.attend(query, again, pool, options)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(lse, sums, rtol=1e-5, atol=2e-6)
+    one.attend(query, spans, pool, options)
+    jobs = [each for each in spans.memo.values() if isinstance(each, team.Job)]
+    assert [job.shares > 1 for job in jobs] == [True, False]  # one for each number of threads
+    one.close()
+    many.close()
+
+
 def test_sinks_take_their_share(backend):
     """A sink's logit counts once, whatever the number of parts."""
     draw = random.Random(5)

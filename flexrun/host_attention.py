@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 MEASURED_BYTES = 256 << 20
-"""Many times what caches hold: of twice as much a part would still come from there."""
+"""Far more than caches hold: of twice as much a part still comes from there."""
 MEASURED_ROWS = 16
 
 
@@ -177,13 +177,10 @@ class HostAttention:
         device and has to be waited for.
         """
         query, key, value = _pieces(there, shapes)
-        if rows := len(group.rows):
-            if rows < len(key):
-                key, value = key[group.rows], value[group.rows]
-                new = pool.pack(key, value)
-            else:
-                new = there[query.numel() :] if pool.alike else pool.pack(key, value)
-            pool.store(group.slots, new)
+        if len(group.rows) == len(key) and pool.alike:
+            pool.store(group.slots, there[query.numel() :])  # as `pack` would have it
+        elif len(group.rows):
+            pool.store(group.slots, pool.pack(key[group.rows], value[group.rows]))
         spans = group.paged()
         assert spans is not None
         split = math.prod(shapes[0][:2]) * shapes[2][2]

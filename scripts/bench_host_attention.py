@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from bench_links import header, markdown
-from make_random_model import Shape, config_of, write_json, write_weights
+from make_random_model import Shape, write_model
 
 from flexrun import LLM, SamplingParams
 from flexrun.engine import Engine
@@ -86,8 +86,7 @@ def run(model: Path, given: argparse.Namespace, way: str) -> Run:
         next_sweep = scheduler.next_sweep
         scheduler.next_sweep = lambda _=None: plans.append(next_sweep()) or plans[-1]  # type: ignore
         params = SamplingParams(temperature=0, max_tokens=given.sweeps + LEFT_OUT, ignore_eos=True)
-        if way in ("on host", "auto"):  # pages are memory when first written
-            llm.generate(prompts, params, use_tqdm=False)
+        llm.generate(prompts, params, use_tqdm=False)  # pages are memory when first written
         first = len(plans)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         page = runtime.policy.page_tokens
@@ -219,9 +218,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory)
-        write_json(model / "config.json", config_of(shape, "float32"))
-        write_json(model / "generation_config.json", {"do_sample": False})
-        write_weights(model, shape, "float32", given.seed)
+        write_model(model, shape, "float32", given.seed)
         report = header("host attention", model) | measure(model, given)
     print(show(report))
     print(json.dumps(report))

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from bench_links import Flow, Sample, drop_caches, header, markdown, run_together
-from make_random_model import Shape, config_of, write_json, write_weights
+from make_random_model import Shape, write_model
 
 from flexrun import LLM, FlexrunError, SamplingParams
 from flexrun.engine import Engine
@@ -494,9 +494,7 @@ def make_model(directory: Path, given: argparse.Namespace) -> int:
     hidden, heads = given.hidden, max(4, given.hidden // 64)
     shape = Shape(given.layers, hidden, heads, heads // 4, hidden * 11 // 4, 1024, 8192)
     directory.mkdir(parents=True)
-    write_json(directory / "config.json", config_of(shape, "float32"))
-    write_json(directory / "generation_config.json", {"do_sample": False})
-    write_weights(directory, shape, "float32", seed=0)
+    write_model(directory, shape, "float32", 0)
     return sum(path.stat().st_size for path in directory.iterdir())
 
 

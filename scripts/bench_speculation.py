@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from bench_links import header, markdown
-from make_random_model import Shape, config_of, write_json, write_weights
+from make_random_model import Shape, write_model
 
 from flexrun import LLM, SamplingParams
 from flexrun.engine import Engine
@@ -133,9 +133,7 @@ def main() -> None:
     shape = Shape(given.layers, given.hidden, 12, 12, 2 * given.hidden, given.vocab, 8192)
     with tempfile.TemporaryDirectory() as directory:
         model = Path(directory)
-        write_json(model / "config.json", config_of(shape, "float32"))
-        write_json(model / "generation_config.json", {"do_sample": False})
-        write_weights(model, shape, "float32", given.seed)
+        write_model(model, shape, "float32", given.seed)
         report = header("speculation", model) | measure(model, given)
     print(show(report))
     print(json.dumps(report))

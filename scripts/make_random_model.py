@@ -210,6 +210,13 @@ def already_there(directory: Path, stamp: dict[str, Any]) -> bool:
     raise ModelError(f"{directory} {what}\nhint: name another directory, or remove it")
 
 
+def write_model(directory: Path, shape: Shape, dtype: str, seed: int) -> None:
+    """Write all files of a model into an existing directory."""
+    write_json(directory / "config.json", config_of(shape, dtype))
+    write_json(directory / "generation_config.json", {"do_sample": False})
+    write_weights(directory, shape, dtype, seed)
+
+
 def make_model(size: str, directory: Path, seed: int, dtype: str, tokenizer: Path | None) -> bool:
     """Writes the model unless it is there. Raises `ModelError`; returns whether it wrote."""
     stamp = {"size": size, "seed": seed, "dtype": dtype}
@@ -228,11 +235,9 @@ def make_model(size: str, directory: Path, seed: int, dtype: str, tokenizer: Pat
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=parent))
     try:
         temporary.chmod(0o755)
-        write_json(temporary / "config.json", config_of(shape, dtype))
-        write_json(temporary / "generation_config.json", {"do_sample": False})
+        write_model(temporary, shape, dtype, seed)
         if tokenizer is not None:
             copy_tokenizer(tokenizer, temporary)
-        write_weights(temporary, shape, dtype, seed)
         write_json(temporary / STAMP, stamp)
         temporary.rename(directory)
     finally:

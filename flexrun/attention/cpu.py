@@ -94,10 +94,9 @@ class CpuAttention(AttentionBackend):
 def _as_queries(query: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """Of the type and in the order that the kernel multiplies with; query [n, H, D]."""
     if stored != torch.bfloat16:
-        plain = query if query.dtype == torch.float32 else query.float()
-        return plain if plain.is_contiguous() else plain.contiguous()
+        return (query if query.dtype == torch.float32 else query.float()).contiguous()
     if query.dtype == torch.bfloat16 and MULTIPLIES_PAIRS:
-        return query if query.is_contiguous() else query.contiguous()
+        return query.contiguous()
     whole = query.shape[-1] // (2 * LANES) * (2 * LANES)
     split = torch.empty(query.shape, dtype=torch.float32)
     pairs = query[..., :whole].unflatten(-1, (-1, LANES, 2))

@@ -60,10 +60,10 @@ class Job:
         """`most_rows`: of one span."""
         self.spans, self.shares = spans, shares
         self.heads, self.value_dim = sizes[0] * sizes[1], sizes[4]
-        states = most_rows * self.heads
-        self.states = states
+        self.states = most_rows * self.heads
         """Of one part."""
-        counts = [0, shares, *sizes, *masks[:2], len(spans) - 1, len(pages), states, rows, 0]
+        numbers = len(spans) - 1, len(pages), self.states, rows
+        counts = [0, shares, *sizes, *masks[:2], *numbers, 0]
         factors = np.array(masks[2:], np.float32)
         self._kept = [factors, spans, pages, indices]  # the table has addresses only
         first, *others = (each.ctypes.data for each in self._kept)
@@ -226,11 +226,11 @@ class Team:
         All are contiguous. Raises `MemoryError`.
         """
         spans = np.full(2 * job.shares, -1, np.int64)
-        sizes = [len(spans) * job.states * each for each in (job.value_dim, 1)]
-        if sum(sizes) > len(self._scratch):
-            self._scratch = np.empty(sum(sizes), np.float32)
-        ends = sizes[0], sum(sizes)
-        parts = self._scratch[: ends[0]], self._scratch[ends[0] : ends[1]]
+        states = len(spans) * job.states
+        split, end = states * job.value_dim, states * (job.value_dim + 1)
+        if end > len(self._scratch):
+            self._scratch = np.empty(end, np.float32)
+        parts = self._scratch[:split], self._scratch[split:end]
         job.point_to(query, cells, out, lse, [spans, *parts])
         self._share((query.dtype, cells.dtype), job)
         if job.table[_FINISHED] != job.shares:  # compiled code cannot raise through OpenMP

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ from policy_search.cost_model import free_rows, swapping_is_cheaper, weight_seco
 from policy_search.hardware import Hardware
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from flexrun.scheduler import BatchScheduler
     from offload.backend import DeviceBackend
@@ -31,7 +31,7 @@ _ROWS = {"cpu": 256}
 _MANY_ROWS = 2048
 _REPEATS = 5
 _REMEMBERED = 5
-"""Sweeps that say how long a row takes; few, so that the first ones are soon forgotten."""
+"""Sweeps that say how long rows and weights take; few, so that the first are soon forgotten."""
 
 
 def measured_flops(
@@ -80,6 +80,13 @@ def measured_hardware(
     )
 
 
+class _Busy(NamedTuple):
+    """Seconds up to the end of a sweep."""
+
+    computed: float
+    arriving: Sequence[float]
+
+
 class RowBudget:
     """The rows of a sweep that are free: as planned at first, then as measured."""
 
@@ -100,18 +107,29 @@ class RowBudget:
         self._seconds = seconds
         self._prompts = prompts
         self._guess = guess
-        self._computed = 0.0
+        self._before = _Busy(0.0, ())
+        self._arriving: deque[float] = deque(maxlen=_REMEMBERED)
+        """Seconds of the busiest link, in the last sweeps."""
         self._of_one: deque[float] = deque(maxlen=_REMEMBERED)
         """Seconds of a row, in the last sweeps that had about as many rows."""
         self._set(int(planned))
 
-    def learn(self, rows: int, computed: float) -> None:
-        """A sweep of `rows` is over, after `computed` seconds of compute in all sweeps."""
-        seconds, self._computed = computed - self._computed, computed
+    def learn(self, rows: int, computed: float, arriving: Sequence[float]) -> None:
+        """A sweep of `rows` is over.
+
+        `computed` and `arriving`: seconds in all sweeps so far in which the device computed, and in
+        which each of the links was busy that weights come over. A disk that reads while the
+        processor computes is slower than one that is measured alone.
+        """
+        before, self._before = self._before, _Busy(computed, arriving)
+        seconds = computed - before.computed
+        links = zip(arriving, before.arriving or [0.0] * len(arriving))
+        self._arriving.append(max((now - then for now, then in links), default=0.0))
         if seconds > 0 and rows >= min(self.rows, self._scheduler.max_rows) // 2:
             self._of_one.append(seconds / rows)
         if len(self._of_one) == _REMEMBERED:
-            self._set(int(self._seconds / statistics.median(self._of_one)))
+            arrived = statistics.median(self._arriving) or self._seconds
+            self._set(int(arrived / statistics.median(self._of_one)))
 
     def _set(self, rows: int) -> None:
         self.rows = max(1, rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -11,28 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexrun.paused_forward import AttentionOptions
-from offload.kv_hosted import hosted_rows
-from offload.kv_moves import SpanPages
+from flexrun.attention_speed import MEASURED_BYTES, measured_speed
 from offload.links import HostWork, Link
 from offload.paged_kv import PagedKV
-from offload.tiers import TURNS, Tier
+from offload.tiers import HOSTED_TURNS, Tier
 from offload.transfer import URGENT
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flexrun.attention.cpu import CpuAttention
     from flexrun.attention.state import Rows
+    from flexrun.attention_speed import AttentionSpeed
     from flexrun.model_trace import AttentionShape
+    from flexrun.paused_forward import AttentionOptions
     from offload.backend import DeviceBackend
     from offload.kv_cache import KVCache
     from offload.kv_layout import KVGroup
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
-
-
-MEASURED_BYTES = 256 << 20
-"""Far more than caches hold: of twice as much a part still comes from there."""
-MEASURED_ROWS = 16
 
 
 @dataclass(slots=True)
@@ -78,7 +74,7 @@ class HostAttention:
     ) -> None:
         """For micro-batches of `most_rows` rows that are hosted; `row_bytes` of memory for each.
 
-        What a layer that has broken off holds on the device is charged here, too.
+        What layers that have broken off hold on the device is charged here, too.
         """
         self._attention = attention
         self._kv = kv_cache
@@ -87,13 +83,13 @@ class HostAttention:
         self._turns: list[_Turn] = []
         self._number = 0
         self._homes: list[tuple[Tier, torch.Tensor]] = []
-        what = "a layer that waits for attention on HOST"
+        what = "layers that wait for attention on HOST"
         backend.account.charge(Tier.DEVICE, broken_off_bytes, what)
         self._charged = broken_off_bytes
         back = most_rows * row_bytes[Tier.DEVICE]
         there = most_rows * row_bytes[Tier.HOST] - back
         try:
-            for _ in range(TURNS):
+            for _ in range(HOSTED_TURNS):
                 self._turns.append(
                     _Turn(
                         self._allocate(Tier.HOST, there),
@@ -126,7 +122,7 @@ class HostAttention:
         hosted = self._kv.hosted(number)
         if hosted is None:
             return None
-        turn = self._turns[self._number % TURNS]
+        turn = self._turns[self._number % HOSTED_TURNS]
         self._number += 1
         sent, shapes = _in_one_piece(hosted.rows, query, key, value)
         there = turn.there[: sent.nbytes].view(sent.dtype)
@@ -187,8 +183,10 @@ class HostAttention:
         into = result[:split], result[split:]
         self._attention.attend(query.transpose(0, 1), spans, pool, options, into)
 
-    def measure(self, shape: AttentionShape) -> float:
-        """Bytes of pages per second that the processor attends to, in layers of `shape`."""
+    def measure(
+        self, shape: AttentionShape, compute: Callable[[], object] | None
+    ) -> AttentionSpeed:
+        """Of layers of `shape`; `compute`: see `measured_speed`."""
         pool, home = self._kv.host_pool(0), None
         if Tier.HOST in self._backend.lazy:  # reading what was never written tells nothing
             room = self._backend.account.available(Tier.HOST)
@@ -197,33 +195,10 @@ class HostAttention:
             page_tokens = pool.keys.shape[2]
             pool = PagedKV.of(home.fill_(1).view(pool.raw.dtype), shape, page_tokens)
         try:
-            return self._speed(pool, shape)
+            return measured_speed(self._attention, pool, shape, compute)
         finally:
             if home is not None:
                 self._backend.free(Tier.HOST, home)
-
-    def _speed(self, pool: PagedKV, shape: AttentionShape) -> float:
-        page_tokens, page_bytes = pool.keys.shape[2], pool.raw[0].nbytes
-        pages = min(len(pool.raw), max(1, MEASURED_BYTES // page_bytes))
-        numbers = [range(pages)[row::MEASURED_ROWS] for row in range(min(MEASURED_ROWS, pages))]
-        spans = [
-            SpanPages(
-                row, len(mine) * page_tokens - 1, len(mine) * page_tokens, mine, range(len(mine))
-            )
-            for row, mine in enumerate(numbers)
-        ]
-        hosted = hosted_rows(spans, page_tokens, torch.device("cpu"))
-        assert hosted is not None
-        table = hosted.group.paged()
-        assert table is not None
-        query = torch.ones(shape.query_heads, len(spans), shape.key_dim, dtype=pool.raw.dtype)
-        options = AttentionOptions(scaling=shape.key_dim**-0.5)
-        seconds = []
-        for _ in range(4):  # the first one compiles, or loads what was compiled
-            start = time.perf_counter()
-            self._attention.attend(query, table, pool, options)
-            seconds.append(time.perf_counter() - start)
-        return pages * page_bytes / sorted(seconds[1:])[1]
 
     def waits_for(self, pending: Pending) -> list[Transfer]:
         """What has to arrive before `receive`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ class WaitingQueue:
         """In the order in which they leave."""
         yield from self._front
         yield from (progress for _, _, progress in sorted(self._heap))
+
+    def first(self, count: int) -> list[Progress]:
+        """About those that leave next, at most `count`."""
+        front = list(islice(self._front, count))
+        # The first of a heap are among its smallest; finding the smallest takes a look at all.
+        return front + [each for *_, each in self._heap[: count - len(front)]]
 
     def add(self, progress: Progress) -> None:
         """Behind all that go before it in the order."""

@@ -210,7 +210,8 @@ class Runtime:
             ) from error
         self.weights.store.check_files()  # before anything that was read from them counts
         if self._budget is not None:
-            self._budget.learn(plan.rows, self.timeline.busy_seconds(COMPUTE))
+            links = [self.timeline.busy_seconds(str(link)) for link in self.raw_speeds]
+            self._budget.learn(plan.rows, self.timeline.busy_seconds(COMPUTE), links)
         return chosen
 
     def _types(self) -> str:

@@ -183,6 +183,15 @@ class BatchScheduler:
         """Sequences that may join."""
         return self.max_sequences - len(self.running)
 
+    def prompt_rows(self) -> int:
+        """Of prompts that have a place, or that there are places for: about so many."""
+        rows, common = 0, dict[int, int]()
+        for each in (*self.prompts.values(), *self.waiting.first(self.places)):
+            shared = max(0, each.shared - each.computed)
+            common[each.group] = min(shared, common.get(each.group, shared))
+            rows += each.pending - shared
+        return rows + sum(common.values())
+
     def pages_wanted(self, progress: Progress) -> int:
         """Pages that a sequence does not have yet, for what is kept free for it."""
         table = self.pools.tables.get(progress.sequence)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from offload.tiers import BROKEN_OFF
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -67,8 +69,8 @@ def zigzag(
     released once, however many micro-batches ride.
 
     With `breaks`, the host attends to a part of the pages: a layer of one micro-batch breaks off
-    there, and goes on when the next micro-batch has got as far. That one may be in the next layer
-    if `across`, as long as both layers' weights have room; else the break ends before it.
+    there, and goes on when the next `BROKEN_OFF` (or fewer) have got as far. These may be in the
+    next layer if `across`, as long as both layers' weights have room; else breaks end before it.
     """
     return _Sweep(layers, micro_batches, depth, warm, last, breaks, across).steps()
 
@@ -94,7 +96,7 @@ class _Sweep:
             unit, batch = here
             if batch == 0:
                 while begun and not self.across:
-                    yield from self._finish(*begun.pop())
+                    yield from self._finish(*begun.pop(0))
                 yield Step(Action.BIND, unit)
             if here == walk[0]:
                 yield Step(Action.FETCH_KV, *here)
@@ -123,7 +125,9 @@ class _Sweep:
         if layer:
             yield Step(Action.STORE_KV, *here)
         begun.append(here)
-        while len(begun) > int(self.breaks and self.micro_batches > 1 and layer):
+        # A micro-batch begins a layer when it has finished the one before.
+        waiting = min(BROKEN_OFF, self.micro_batches - 1) if self.breaks and layer else 0
+        while len(begun) > waiting:
             yield from self._finish(*begun.pop(0))
         if more and self.breaks:
             yield Step(Action.FETCH, *ahead)

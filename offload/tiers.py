@@ -36,8 +36,13 @@ REQUEST_BYTES = 4 * 2**20
 STAGING_BUFFERS = 8
 """Buffers of at most one request each that bytes pass through from disk to a separate device."""
 TURNS = 2
-"""Micro-batches whose KV pages are in staging, or whose rows attend on HOST: the one that computes,
-and the next."""
+"""Micro-batches whose KV pages are in staging: the one that computes, and the next."""
+BROKEN_OFF = 2
+"""Micro-batches that wait inside a layer for attention on HOST while another one computes: HOST
+attends to one of them and has the next one's queries when it is done. With one, it would wait for
+these each time that the device takes about as long as HOST."""
+HOSTED_TURNS = BROKEN_OFF + 1
+"""Micro-batches whose rows attend on HOST."""
 LEAVING_BATCHES = 6
 """Micro-batches whose new keys and values of one layer may be on their way from device to HOST: so
 many that neither has to wait for the other where the link and compute take the same time."""

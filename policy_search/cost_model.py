@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,11 @@ class SweepWork:
     host_kv: int
     """Bytes of keys and values on HOST that running sequences attend to."""
     compute: float = 0.0
-    """Seconds of everything else on the device."""
+    """Seconds of everything else on the device, in all layers."""
+    around: float = 0.0
+    """Seconds of the device before the first layer and after the last one: nobody attends then."""
+    stages: float = math.inf
+    """Layers times micro-batches: the equal parts that the work consists of."""
 
 
 def busy_seconds(work: SweepWork, hardware: Hardware, host_share: float) -> dict[str, float]:
@@ -31,13 +36,23 @@ def busy_seconds(work: SweepWork, hardware: Hardware, host_share: float) -> dict
     return {
         "host->device": moved / hardware.host_to_device,
         "host attention": host_share * work.host_kv / hardware.host_attention,
-        "compute": work.compute,
+        "compute": work.compute + work.around,
     }
 
 
 def sweep_seconds(work: SweepWork, hardware: Hardware, host_share: float) -> float:
-    """Of a sweep in which every resource is always busy that has something to do."""
-    return max(busy_seconds(work, hardware, host_share).values())
+    """Of a sweep in which a resource is busy whenever it has something to do.
+
+    The busiest one waits for the others' parts of the first stage before it begins, and they go on
+    with those of the last one when it has ended: a pipeline's filling and draining.
+    """
+    busy = busy_seconds(work, hardware, host_share)
+    link, in_layers = busy["host->device"], (busy["host attention"], work.compute)
+    # While both work, each does 1 - contention of a second's work in a second.
+    shorter, longer = sorted(in_layers)
+    beside = longer + shorter * hardware.contention / (1 - hardware.contention)
+    filling = (sum((link, *in_layers)) - max(link, *in_layers)) / work.stages
+    return max(link, beside + work.around) + filling
 
 
 def best_host_share(work: SweepWork, hardware: Hardware) -> float:

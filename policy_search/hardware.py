@@ -14,6 +14,9 @@ class Hardware:
     """Of copies from pinned RAM to the device."""
     host_attention: float = math.inf
     """Bytes of keys and values in RAM that the processor attends to, a row for each sequence."""
+    contention: float = 0.0
+    """Part of their speed that this attention and the device's compute lose while both work: where
+    the device is emulated they share memory and caches."""
     disk_read: float = math.inf
     """Bytes of weights that arrive from disk."""
     swap: float = math.inf

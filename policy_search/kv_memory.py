@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 from offload.disk_layout import kv_file_layout
 from offload.errors import CapacityError
-from offload.tiers import BUDGET_FLAG, DISK_BLOCK, LEAVING_BATCHES, TURNS, Tier, format_size
+from offload.tiers import (
+    BROKEN_OFF,
+    BUDGET_FLAG,
+    DISK_BLOCK,
+    HOSTED_TURNS,
+    LEAVING_BATCHES,
+    Tier,
+    format_size,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -78,7 +86,8 @@ def _hosted_working(shape: ModelShape, policy: Policy, unified: bool) -> dict[Ti
     rows = hosted_rows(policy, unified=unified)
     if not rows:
         return {Tier.DEVICE: 0, Tier.HOST: 0}
-    working = {tier: TURNS * rows * nbytes for tier, nbytes in hosted_row_bytes(shape).items()}
+    row_bytes = hosted_row_bytes(shape)
+    working = {tier: HOSTED_TURNS * rows * nbytes for tier, nbytes in row_bytes.items()}
     working[Tier.DEVICE] += broken_off_bytes(shape, policy)
     return working
 
@@ -98,11 +107,11 @@ def hosted_row_bytes(shape: ModelShape) -> dict[Tier, int]:
 
 
 def broken_off_bytes(shape: ModelShape, policy: Policy) -> int:
-    """On DEVICE while a micro-batch waits inside attention: its rows' queries, keys and values,
-    what they send to HOST, and results in float32, its own and those that came back.
+    """On DEVICE while micro-batches wait inside attention: their rows' queries, keys and values,
+    what they send to HOST, and results in float32, their own and those that came back.
     """
     there = shape.query_values * shape.value_bytes + max(shape.kv_bytes_per_token)
-    return policy.micro_batch_rows * (2 * there + 2 * 4 * shape.output_values)
+    return BROKEN_OFF * policy.micro_batch_rows * (2 * there + 2 * 4 * shape.output_values)
 
 
 def leaving_rows_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> int:

@@ -9,6 +9,7 @@ from offload.disk_layout import DiskPlace, lay_out
 from offload.errors import CapacityError
 from offload.placement import place
 from offload.tiers import (
+    BROKEN_OFF,
     BUDGET_FLAG,
     CACHE_LINE,
     DISK_BLOCK,
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from policy_search.model_shape import ModelShape
 
 SHARE_OF_ROWS, MOST_DEFAULT_ROWS = 0.02, 8192
-IN_MOTION = 4
+IN_MOTION = BROKEN_OFF + 3
 """Micro-batches whose activations are on DEVICE although they live on HOST: the one that computes,
-the next one, and those on their way out."""
+those that have broken off or the next one, and two on their way out."""
 
 
 @dataclass(frozen=True, slots=True)

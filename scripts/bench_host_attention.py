@@ -1,11 +1,11 @@
 """What attention on HOST is worth: KV pages that stay where they are against pages that move.
 
 On the emulated device, whose link from HOST has a stated speed, a random Llama with much KV cache
-decodes in three ways: its pages on the device (which says what compute alone takes), on HOST and
-moved to the device, on HOST and attended to there; and as `auto` splits them. Each is held against
-what the cost model predicts from the link's speed and from the speeds of compute and of the
-processor's attention, measured alone. One thread computes and one attends, so that they have a core
-each. As with a GPU, what rows compute takes less than the processor's attention. The last line on
+decodes with its pages on HOST in three ways: moved to the device, attended to there, and as `auto`
+splits them. Each is held against what the cost model predicts: from the link's speed, from what the
+sequences compute with their pages on the device and with hardly any pages, from the speed of the
+processor's attention alone, and from what compute and attention lose while both work, for they
+share memory. One thread computes and one attends, so that they have a core each. The last line on
 stdout is one JSON object.
 """
 
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from bench_links import header, markdown
@@ -29,16 +30,21 @@ from flexrun.engine import Engine
 from offload.tiers import parse_size
 from offload.timeline import COMPUTE
 from policy_search.cost_model import SweepWork, best_host_share, sweep_seconds
-from policy_search.hardware import Hardware
+
+if TYPE_CHECKING:
+    from policy_search.hardware import Hardware
 
 LEAST_SHARE = 0.85
 """Target: of the predicted factor between moving pages and attending to them on HOST."""
 WAYS = {
+    "no pages": {"kv_cache": "device=100"},
     "on the device": {"kv_cache": "device=100"},
     "moved": {"kv_cache": "host=100", "attention": "device"},
     "on host": {"kv_cache": "host=100", "attention": "host"},
     "auto": {"kv_cache": "host=100", "attention": "auto"},
 }
+SHORT = 8
+"""Tokens of a prompt where there are to be hardly any pages."""
 LEFT_OUT = 2
 """Of the decode sweeps: the first, and the last."""
 
@@ -53,6 +59,8 @@ class Run:
     """Pages that a sweep's rows attend to."""
     overlap: float
     """Part of the processor's attention that runs while the device computes."""
+    around: float
+    """Seconds of a sweep before its first layer and after its last one."""
     hardware: Hardware | None
     tokens: list[tuple[int, ...]]
 
@@ -60,7 +68,8 @@ class Run:
 def run(model: Path, given: argparse.Namespace, way: str) -> Run:
     """Decode all sequences in one of the `WAYS`."""
     draw = random.Random(given.seed)
-    low, high = given.context // 2, given.context * 3 // 2
+    context = SHORT if way == "no pages" else given.context
+    low, high = context // 2, context * 3 // 2
     prompts = [
         {"prompt_token_ids": draw.choices(range(1, given.vocab), k=draw.randint(low, high))}
         for _ in range(given.sequences)
@@ -96,13 +105,29 @@ def run(model: Path, given: argparse.Namespace, way: str) -> Run:
             sum(-(-s.end // page) * page for b in plans[i].micro_batches for s in b.spans)
             for i in steady
         ]
+        seconds = statistics.median(engine._counters.sweep_seconds[i] for i in steady)
+        intervals = runtime.timeline.finish()
+        in_layers = statistics.median(spans_of_layers(intervals, given)[i] for i in steady)
         return Run(
-            statistics.median(engine._counters.sweep_seconds[i] for i in steady),
+            seconds,
             statistics.mean(decoded) * runtime.shape.kv_token_bytes,
-            overlap_of(runtime.timeline.finish()),
+            overlap_of(intervals),
+            seconds - in_layers,
             runtime._split.hardware,
             [output.outputs[0].token_ids for output in outputs],
         )
+
+
+def spans_of_layers(intervals: list[Any], given: argparse.Namespace) -> list[float]:
+    """Seconds of each sweep from its first layer's beginning to its last one's end."""
+    sweeps = [i.start for i in intervals if i.name == "start of micro-batch 0"]
+    spans = []
+    for begin, until in zip(sweeps, [*sweeps[1:], math.inf]):
+        mine = [i for i in intervals if i.row == COMPUTE and begin <= i.start < until]
+        first = min(i.start for i in mine if "unit 0," in i.name)
+        last = max(i.end for i in mine if f"unit {given.layers - 1}," in i.name)
+        spans.append(last - first)
+    return spans
 
 
 def overlap_of(intervals: list[Any]) -> float:
@@ -118,17 +143,18 @@ def overlap_of(intervals: list[Any]) -> float:
     return both / total if total else 0.0
 
 
-def predicted(runs: dict[str, Run], link: float) -> dict[str, float]:
+def predicted(runs: dict[str, Run], link: float, stages: int) -> dict[str, float]:
     """Seconds of a sweep in each way, by the cost model."""
-    alone, hardware = runs["on the device"].seconds, runs["auto"].hardware
+    around = runs["no pages"].around
+    rest, alone = (runs[way].seconds - around for way in ("no pages", "on the device"))
+    hardware = runs["auto"].hardware
     assert hardware is not None
-    hardware = Hardware(host_to_device=link, host_attention=hardware.host_attention)
+    hardware = replace(hardware, host_to_device=link)
     kv = round(runs["moved"].kv_bytes)
-    rest = max(0.0, alone - kv / hardware.host_attention)  # compute without its attention
-    moved = SweepWork(weights=0, host_kv=kv, compute=alone)
-    there = SweepWork(weights=0, host_kv=kv, compute=rest)
+    sweep = SweepWork(weights=0, host_kv=kv, around=around, stages=stages)
+    moved, there = replace(sweep, compute=alone), replace(sweep, compute=rest)
     share = best_host_share(there, hardware)
-    mixed = SweepWork(weights=0, host_kv=kv, compute=rest + (1 - share) * (alone - rest))
+    mixed = replace(sweep, compute=rest + (1 - share) * (alone - rest))
     return {
         "moved": sweep_seconds(moved, hardware, 0.0),
         "on host": sweep_seconds(there, hardware, 1.0),
@@ -141,7 +167,7 @@ def measure(model: Path, given: argparse.Namespace) -> dict[str, Any]:
     pairs = []
     for _ in range(given.repeats):
         runs = {way: run(model, given, way) for way in WAYS}
-        foreseen = predicted(runs, parse_size(given.link))
+        foreseen = predicted(runs, parse_size(given.link), given.layers * given.micro_batches)
         hardware = runs["auto"].hardware
         assert hardware is not None
         pairs.append({
@@ -151,8 +177,9 @@ def measure(model: Path, given: argparse.Namespace) -> dict[str, Any]:
             "predicted_factor": {w: foreseen["moved"] / foreseen[w] for w in ("on host", "auto")},
             "kv_bytes": runs["moved"].kv_bytes,
             "attention_gb_per_s": hardware.host_attention / 1e9,
+            "contention": hardware.contention,
             "overlap": runs["on host"].overlap,
-            "identical": len({str(each.tokens) for each in runs.values()}) == 1,
+            "identical": len({str(runs[way].tokens) for way in WAYS if way != "no pages"}) == 1,
         })  # fmt: skip
     share = {
         way: statistics.median(p["factor"][way] / p["predicted_factor"][way] for p in pairs)
@@ -182,8 +209,8 @@ def show(report: dict[str, Any]) -> str:
         markdown(names, rows),
         "",
         f"{pair['kv_bytes'] / 1e6:.0f} MB of pages a sweep, a link of {report['link']}/s, "
-        f"attention at {pair['attention_gb_per_s']:.1f} GB/s; "
-        f"{overlap:.0%} of it while the device computes",
+        f"attention at {pair['attention_gb_per_s']:.1f} GB/s, of which it and compute lose "
+        f"{pair['contention']:.0%} while both work; {overlap:.0%} of it while the device computes",
         f"factor reached over factor predicted: {report['share']['on host']:.2f} "
         f"(target {LEAST_SHARE}), auto {report['share']['auto']:.2f}",
     ])  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 from flexrun import LLM, kv_setup
 from offload.pages import PagePools
-from offload.tiers import TURNS, Split, Tier
+from offload.tiers import HOSTED_TURNS, Split, Tier
 from policy_search.kv_memory import broken_off_bytes, hosted_row_bytes, hosted_rows
 from policy_search.memory import workspace
 from policy_search.policy import Policy
@@ -65,7 +65,7 @@ class Tiny:
     def hosted(self, **batch: int) -> int:
         """DEVICE bytes of rows that attend to pages on HOST there."""
         policy = Policy(kv_cache=Split(host=100), **batch)  # type: ignore[arg-type]
-        rows = TURNS * hosted_rows(policy, unified=False)
+        rows = HOSTED_TURNS * hosted_rows(policy, unified=False)
         there = hosted_row_bytes(self.shape)[Tier.DEVICE]
         return rows * there + broken_off_bytes(self.shape, policy)
 

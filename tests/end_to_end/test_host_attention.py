@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from flexrun import LLM
 from flexrun.attention.cpu import CpuAttention
+from flexrun.attention_speed import AttentionSpeed
 from flexrun.plan import RowSpan
 from tests.backends import make_copies_late
 from tests.end_to_end.harness import Run, engine_of, generate, run
@@ -114,7 +115,8 @@ def test_bytes_are_those_of_rows_not_of_pages(tiny_llama_dir):
 
 def test_auto_splits_pages_between_two_that_are_as_fast(tiny_llama_dir, reference, monkeypatch):
     """A processor that attends at the link's speed gets half of the pages."""
-    monkeypatch.setattr("flexrun.host_attention.HostAttention.measure", lambda *_: 5e7)
+    speed = AttentionSpeed(5e7, contention=0.0)
+    monkeypatch.setattr("flexrun.host_attention.HostAttention.measure", lambda *_: speed)
     more = {"weights": "device=100", "emulate": "host-to-device=50MB/s"}
     with LLM(tiny_llama_dir, **settings("host=100", "auto", **more)) as llm:
         split = engine_of(llm)._runtime._split

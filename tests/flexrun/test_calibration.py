@@ -22,10 +22,21 @@ def test_rows_that_take_longer_than_planned_are_fewer():
     scheduler, total = make_scheduler(), 0.0
     budget = RowBudget(scheduler, 1.0, 200, prompts=True, guess=True)
     assert (scheduler.free_rows, scheduler.speculation.most_rows) == (200, 200)
-    for _ in range(20):
+    for sweep in range(20):
         total += budget.rows * 0.01
-        budget.learn(budget.rows, total)
+        budget.learn(budget.rows, total, [sweep + 1.0])
     assert budget.rows == pytest.approx(100, abs=1)
+    assert (scheduler.free_rows, scheduler.speculation.most_rows) == (budget.rows, budget.rows)
+
+
+def test_weights_that_take_longer_than_planned_leave_more_rows_free():
+    """The slower of two links takes two seconds and not one: twice as many rows are free."""
+    scheduler, computed = make_scheduler(), 0.0
+    budget = RowBudget(scheduler, 1.0, 100, prompts=True, guess=True)
+    for sweep in range(1, 12):
+        computed += budget.rows * 0.01
+        budget.learn(budget.rows, computed, [0.3 * sweep, 2.0 * sweep])
+    assert budget.rows == pytest.approx(200, abs=1)
     assert (scheduler.free_rows, scheduler.speculation.most_rows) == (budget.rows, budget.rows)
 
 
@@ -34,7 +45,7 @@ def test_small_sweeps_say_nothing_about_full_ones():
     scheduler = make_scheduler()
     budget = RowBudget(scheduler, 1.0, 200, prompts=True, guess=False)
     for sweep in range(20):
-        budget.learn(4, (sweep + 1) * 0.5)
+        budget.learn(4, (sweep + 1) * 0.5, [sweep + 1.0])
     assert budget.rows == 200
     assert scheduler.speculation.most_rows == 0
 
@@ -43,10 +54,10 @@ def test_one_slow_sweep_changes_little():
     """The first sweep compiles kernels: it takes a hundred times as long."""
     scheduler, total = make_scheduler(), 100.0
     budget = RowBudget(scheduler, 1.0, 100, prompts=False, guess=True)
-    budget.learn(100, total)
-    for _ in range(10):
+    budget.learn(100, total, [1.0])
+    for sweep in range(1, 11):
         total += budget.rows * 0.01
-        budget.learn(budget.rows, total)
+        budget.learn(budget.rows, total, [sweep + 1.0])
     assert budget.rows == pytest.approx(100, abs=1)
     assert scheduler.free_rows is None
 
@@ -55,9 +66,9 @@ def test_a_plan_beyond_what_a_sweep_may_have_is_corrected():
     """Planned for thousands of rows, sweeps of the most they may have tell better."""
     scheduler, total = make_scheduler(), 0.0
     budget = RowBudget(scheduler, 1.0, 5000, prompts=True, guess=True)
-    for _ in range(9):
+    for sweep in range(9):
         total += scheduler.max_rows * 0.01
-        budget.learn(scheduler.max_rows, total)
+        budget.learn(scheduler.max_rows, total, [sweep + 1.0])
     assert budget.rows == pytest.approx(100, abs=1)
 
 

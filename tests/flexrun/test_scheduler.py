@@ -547,6 +547,34 @@ def test_a_block_keeps_room_for_whole_lengths():
     assert (scheduler.preemption.count, sweeps) == (0, 16)
 
 
+def seconds_of(free_rows: int | None) -> float:
+    """Of a job whose weights take a second, in which 250 rows compute."""
+    scheduler, draw = make_scheduler(max_rows=4096, micro_batch_rows=4096), random.Random(0)
+    scheduler.free_rows = free_rows
+    left = {}
+    for number in range(200):
+        left[number] = draw.randint(1, 32)
+        scheduler.add(number, draw.randint(1, 800), 900)
+    seconds = 0.0
+    while (plan := scheduler.next_sweep()).spans:
+        seconds += max(1.0, plan.rows / 250)
+        for span in plan.spans:
+            left[span.sequence] -= span.wants_logits
+        commit(scheduler, plan, tuple(n for n, tokens in left.items() if not tokens))
+    return seconds
+
+
+def test_prompts_take_the_rows_that_are_free():
+    """Sweeps that take as long as their weights are the job's shortest way: its rows and a bit."""
+    assert seconds_of(250) < 0.85 * seconds_of(None)
+
+
+@pytest.mark.parametrize("free_rows", [1, 40, 150, 600])
+def test_prompts_do_not_wait_for_rows_that_never_are_free(free_rows):
+    """However wrong it is how many rows are free, places do not stay empty for it."""
+    assert seconds_of(free_rows) < 1.02 * seconds_of(None)
+
+
 @pytest.mark.parametrize("order", ["longest", "input"])
 def test_the_longest_go_first(order):
     """Who may generate most starts first, and with equal lengths, or if asked, who came first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,29 @@ def test_the_busiest_resource_takes_as_long_as_the_sweep() -> None:
     hardware = Hardware(host_to_device=1e9, host_attention=1e9)
     assert sweep_seconds(work, hardware, 0.0) == 3.0
     assert sweep_seconds(work, Hardware(host_to_device=1e8, host_attention=1e9), 1.0) == 10.0
+
+
+def test_what_compute_and_attention_take_from_each_other() -> None:
+    """By hand: of 2 s of attention and 4 of compute, each at 80 % while both work.
+
+    After 2.5 s attention is over, and compute has done 2 of its 4 seconds' work: 4.5 s in all.
+    """
+    work = SweepWork(weights=0, host_kv=2 * 10**9, compute=4.0)
+    hardware = Hardware(host_to_device=1e9, host_attention=1e9, contention=0.2)
+    assert sweep_seconds(work, hardware, 1.0) == pytest.approx(4.5)
+    assert sweep_seconds(work, hardware, 0.0) == 4.0  # the link does not compute
+
+
+def test_a_pipeline_is_filled_and_drained() -> None:
+    """By hand: ten stages of 0.1 s of the link, 0.2 of attention and 0.3 of compute.
+
+    The first stage's compute begins after 0.3 s; then one of 0.3 s follows the other.
+    """
+    work = SweepWork(weights=10**9, host_kv=2 * 10**9, compute=3.0, stages=10)
+    hardware = Hardware(host_to_device=1e9, host_attention=1e9)
+    assert sweep_seconds(work, hardware, 1.0) == pytest.approx(0.3 + 10 * 0.3)
+    longer = replace(work, around=0.5)
+    assert sweep_seconds(longer, hardware, 1.0) == pytest.approx(0.5 + 0.3 + 10 * 0.3)
 
 
 def test_a_split_that_saves_little_is_none() -> None:

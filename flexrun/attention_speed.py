@@ -1,0 +1,112 @@
+"""How fast the processor attends to pages: alone, and while the device computes."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from flexrun.paused_forward import AttentionOptions
+from offload.kv_hosted import hosted_rows
+from offload.kv_moves import SpanPages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flexrun.attention.cpu import CpuAttention
+    from flexrun.model_trace import AttentionShape
+    from offload.paged_kv import PagedKV
+
+MEASURED_BYTES = 256 << 20
+"""Far more than caches hold: of twice as much a part still comes from there."""
+_ROWS = 16
+_REPEATS = 3
+_WHILE_SECONDS = 0.4
+
+
+class AttentionSpeed(NamedTuple):
+    """What `measured_speed` finds."""
+
+    bytes_per_second: float
+    """Of pages, when nothing else runs."""
+    contention: float
+    """Part of their speed that attention and compute lose when both run; the mean of both."""
+
+
+def measured_speed(
+    attention: CpuAttention,
+    pool: PagedKV,
+    shape: AttentionShape,
+    compute: Callable[[], object] | None = None,
+) -> AttentionSpeed:
+    """Attend to `pool`, whose pages were all written, in layers of `shape`.
+
+    `compute` is a short piece of what the device does meanwhile, None if it has memory of its own.
+    """
+    nbytes, attend = _call(attention, pool, shape)
+    attend()  # the first one compiles, or loads what was compiled
+    alone = statistics.median(_seconds(attend) for _ in range(_REPEATS))
+    if compute is None:
+        return AttentionSpeed(nbytes / alone, 0.0)
+    compute()
+    computed = statistics.median(_for_a_while(compute))
+    beside, slower = _beside(attend, compute)
+    contention = 1 - (alone / beside + computed / slower) / 2
+    return AttentionSpeed(nbytes / alone, min(max(0.0, contention), 0.5))
+
+
+def _call(
+    attention: CpuAttention, pool: PagedKV, shape: AttentionShape
+) -> tuple[int, Callable[[], object]]:
+    """Bytes of pages, and a call that attends to them."""
+    page_tokens, page_bytes = pool.keys.shape[2], pool.raw[0].nbytes
+    pages = min(len(pool.raw), max(1, MEASURED_BYTES // page_bytes))
+    numbers = [range(pages)[row::_ROWS] for row in range(min(_ROWS, pages))]
+    spans = [
+        SpanPages(row, len(mine) * page_tokens - 1, len(mine) * page_tokens, mine, range(len(mine)))
+        for row, mine in enumerate(numbers)
+    ]
+    hosted = hosted_rows(spans, page_tokens, torch.device("cpu"))
+    assert hosted is not None
+    table = hosted.group.paged()
+    assert table is not None
+    query = torch.ones(shape.query_heads, len(spans), shape.key_dim, dtype=pool.raw.dtype)
+    options = AttentionOptions(scaling=shape.key_dim**-0.5)
+    return pages * page_bytes, partial(attention.attend, query, table, pool, options)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _for_a_while(call: Callable[[], object]) -> list[float]:
+    start, seconds = time.perf_counter(), [_seconds(call)]
+    while time.perf_counter() - start < _WHILE_SECONDS:
+        seconds.append(_seconds(call))
+    return seconds
+
+
+def _beside(attend: Callable[[], object], compute: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of both calls, each again and again in a thread of its own."""
+    over = threading.Event()
+    attended: list[float] = []
+
+    def keep_attending() -> None:
+        with torch.inference_mode():
+            while not over.is_set() or not attended:
+                attended.append(_seconds(attend))
+
+    thread = threading.Thread(target=keep_attending, name="flexrun measuring attention")
+    thread.start()
+    try:
+        computed = _for_a_while(compute)
+    finally:
+        over.set()
+        thread.join()
+    return statistics.median(attended), statistics.median(computed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -102,11 +103,11 @@ def _beside(attend: Callable[[], object], compute: Callable[[], object]) -> tupl
             while not over.is_set() or not attended:
                 attended.append(_seconds(attend))
 
-    thread = threading.Thread(target=keep_attending, name="flexrun measuring attention")
-    thread.start()
-    try:
-        computed = _for_a_while(compute)
-    finally:
-        over.set()
-        thread.join()
+    with ThreadPoolExecutor(1, "flexrun measuring attention") as thread:
+        attending = thread.submit(keep_attending)
+        try:
+            computed = _for_a_while(compute)
+        finally:
+            over.set()
+    attending.result()  # raises what went wrong there
     return statistics.median(attended), statistics.median(computed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +13,11 @@ from offload.tiers import Tier
 from policy_search.cost_model import SweepWork, best_host_share
 from policy_search.hardware import Hardware
 from policy_search.kv_memory import broken_off_bytes, hosted_row_bytes, hosted_rows
-from policy_search.memory import workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from flexrun.attention_speed import AttentionSpeed
     from flexrun.model_trace import AttentionShape
     from flexrun.scheduler import BatchScheduler
     from offload.backend import DeviceBackend
@@ -26,11 +25,6 @@ if TYPE_CHECKING:
     from offload.transfer_engine import TransferEngine
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
-
-
-PRODUCT_BYTES = 64 << 20
-"""Most of the matrix that is multiplied with while attention is measured."""
-PRODUCT_ROWS = 8
 
 
 class AttentionSplit:
@@ -49,7 +43,7 @@ class AttentionSplit:
         """`layer` stands for all of them when the processor's speed is measured."""
         self.host: HostAttention | None = None
         """None where no row attends on HOST."""
-        self._policy, self._shape, self._layer = policy, shape, layer
+        self._layer = layer
         self._kv = kv_cache
         self._scheduler = scheduler
         self._backend = backend
@@ -82,27 +76,16 @@ class AttentionSplit:
             return
         if link is None:
             link = raw_speeds(self._backend, self._kv.raw_copies())[Link.HOST_TO_DEVICE]
-        speed, contention = self.host.measure(self._layer, self._products())
-        self.hardware = Hardware(host_to_device=link, host_attention=speed, contention=contention)
+        speed = self.measured_speed().bytes_per_second
+        self.hardware = Hardware(host_to_device=link, host_attention=speed)
         self._streamed_bytes = streamed_bytes
         self._scheduler.cutter.rows_stay_on_host = speed >= link
         self._kv.attend_on_host(self._best_share)
 
-    def _products(self) -> Callable[[], object] | None:
-        """A product as those of few rows, if the device shares memory with the processor.
-
-        It fits into what is left of the device's budget and the sweeps' memory, not in use yet.
-        """
-        if self._backend.device.type != "cpu":
-            return None
-        room = self._backend.account.available(Tier.DEVICE)
-        most = min(PRODUCT_BYTES, self._shape.weight_bytes)
-        if room is not None:
-            most = min(most, room + workspace(self._shape, self._policy))
-        width, dtype = self._shape.hidden_size, self._kv.host_pool(0).raw.dtype
-        matrix = torch.ones(max(1, most // (width * dtype.itemsize)), width, dtype=dtype)
-        rows = torch.ones(PRODUCT_ROWS, width, dtype=dtype)
-        return partial(torch.nn.functional.linear, rows, matrix)
+    def measured_speed(self, compute: Callable[[], object] | None = None) -> AttentionSpeed:
+        """Of the processor's attention, also beside `compute`; only where rows attend on HOST."""
+        assert self.host is not None
+        return self.host.measure(self._layer, compute)
 
     def _best_share(self, kv_bytes: int) -> float:
         assert self.hardware is not None

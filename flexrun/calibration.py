@@ -109,10 +109,10 @@ class RowBudget:
         self._guess = guess
         self._before = _Busy(0.0, ())
         self._arriving: deque[float] = deque(maxlen=_REMEMBERED)
-        """Seconds of the busiest link, in the last sweeps."""
+        """Seconds of the busiest link, in the last sweeps that had about as many rows, …"""
         self._of_one: deque[float] = deque(maxlen=_REMEMBERED)
-        """Seconds of a row, in the last sweeps that had about as many rows."""
-        self._set(int(planned))
+        """… and of a row."""
+        self._set(int(planned), int(planned))
 
     def learn(self, rows: int, computed: float, arriving: Sequence[float]) -> None:
         """A sweep of `rows` is over.
@@ -124,17 +124,22 @@ class RowBudget:
         before, self._before = self._before, _Busy(computed, arriving)
         seconds = computed - before.computed
         links = zip(arriving, before.arriving or [0.0] * len(arriving))
-        self._arriving.append(max((now - then for now, then in links), default=0.0))
         if seconds > 0 and rows >= min(self.rows, self._scheduler.max_rows) // 2:
             self._of_one.append(seconds / rows)
+            self._arriving.append(max((now - then for now, then in links), default=0.0))
         if len(self._of_one) == _REMEMBERED:
+            of_one = statistics.median(self._of_one)
             arrived = statistics.median(self._arriving) or self._seconds
-            self._set(int(arrived / statistics.median(self._of_one)))
+            self._set(int(arrived / of_one), int(min(arrived, self._seconds) / of_one))
 
-    def _set(self, rows: int) -> None:
+    def _set(self, rows: int, guessed: int) -> None:
+        """`guessed` is for sweeps with guesses: what slows the weights down is not free for them.
+
+        Prompts have to be computed at some time, and slow them down whenever it is.
+        """
         self.rows = max(1, rows)
         self._scheduler.free_rows = self.rows if self._prompts else None
-        self._scheduler.speculation.most_rows = self.rows if self._guess else 0
+        self._scheduler.speculation.most_rows = max(1, guessed) if self._guess else 0
 
 
 def tune(

@@ -184,7 +184,7 @@ class HostAttention:
         self._attention.attend(query.transpose(0, 1), spans, pool, options, into)
 
     def measure(
-        self, shape: AttentionShape, compute: Callable[[], object] | None
+        self, shape: AttentionShape, compute: Callable[[], object] | None = None
     ) -> AttentionSpeed:
         """Of layers of `shape`; `compute`: see `measured_speed`."""
         pool, home = self._kv.host_pool(0), None
@@ -209,7 +209,7 @@ class HostAttention:
         """Rows, output [n, H, V] and log-sum-exp [n, H] (float32), on the device."""
         rows, heads, dim = pending.shape
         turn = pending.turn
-        back = turn.back[: rows * heads * (dim + 1)].clone()  # the next but one takes the memory
+        back = turn.back[: rows * heads * (dim + 1)].clone()  # another micro-batch takes the memory
         turn.free = self._backend.record()
         split = rows * heads * dim
         return pending.rows, back[:split].view(rows, heads, dim), back[split:].view(rows, heads)

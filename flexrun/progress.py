@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +29,11 @@ class Progress:
     """It waits, and these are on the swap tier."""
     last_sweep: int = -1
     """The last sweep it had rows in."""
+    prompt: int = field(init=False)
+    """Rows of its prompt that it computes itself."""
+
+    def __post_init__(self) -> None:
+        self.prompt = self.tokens
 
     @property
     def pending(self) -> int:
@@ -58,12 +62,6 @@ class WaitingQueue:
         """In the order in which they leave."""
         yield from self._front
         yield from (progress for _, _, progress in sorted(self._heap))
-
-    def first(self, count: int) -> list[Progress]:
-        """About those that leave next, at most `count`."""
-        front = list(islice(self._front, count))
-        # The first of a heap are among its smallest; finding the smallest takes a look at all.
-        return front + [each for *_, each in self._heap[: count - len(front)]]
 
     def add(self, progress: Progress) -> None:
         """Behind all that go before it in the order."""

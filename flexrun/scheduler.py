@@ -5,6 +5,7 @@ Plain data in, plain data out. `schedulers.py` has the ways to fill a sweep.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from flexrun.micro_batches import Cutter
@@ -12,6 +13,7 @@ from flexrun.plan import RowSpan, SweepPlan, SweepRows
 from flexrun.preemption import Preemption
 from flexrun.progress import Progress, WaitingQueue
 from flexrun.speculation import Speculation
+from flexrun.turnover import Turnover
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class BatchScheduler:
         self.preemption = Preemption(pools)
         self.promoted_from: Sequence[Tier] = ()
         """Tiers, the slowest first, whose pages cross a link in every sweep."""
+        self.turnover = Turnover()
         self.promotions = 0
         """Pages that moved up."""
         self._sweeps = 0
@@ -69,7 +72,9 @@ class BatchScheduler:
         # Each computes its prompt's last row itself: that gives its first token.
         shared = 0 if group is None else prompt_tokens - 1
         number = sequence if group is None else group
-        self.waiting.add(Progress(sequence, prompt_tokens, most_tokens, shared, number))
+        progress = Progress(sequence, prompt_tokens, most_tokens, shared, number)
+        self.waiting.add(progress)
+        self.turnover.add(progress)
 
     def next_sweep(self, drafts: Mapping[int, int] | None = None) -> SweepPlan:
         """Rows of the next sweep; empty when nothing is left to do.
@@ -105,6 +110,7 @@ class BatchScheduler:
                 progress.computed = start + length
                 progress.last_sweep = sweeps
                 if wants_logits:
+                    self.turnover.generated += 1
                     progress.tokens += 1
                     prompts.pop(sequence, None)
                 if drafts:
@@ -115,8 +121,10 @@ class BatchScheduler:
     def finish(self, sequence: int) -> None:
         """`sequence` is over: its pages are free for the next sweep."""
         self.prompts.pop(sequence, None)
-        if self.running.pop(sequence, None) is None:
+        if (progress := self.running.pop(sequence, None)) is None:
             self.waiting.remove(sequence)
+        else:
+            self.turnover.end(progress)
         if sequence in self.pools.tables:  # also of one that waits, if it was swapped
             self.pools.release(sequence)
 
@@ -184,13 +192,15 @@ class BatchScheduler:
         return self.max_sequences - len(self.running)
 
     def prompt_rows(self) -> int:
-        """Of prompts that have a place, or that there are places for: about so many."""
-        rows, common = 0, dict[int, int]()
-        for each in (*self.prompts.values(), *self.waiting.first(self.places)):
-            shared = max(0, each.shared - each.computed)
-            common[each.group] = min(shared, common.get(each.group, shared))
-            rows += each.pending - shared
-        return rows + sum(common.values())
+        """Of prompts in each sweep, so that as many sequences generate as places and pages allow.
+
+        As the job has been so far.
+        """
+        places = float(self.max_sequences)
+        if tokens := self.turnover.tokens:
+            pages = self.pools.total_free + self.pools.held
+            places = min(places, pages * self.pools.page_tokens / tokens)
+        return math.ceil(self.turnover.prompt_rows(places))
 
     def pages_wanted(self, progress: Progress) -> int:
         """Pages that a sequence does not have yet, for what is kept free for it."""
@@ -254,6 +264,7 @@ class BatchScheduler:
         numbers = there.sequence, progress.sequence
         if self.pools.fork(*numbers, progress.shared, there.computed):
             progress.computed = progress.shared
+            progress.prompt -= progress.shared
         return True
 
     def _promote(self) -> None:

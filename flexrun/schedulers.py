@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 LEAST_PROMPT_ROWS = 32
 """That ride with the sequences that generate, also where these alone take longer than the weights:
 matrix products of fewer rows use a processor badly."""
-PATIENCE = 4
-"""Sweeps in which prompts are computed that have a place, or could have one. If they wait longer,
-more rows are not free than places stay without a sequence that generates."""
 
 
 class ContinuousScheduler(BatchScheduler):
@@ -28,15 +25,16 @@ class ContinuousScheduler(BatchScheduler):
     A place is taken as soon as its sequence ends (Orca's iteration-level batching), and a sequence
     that generates is never held up by another one's prompt (Sarathi's stall-free batching). Prompts
     take the rows that compute while the weights arrive: more would make this sweep longer, and
-    leave less to do beside the next one's weights. They take more if they would keep too many
-    places from generating: computed they have to be, and a sweep without them costs as much.
+    leave less to do beside the next one's weights. If these do not suffice to keep all places
+    generating, prompts take as many as that needs: each has to be computed in some sweep, and empty
+    places only make more sweeps.
     """
 
     def fill(self, sweep: SweepRows) -> None:
         self.decode(sweep)
         if self.free_rows is not None:
-            most = max(LEAST_PROMPT_ROWS, -(-self.prompt_rows() // PATIENCE))
-            sweep.limit(max(self.free_rows, sweep.rows + most))
+            needed = max(LEAST_PROMPT_ROWS, self.prompt_rows())
+            sweep.limit(max(self.free_rows, sweep.rows + needed))
         self.continue_prompts(sweep)
         self.admit(sweep)
 

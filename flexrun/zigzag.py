@@ -69,7 +69,7 @@ def zigzag(
     released once, however many micro-batches ride.
 
     With `breaks`, the host attends to a part of the pages: a layer of one micro-batch breaks off
-    there, and goes on when the next `BROKEN_OFF` (or fewer) have got as far. These may be in the
+    there, and goes on when the next one or two have got as far (`BROKEN_OFF`). These may be in the
     next layer if `across`, as long as both layers' weights have room; else breaks end before it.
     """
     return _Sweep(layers, micro_batches, depth, warm, last, breaks, across).steps()
@@ -125,8 +125,10 @@ class _Sweep:
         if layer:
             yield Step(Action.STORE_KV, *here)
         begun.append(here)
-        # A micro-batch begins a layer when it has finished the one before.
-        waiting = min(BROKEN_OFF, self.micro_batches - 1) if self.breaks and layer else 0
+        # Fewer than all: each has finished a layer before it begins the next one. And with two
+        # slots for weights, a layer that is finished later asks later for the next but one.
+        most = BROKEN_OFF if self.depth > 2 else 1
+        waiting = min(most, self.micro_batches - 1) if self.breaks and layer else 0
         while len(begun) > waiting:
             yield from self._finish(*begun.pop(0))
         if more and self.breaks:

@@ -43,16 +43,17 @@ def busy_seconds(work: SweepWork, hardware: Hardware, host_share: float) -> dict
 def sweep_seconds(work: SweepWork, hardware: Hardware, host_share: float) -> float:
     """Of a sweep in which a resource is busy whenever it has something to do.
 
-    The busiest one waits for the others' parts of the first stage before it begins, and they go on
-    with those of the last one when it has ended: a pipeline's filling and draining.
+    What is the bound waits for the others' parts of the first stage before it begins, and they go
+    on with those of the last one when it has ended: a pipeline's filling and draining.
     """
     busy = busy_seconds(work, hardware, host_share)
     link, in_layers = busy["host->device"], (busy["host attention"], work.compute)
     # While both work, each does 1 - contention of a second's work in a second.
     shorter, longer = sorted(in_layers)
     beside = longer + shorter * hardware.contention / (1 - hardware.contention)
-    filling = (sum((link, *in_layers)) - max(link, *in_layers)) / work.stages
-    return max(link, beside + work.around) + filling
+    device = beside + work.around
+    others = shorter + longer if link > device else shorter + link
+    return max(link, device) + others / work.stages
 
 
 def best_host_share(work: SweepWork, hardware: Hardware) -> float:

@@ -22,6 +22,7 @@ from offload.tiers import (
 from offload.tiers import padded as round_up
 from policy_search.kv_memory import (
     embedding_rows,
+    hosted_rows,
     kv_file_bytes,
     kv_pages,
     kv_room,
@@ -36,9 +37,9 @@ if TYPE_CHECKING:
     from policy_search.model_shape import ModelShape
 
 SHARE_OF_ROWS, MOST_DEFAULT_ROWS = 0.02, 8192
-IN_MOTION = BROKEN_OFF + 3
+IN_MOTION = 4
 """Micro-batches whose activations are on DEVICE although they live on HOST: the one that computes,
-those that have broken off or the next one, and two on their way out."""
+the next one, or one that has broken off, and two on their way out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,8 @@ def workspace(shape: ModelShape, policy: Policy) -> int:
     everything = shape.workspace_bytes(
         policy.micro_batch_rows, policy.max_rows, policy.logit_rows, policy.gathered_tokens
     )
-    moving = IN_MOTION * policy.micro_batch_rows
+    more = BROKEN_OFF - 1 if hosted_rows(policy, unified=False) else 0
+    moving = (IN_MOTION + more) * policy.micro_batch_rows
     away = max(0, int(policy.max_rows * policy.activations.fraction(Tier.HOST)) - moving)
     return everything - away * shape.hidden_size * shape.value_bytes
 

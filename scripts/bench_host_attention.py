@@ -12,6 +12,7 @@ stdout is one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -32,6 +33,7 @@ from offload.timeline import COMPUTE
 from policy_search.cost_model import SweepWork, best_host_share, sweep_seconds
 
 if TYPE_CHECKING:
+    from flexrun.attention_split import AttentionSplit
     from policy_search.hardware import Hardware
 
 LEAST_SHARE = 0.85
@@ -113,9 +115,28 @@ def run(model: Path, given: argparse.Namespace, way: str) -> Run:
             statistics.mean(decoded) * runtime.shape.kv_token_bytes,
             overlap_of(intervals),
             seconds - in_layers,
-            runtime._split.hardware,
+            speeds(runtime._split, given) if way == "auto" else None,
             [output.outputs[0].token_ids for output in outputs],
         )
+
+
+def speeds(split: AttentionSplit, given: argparse.Namespace) -> Hardware:
+    """Those that were measured, and what attention and the device's compute lose while both work.
+
+    A layer's compute is about a matrix of all its weights, multiplied with each micro-batch's rows.
+    """
+    assert split.hardware is not None
+    values = 4 * given.hidden + 3 * 2 * given.hidden  # of a layer, for each of its inputs
+    matrices = [torch.ones(values, given.hidden) for _ in range(given.layers)]
+    rows = torch.ones(given.sequences // given.micro_batches, given.hidden)
+    layers = itertools.cycle(matrices)
+
+    def compute() -> None:
+        matrix = next(layers)
+        for _ in range(given.micro_batches):
+            torch.nn.functional.linear(rows, matrix)
+
+    return replace(split.hardware, contention=split.measured_speed(compute).contention)
 
 
 def spans_of_layers(intervals: list[Any], given: argparse.Namespace) -> list[float]:

@@ -75,13 +75,18 @@ def test_however_sweeps_are_cut(tiny_llama_dir, reference, change):
     assert done.summary["links"]["host attention"]["busy_share"] > 0
 
 
-@pytest.mark.parametrize("kv_cache", ["host=100", "device=40,host=30,disk=30"])
+@pytest.mark.parametrize(
+    ("kv_cache", "micro_batches"), [("host=100", 5), ("device=40,host=30,disk=30", 3)]
+)
 def test_results_do_not_depend_on_when_bytes_arrive(
-    tiny_llama_dir, reference, monkeypatch, kv_cache
+    tiny_llama_dir, reference, monkeypatch, kv_cache, micro_batches
 ):
-    """Queries, pages, weights and activations come late, and so do the processor's results."""
+    """Queries, pages, weights and activations come late, and so do the processor's results.
+
+    Three turns of memory are taken by the same micro-batches each time, or by others.
+    """
     make_copies_late(monkeypatch, seed=1)
-    more = {"activations": "host=100", "max_sequences": 6}
+    more = {"activations": "host=100", "max_sequences": 6, "num_micro_batches": micro_batches}
     done = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **settings(kv_cache, "host", **more))
     assert done.tokens == reference
 

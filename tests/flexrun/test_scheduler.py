@@ -547,32 +547,71 @@ def test_a_block_keeps_room_for_whole_lengths():
     assert (scheduler.preemption.count, sweeps) == (0, 16)
 
 
-def seconds_of(free_rows: int | None) -> float:
-    """Of a job whose weights take a second, in which 250 rows compute."""
-    scheduler, draw = make_scheduler(max_rows=4096, micro_batch_rows=4096), random.Random(0)
+FREE = {"same": 320, "different": 250}
+"""Rows that compute in the second that weights take; about what keeps all places generating."""
+
+
+def seconds_of(job: str, free_rows: int | None, **settings: Any) -> float:
+    """Of a job whose scheduler thinks that so many rows are free."""
+    lengths, places, most = [(512, 128)] * 256, 64, 128
+    if job == "different":
+        draw, places, most = random.Random(0), 8, 1000
+        lengths = [(draw.randint(1, 800), draw.randint(1, 32)) for _ in range(200)]
+    settings = {"max_sequences": places, "page_tokens": 16} | settings
+    scheduler = make_scheduler(max_rows=2048, micro_batch_rows=2048, **settings)
     scheduler.free_rows = free_rows
     left = {}
-    for number in range(200):
-        left[number] = draw.randint(1, 32)
-        scheduler.add(number, draw.randint(1, 800), 900)
+    for number, (prompt, output) in enumerate(lengths):
+        left[number] = output
+        scheduler.add(number, prompt, prompt + most)
     seconds = 0.0
     while (plan := scheduler.next_sweep()).spans:
-        seconds += max(1.0, plan.rows / 250)
+        seconds += max(1.0, plan.rows / FREE[job])
         for span in plan.spans:
             left[span.sequence] -= span.wants_logits
         commit(scheduler, plan, tuple(n for n, tokens in left.items() if not tokens))
     return seconds
 
 
-def test_prompts_take_the_rows_that_are_free():
-    """Sweeps that take as long as their weights are the job's shortest way: its rows and a bit."""
-    assert seconds_of(250) < 0.85 * seconds_of(None)
+@pytest.mark.parametrize("job", FREE)
+def test_prompts_take_the_rows_that_are_free(job):
+    """Sweeps that take as long as their weights are the job's shortest way, not full ones.
+
+    Also where all outputs are as long: sequences that began together would end together.
+    """
+    assert seconds_of(job, FREE[job]) < 0.85 * seconds_of(job, None)
 
 
-@pytest.mark.parametrize("free_rows", [1, 40, 150, 600])
-def test_prompts_do_not_wait_for_rows_that_never_are_free(free_rows):
-    """However wrong it is how many rows are free, places do not stay empty for it."""
-    assert seconds_of(free_rows) < 1.02 * seconds_of(None)
+@pytest.mark.parametrize("job", FREE)
+@pytest.mark.parametrize("share", [0, 0.2, 0.5])
+def test_places_do_not_stay_empty_for_rows_that_are_not_free(job, share):
+    """If fewer rows seem free than are, prompts take what the job's sequences so far needed."""
+    assert seconds_of(job, int(share * FREE[job])) < 1.25 * seconds_of(job, FREE[job])
+
+
+def test_prompts_keep_no_more_places_than_there_are_pages_for():
+    """Of 64 places pages suffice for 16: these need a quarter of the rows."""
+    pages = {Tier.DEVICE: 16 * 640 // 16}
+    scheduler = make_scheduler(max_sequences=64, page_tokens=16, pages=pages)
+    for number in range(4):
+        scheduler.add(number, 512, 2000)
+        while scheduler.running or scheduler.waiting:
+            plan = scheduler.next_sweep()
+            ends = (number,) if scheduler.running[number].tokens == 512 + 127 else ()
+            commit(scheduler, plan, ends)
+    assert scheduler.prompt_rows() == 16 * 512 // 128
+
+
+def test_a_prompt_that_is_shared_counts_once():
+    """Of eight completions of a prompt, seven compute its last row only."""
+    scheduler = make_scheduler(max_sequences=8)
+    for number in range(8):
+        scheduler.add(number, 33, 100, group=0)
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.next_sweep()
+        ends = tuple(n for n, p in scheduler.running.items() if p.tokens == 33 + 9)
+        commit(scheduler, plan, ends)
+    assert scheduler.turnover.prompt_rows(8.0) == 8 * (33 + 7) / (8 * 10)
 
 
 @pytest.mark.parametrize("order", ["longest", "input"])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -31,6 +30,29 @@ if TYPE_CHECKING:
     from offload.transfer_engine import TransferEngine
 
 
+_Shapes: TypeAlias = tuple[tuple[int, int, int], ...]
+"""Of queries, keys and values: rows, heads, values of a head."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Views:
+    """What rows of some shapes take of a turn's memory. Made once: operations are slow here."""
+
+    there: torch.Tensor
+    sides: list[torch.Tensor]
+    """Its queries, keys and values [rows, heads, dim]."""
+    new: torch.Tensor
+    """Its keys and values."""
+    result: torch.Tensor
+    into: tuple[torch.Tensor, torch.Tensor]
+    """Its outputs and log-sum-exps."""
+    back: torch.Tensor
+    out: torch.Tensor
+    """Its outputs [rows, heads, dim] …"""
+    lse: torch.Tensor
+    """… and log-sum-exps [rows, heads]."""
+
+
 @dataclass(slots=True)
 class _Turn:
     """Memory of one micro-batch whose rows are on their way."""
@@ -45,8 +67,32 @@ class _Turn:
     """What reads `there` and fills `result`."""
     returned: Transfer | None = None
     """What reads `result` and fills `back`."""
-    free: Any = None
-    """Event after which `back` may be overwritten."""
+    views: dict[tuple[_Shapes, torch.dtype], _Views] = field(default_factory=dict)
+
+    def of(self, shapes: _Shapes, dtype: torch.dtype) -> _Views:
+        """The memory for rows of these shapes and type."""
+        found = self.views.get((shapes, dtype))
+        if found is None:
+            found = self.views[shapes, dtype] = self._views(shapes, dtype)
+        return found
+
+    def _views(self, shapes: _Shapes, dtype: torch.dtype) -> _Views:
+        sizes = [math.prod(shape) for shape in shapes]
+        there = self.there[: sum(sizes) * dtype.itemsize].view(dtype)
+        sides = [side.view(shape) for side, shape in zip(there.split(sizes), shapes)]
+        (rows, heads, _), (_, _, dim) = shapes[0], shapes[2]
+        split, length = rows * heads * dim, rows * heads * (dim + 1)
+        result, back = self.result[:length], self.back[:length]
+        return _Views(
+            there=there,
+            sides=sides,
+            new=there[sizes[0] :],
+            result=result,
+            into=(result[:split], result[split:]),
+            back=back,
+            out=back[:split].view(rows, heads, dim),
+            lse=back[split:].view(rows, heads),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +100,8 @@ class Pending:
     """Rows that HOST attends to."""
 
     rows: Rows
-    turn: _Turn
-    shape: tuple[int, int, int]
-    """Rows, heads, values of a head."""
+    views: _Views
+    returned: Transfer
 
 
 class HostAttention:
@@ -125,21 +170,20 @@ class HostAttention:
         turn = self._turns[self._number % HOSTED_TURNS]
         self._number += 1
         sent, shapes = _in_one_piece(hosted.rows, query, key, value)
-        there = turn.there[: sent.nbytes].view(sent.dtype)
-        shape = shapes[0][0], shapes[0][1], shapes[2][2]
-        length = shape[0] * shape[1] * (shape[2] + 1)
-        result = turn.result[:length]
+        views = turn.of(shapes, sent.dtype)
+        # Also the end of all that computed with what came back when it was this turn before.
+        computed = self._backend.record()
         down = self._transfers.submit(
             Link.DEVICE_TO_HOST,
             sent,
-            there,
+            views.there,
             kind="queries",
             # If a sweep broke off, nobody has waited for the last work of the turn.
-            after=[self._backend.record(), _unless_failed(turn.work)],
+            after=[computed, _unless_failed(turn.work)],
             priority=URGENT,
         )
         pool = self._kv.host_pool(layer)
-        work = partial(self._attend, hosted.group, pool, options, there, shapes, result)
+        work = partial(self._attend, hosted.group, pool, options, views)
         turn.work = self._transfers.submit_work(
             Link.HOST_ATTENTION,
             HostWork(work, hosted.pages * pool.raw[0].nbytes),
@@ -149,39 +193,35 @@ class HostAttention:
         self._kv.add_store(layer, number, turn.work)
         turn.returned = self._transfers.submit(
             Link.HOST_TO_DEVICE,
-            result,
-            turn.back[:length],
+            views.result,
+            views.back,
             kind="attention",
-            after=[turn.work, turn.free],
+            after=[turn.work, computed],
             priority=URGENT,
         )
-        everything = shape[0] == query.shape[1]
-        return Pending(slice(None) if everything else hosted.rows, turn, shape)
+        everything = len(hosted.rows) == query.shape[1]
+        return Pending(slice(None) if everything else hosted.rows, views, turn.returned)
 
     def _attend(
         self,
         group: KVGroup,
         pool: PagedKV,
         options: AttentionOptions,
-        there: torch.Tensor,
-        shapes: list[tuple[int, int, int]],
-        result: torch.Tensor,
+        views: _Views,
     ) -> None:
         """On the processor: store what is new, then attend.
 
         As few operations as can be: with each, Python's lock goes to the thread that drives the
         device and has to be waited for.
         """
-        query, key, value = _pieces(there, shapes)
+        query, key, value = views.sides
         if len(group.rows) == len(key) and pool.alike:
-            pool.store(group.slots, there[query.numel() :])  # as `pack` would have it
+            pool.store(group.slots, views.new)  # as `pack` would have it
         elif len(group.rows):
             pool.store(group.slots, pool.pack(key[group.rows], value[group.rows]))
         spans = group.paged()
         assert spans is not None
-        split = math.prod(shapes[0][:2]) * shapes[2][2]
-        into = result[:split], result[split:]
-        self._attention.attend(query.transpose(0, 1), spans, pool, options, into)
+        self._attention.attend(query.transpose(0, 1), spans, pool, options, views.into)
 
     def measure(
         self, shape: AttentionShape, compute: Callable[[], object] | None = None
@@ -202,17 +242,14 @@ class HostAttention:
 
     def waits_for(self, pending: Pending) -> list[Transfer]:
         """What has to arrive before `receive`."""
-        assert pending.turn.returned is not None
-        return [pending.turn.returned]
+        return [pending.returned]
 
     def receive(self, pending: Pending) -> tuple[Rows, torch.Tensor, torch.Tensor]:
-        """Rows, output [n, H, V] and log-sum-exp [n, H] (float32), on the device."""
-        rows, heads, dim = pending.shape
-        turn = pending.turn
-        back = turn.back[: rows * heads * (dim + 1)].clone()  # another micro-batch takes the memory
-        turn.free = self._backend.record()
-        split = rows * heads * dim
-        return pending.rows, back[:split].view(rows, heads, dim), back[split:].view(rows, heads)
+        """Rows, output [n, H, V] and log-sum-exp [n, H] (float32), on the device.
+
+        They are the turn's memory: to be computed with before `send` is called for its next one.
+        """
+        return pending.rows, pending.views.out, pending.views.lse
 
     def close(self) -> None:
         """Give memory and threads back."""
@@ -229,21 +266,11 @@ def _unless_failed(transfer: Transfer | None) -> Transfer | None:
     return None if transfer is None or transfer.error is not None else transfer
 
 
-def _in_one_piece(
-    rows: torch.Tensor, *sides: torch.Tensor
-) -> tuple[torch.Tensor, list[tuple[int, int, int]]]:
+def _in_one_piece(rows: torch.Tensor, *sides: torch.Tensor) -> tuple[torch.Tensor, _Shapes]:
     """`rows` [n], in order, of each of `sides` [heads, all rows, dim]: flat, one after another.
 
-    Also the shapes [n, heads, dim] that `_pieces` makes of them again.
+    Also the shapes [n, heads, dim] of its pieces.
     """
     chosen = [side if len(rows) == side.shape[1] else side[:, rows] for side in sides]
-    shapes = [(len(rows), side.shape[0], side.shape[2]) for side in sides]
-    sent = sides[0].new_empty(sum(side.numel() for side in chosen))
-    for piece, side in zip(_pieces(sent, shapes), chosen):
-        piece.copy_(side.transpose(0, 1))
-    return sent, shapes
-
-
-def _pieces(flat: torch.Tensor, shapes: list[tuple[int, int, int]]) -> list[torch.Tensor]:
-    ends = accumulate(math.prod(shape) for shape in shapes)
-    return [flat[end - math.prod(shape) : end].view(shape) for shape, end in zip(shapes, ends)]
+    shapes = tuple((len(rows), side.shape[0], side.shape[2]) for side in sides)
+    return torch.cat([side.transpose(0, 1).reshape(-1) for side in chosen]), shapes

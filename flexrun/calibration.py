@@ -81,10 +81,24 @@ def measured_hardware(
 
 
 class _Busy(NamedTuple):
-    """Seconds up to the end of a sweep."""
+    """Seconds up to the end of a sweep: see `RowBudget.learn`."""
 
     computed: float
-    arriving: Sequence[float]
+    arriving: tuple[float, ...]
+    alone: tuple[float, ...]
+
+
+class _Sweep(NamedTuple):
+    """Seconds of one row, and of the link that took longest: as it was, and by itself."""
+
+    of_one: float
+    arriving: float
+    alone: float
+
+
+def _longest(now: tuple[float, ...], then: tuple[float, ...]) -> float:
+    links = zip(now, then or (0.0,) * len(now))
+    return max((after - before for after, before in links), default=0.0)
 
 
 class RowBudget:
@@ -101,45 +115,49 @@ class RowBudget:
     ) -> None:
         """A sweep's weights take `seconds`, in which `planned` rows should compute.
 
-        `prompts` take no more than these, and `guess`ed tokens fill them.
+        `prompts` take no more than these unless places would stay empty, and `guess`ed tokens fill
+        them.
         """
         self._scheduler = scheduler
         self._seconds = seconds
         self._prompts = prompts
         self._guess = guess
-        self._before = _Busy(0.0, ())
-        self._arriving: deque[float] = deque(maxlen=_REMEMBERED)
-        """Seconds of the busiest link, in the last sweeps that had about as many rows, …"""
-        self._of_one: deque[float] = deque(maxlen=_REMEMBERED)
-        """… and of a row."""
+        self._guessed = 0
+        """Rows that are free in sweeps with guesses."""
+        self._before = _Busy(0.0, (), ())
+        self._last: deque[_Sweep] = deque(maxlen=_REMEMBERED)
+        """That had about as many rows."""
         self._set(int(planned), int(planned))
 
-    def learn(self, rows: int, computed: float, arriving: Sequence[float]) -> None:
+    def learn(
+        self, rows: int, computed: float, arriving: Sequence[float], alone: Sequence[float]
+    ) -> None:
         """A sweep of `rows` is over.
 
-        `computed` and `arriving`: seconds in all sweeps so far in which the device computed, and in
-        which each of the links was busy that weights come over. A disk that reads while the
-        processor computes is slower than one that is measured alone.
+        Seconds of all sweeps so far: `computed` by the device; `arriving`, in which each of the
+        links was busy that weights come over; `alone`, what its bytes would take if nothing else
+        ran. A disk that reads while the processor computes is slower than one by itself.
         """
-        before, self._before = self._before, _Busy(computed, arriving)
+        busy = _Busy(computed, tuple(arriving), tuple(alone))
+        before, self._before = self._before, busy
         seconds = computed - before.computed
-        links = zip(arriving, before.arriving or [0.0] * len(arriving))
-        if seconds > 0 and rows >= min(self.rows, self._scheduler.max_rows) // 2:
-            self._of_one.append(seconds / rows)
-            self._arriving.append(max((now - then for now, then in links), default=0.0))
-        if len(self._of_one) == _REMEMBERED:
-            of_one = statistics.median(self._of_one)
-            arrived = statistics.median(self._arriving) or self._seconds
-            self._set(int(arrived / of_one), int(min(arrived, self._seconds) / of_one))
+        bound = self.rows if self._prompts else self._guessed
+        if seconds > 0 and rows >= min(bound, self._scheduler.max_rows) // 2:
+            longest = (_longest(busy.arriving, before.arriving), _longest(busy.alone, before.alone))
+            self._last.append(_Sweep(seconds / rows, *longest))
+        if len(self._last) == _REMEMBERED:
+            of_one, arrived, own = (statistics.median(each) for each in zip(*self._last))
+            arrived = arrived or self._seconds
+            self._set(int(arrived / of_one), int(min(arrived, own or arrived) / of_one))
 
     def _set(self, rows: int, guessed: int) -> None:
         """`guessed` is for sweeps with guesses: what slows the weights down is not free for them.
 
         Prompts have to be computed at some time, and slow them down whenever it is.
         """
-        self.rows = max(1, rows)
+        self.rows, self._guessed = max(1, rows), max(1, guessed)
         self._scheduler.free_rows = self.rows if self._prompts else None
-        self._scheduler.speculation.most_rows = max(1, guessed) if self._guess else 0
+        self._scheduler.speculation.most_rows = self._guessed if self._guess else 0
 
 
 def tune(
@@ -153,7 +171,7 @@ def tune(
 ) -> RowBudget | None:
     """Where pages go that have to go away, and the rows that are free, if weights are streamed.
 
-    `prompts` take no more rows than these.
+    `prompts` take no more rows than these, unless places would stay empty.
     """
     if policy.preemption == "swap":
         scheduler.preemption.swapping_is_cheaper = lambda _: True

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from offload.transfer_engine import TransferEngine
 
 
+MOST_VIEWS = 64
+"""That a turn keeps: micro-batches have other row counts as sequences come and go."""
 _Shapes: TypeAlias = tuple[tuple[int, int, int], ...]
 """Of queries, keys and values: rows, heads, values of a head."""
 
@@ -73,6 +75,8 @@ class _Turn:
         """The memory for rows of these shapes and type."""
         found = self.views.get((shapes, dtype))
         if found is None:
+            if len(self.views) >= MOST_VIEWS:
+                self.views.clear()
             found = self.views[shapes, dtype] = self._views(shapes, dtype)
         return found
 
@@ -271,6 +275,7 @@ def _in_one_piece(rows: torch.Tensor, *sides: torch.Tensor) -> tuple[torch.Tenso
 
     Also the shapes [n, heads, dim] of its pieces.
     """
-    chosen = [side if len(rows) == side.shape[1] else side[:, rows] for side in sides]
     shapes = tuple((len(rows), side.shape[0], side.shape[2]) for side in sides)
-    return torch.cat([side.transpose(0, 1).reshape(-1) for side in chosen]), shapes
+    by_row = [side.transpose(0, 1) for side in sides]
+    chosen = [side if len(rows) == len(side) else side[rows] for side in by_row]
+    return torch.cat([side.reshape(-1) for side in chosen]), shapes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,11 +29,10 @@ class Progress:
     """It waits, and these are on the swap tier."""
     last_sweep: int = -1
     """The last sweep it had rows in."""
-    prompt: int = field(init=False)
-    """Rows of its prompt that it computes itself."""
-
-    def __post_init__(self) -> None:
-        self.prompt = self.tokens
+    prompt_rows: int = 0
+    """Rows so far of its prompt, and of what is computed again as if it were one."""
+    generated: int = 0
+    """Sweeps so far that gave it a token."""
 
     @property
     def pending(self) -> int:

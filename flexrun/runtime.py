@@ -210,8 +210,10 @@ class Runtime:
             ) from error
         self.weights.store.check_files()  # before anything that was read from them counts
         if self._budget is not None:
-            links = [self.timeline.busy_seconds(str(link)) for link in self.raw_speeds]
-            self._budget.learn(plan.rows, self.timeline.busy_seconds(COMPUTE), links)
+            busy, counters = self.timeline.busy_seconds, self.transfers.counters
+            arriving = [busy(str(link)) for link in self.raw_speeds]
+            alone = [counters[link].total_bytes / v for link, v in self.raw_speeds.items()]
+            self._budget.learn(plan.rows, busy(COMPUTE), arriving, alone)
         return chosen
 
     def _types(self) -> str:

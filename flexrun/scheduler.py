@@ -5,7 +5,6 @@ Plain data in, plain data out. `schedulers.py` has the ways to fill a sweep.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from flexrun.micro_batches import Cutter
@@ -54,8 +53,8 @@ class BatchScheduler:
         """Those of them whose prompts are computed in part."""
         self.waiting = WaitingQueue(order)
         self.free_rows: int | None = None
-        """Rows of a sweep that cost nothing: they compute while its weights arrive. Prompts take no
-        more of them, if it is known."""
+        """Rows of a sweep that cost nothing: they compute while its weights arrive. If it is known,
+        prompts take no more, unless places would stay empty."""
         self.speculation = Speculation(pools, self.cutter, most_logits=micro_batch_rows)
         self.preemption = Preemption(pools)
         self.promoted_from: Sequence[Tier] = ()
@@ -73,6 +72,8 @@ class BatchScheduler:
         shared = 0 if group is None else prompt_tokens - 1
         number = sequence if group is None else group
         progress = Progress(sequence, prompt_tokens, most_tokens, shared, number)
+        if not (self.running or self.waiting):
+            self.turnover = Turnover()  # another job's sequences may be quite different
         self.waiting.add(progress)
         self.turnover.add(progress)
 
@@ -108,9 +109,12 @@ class BatchScheduler:
             for sequence, start, length, wants_logits, drafts in batch.spans:
                 progress = running[sequence]
                 progress.computed = start + length
+                if not wants_logits or length - drafts > 1:
+                    progress.prompt_rows += length - drafts
                 progress.last_sweep = sweeps
                 if wants_logits:
                     self.turnover.generated += 1
+                    progress.generated += 1
                     progress.tokens += 1
                     prompts.pop(sequence, None)
                 if drafts:
@@ -191,16 +195,16 @@ class BatchScheduler:
         """Sequences that may join."""
         return self.max_sequences - len(self.running)
 
-    def prompt_rows(self) -> int:
+    def prompt_rows(self) -> float:
         """Of prompts in each sweep, so that as many sequences generate as places and pages allow.
 
         As the job has been so far.
         """
-        places = float(self.max_sequences)
-        if tokens := self.turnover.tokens:
-            pages = self.pools.total_free + self.pools.held
-            places = min(places, pages * self.pools.page_tokens / tokens)
-        return math.ceil(self.turnover.prompt_rows(places))
+        places, pools = float(self.max_sequences), self.pools
+        if held := self.turnover.held:
+            pages = sum(count for tier, count in pools.capacity.items() if tier is not pools.swap)
+            places = min(places, pages * pools.page_tokens / held)
+        return self.turnover.prompt_rows(places)
 
     def pages_wanted(self, progress: Progress) -> int:
         """Pages that a sequence does not have yet, for what is kept free for it."""
@@ -264,7 +268,6 @@ class BatchScheduler:
         numbers = there.sequence, progress.sequence
         if self.pools.fork(*numbers, progress.shared, there.computed):
             progress.computed = progress.shared
-            progress.prompt -= progress.shared
         return True
 
     def _promote(self) -> None:

@@ -6,6 +6,7 @@ run with; the other two are what it is held against.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from flexrun.scheduler import BatchScheduler
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 LEAST_PROMPT_ROWS = 32
 """That ride with the sequences that generate, also where these alone take longer than the weights:
 matrix products of fewer rows use a processor badly."""
+SLACK = 1.15
+"""Rows for prompts over those that keep all places generating. Just as many would be too few:
+prompts are uneven, and a queue that is served as fast as it fills grows long."""
 
 
 class ContinuousScheduler(BatchScheduler):
@@ -33,7 +37,7 @@ class ContinuousScheduler(BatchScheduler):
     def fill(self, sweep: SweepRows) -> None:
         self.decode(sweep)
         if self.free_rows is not None:
-            needed = max(LEAST_PROMPT_ROWS, self.prompt_rows())
+            needed = max(LEAST_PROMPT_ROWS, math.ceil(SLACK * self.prompt_rows()))
             sweep.limit(max(self.free_rows, sweep.rows + needed))
         self.continue_prompts(sweep)
         self.admit(sweep)

@@ -47,7 +47,10 @@ def sweep_seconds(work: SweepWork, hardware: Hardware, host_share: float) -> flo
     on with those of the last one when it has ended: a pipeline's filling and draining.
     """
     busy = busy_seconds(work, hardware, host_share)
-    link, in_layers = busy["host->device"], (busy["host attention"], work.compute)
+    in_layers = busy["host attention"], work.compute
+    pages = (1 - host_share) * work.host_kv / hardware.host_to_device
+    # Weights travel all the time, pages only while there are layers to attend in.
+    link = max(busy["host->device"], pages + work.around if pages else 0.0)
     # While both work, each does 1 - contention of a second's work in a second.
     shorter, longer = sorted(in_layers)
     beside = longer + shorter * hardware.contention / (1 - hardware.contention)

@@ -108,7 +108,7 @@ def hosted_row_bytes(shape: ModelShape) -> dict[Tier, int]:
 
 def broken_off_bytes(shape: ModelShape, policy: Policy) -> int:
     """On DEVICE while micro-batches wait inside attention: their rows' queries, keys and values,
-    what they send to HOST, and results in float32, their own and those that came back.
+    what they send to HOST, and results in float32, their own and what merging makes of them.
     """
     there = shape.query_values * shape.value_bytes + max(shape.kv_bytes_per_token)
     return BROKEN_OFF * policy.micro_batch_rows * (2 * there + 2 * 4 * shape.output_values)

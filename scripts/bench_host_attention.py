@@ -126,7 +126,8 @@ def speeds(split: AttentionSplit, given: argparse.Namespace) -> Hardware:
     A layer's compute is about a matrix of all its weights, multiplied with each micro-batch's rows.
     """
     assert split.hardware is not None
-    values = 4 * given.hidden + 3 * 2 * given.hidden  # of a layer, for each of its inputs
+    attention = 2 * given.hidden * (given.heads + given.kv_heads) // given.heads
+    values = attention + 3 * 2 * given.hidden  # of a layer, for each of its inputs
     matrices = [torch.ones(values, given.hidden) for _ in range(given.layers)]
     rows = torch.ones(given.sequences // given.micro_batches, given.hidden)
     layers = itertools.cycle(matrices)

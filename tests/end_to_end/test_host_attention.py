@@ -14,6 +14,9 @@ from flexrun import LLM
 from flexrun.attention.cpu import CpuAttention
 from flexrun.attention_speed import AttentionSpeed
 from flexrun.plan import RowSpan
+from offload.backend_emulated import EmulatedBackend
+from offload.transfer import Transfer
+from offload.transfer_engine import TransferEngine
 from tests.backends import make_copies_late
 from tests.end_to_end.harness import Run, engine_of, generate, run
 from tests.end_to_end.reference import greedy_tokens, ragged_prompts
@@ -89,6 +92,32 @@ def test_results_do_not_depend_on_when_bytes_arrive(
     more = {"activations": "host=100", "max_sequences": 6, "num_micro_batches": micro_batches}
     done = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **settings(kv_cache, "host", **more))
     assert done.tokens == reference
+
+
+def test_results_come_back_after_all_that_computed_with_those_before(tiny_llama_dir, monkeypatch):
+    """Their memory is used again: its copy waits for what the device was given until then."""
+    events: list[object] = []
+
+    def record(_: EmulatedBackend) -> object:
+        events.append(object())
+        return events[-1]
+
+    copies: dict[str, list[Any]] = {"queries": [], "attention": []}
+    submit = TransferEngine.submit
+
+    def noted(self: TransferEngine, *arguments: Any, kind: str, **more: Any) -> Transfer:
+        if kind in copies:
+            mine = [each for each in more["after"] if each in events]
+            copies[kind].append((events.index(mine[-1]), len(events)) if mine else None)
+        return submit(self, *arguments, kind=kind, **more)
+
+    monkeypatch.setattr(EmulatedBackend, "record", record)
+    monkeypatch.setattr(TransferEngine, "submit", noted)
+    run(tiny_llama_dir, PROMPTS[:4], 4, **settings("host=100", "host"))
+    assert len(copies["queries"]) == len(copies["attention"]) > 0
+    for number, newest in copies["attention"]:
+        assert number == newest - 1, "recorded in this very call"
+    assert copies["attention"] == copies["queries"]
 
 
 def test_weights_that_are_expanded(tmp_path, tiny_llama_dir, monkeypatch):

@@ -62,6 +62,20 @@ def test_every_page_is_attended_to_and_counted(clock):
     assert set(attention.pages) == {PAGES}
 
 
+def test_what_goes_wrong_beside_compute_is_said(clock):
+    """The thread that attends fails after the calls that are made alone."""
+
+    class FailingAttention(CountingAttention):
+        def attend(self, query: torch.Tensor, spans: Any, *others: Any) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                raise MemoryError("no room for sums")
+            super().attend(query, spans, *others)
+
+    attention: Any = FailingAttention(clock)
+    with pytest.raises(MemoryError, match="no room for sums"):
+        measured_speed(attention, pages(), SHAPE, partial(clock.pass_seconds, 0.1))
+
+
 def test_contention_is_what_both_lose_on_average(clock):
     """Beside compute attention runs at half its speed, and compute as fast as before."""
     attention: Any = CountingAttention(clock)

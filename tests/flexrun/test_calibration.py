@@ -17,6 +17,11 @@ def make_scheduler() -> ContinuousScheduler:
     return ContinuousScheduler(pools, max_rows=500, max_sequences=8, micro_batch_rows=64)
 
 
+def link(sweeps: int) -> tuple[list[float], list[float]]:
+    """Busy for a second in each sweep, as it would be by itself."""
+    return [float(sweeps)], [float(sweeps)]
+
+
 def test_rows_that_take_longer_than_planned_are_fewer():
     """Weights take a second, a row 10 ms and not 5: after some sweeps a hundred rows are free."""
     scheduler, total = make_scheduler(), 0.0
@@ -24,21 +29,34 @@ def test_rows_that_take_longer_than_planned_are_fewer():
     assert (scheduler.free_rows, scheduler.speculation.most_rows) == (200, 200)
     for sweep in range(20):
         total += budget.rows * 0.01
-        budget.learn(budget.rows, total, [sweep + 1.0])
+        budget.learn(budget.rows, total, *link(sweep + 1))
     assert budget.rows == pytest.approx(100, abs=1)
     assert (scheduler.free_rows, scheduler.speculation.most_rows) == (budget.rows, budget.rows)
 
 
 def test_weights_that_take_longer_than_planned_leave_more_rows_free():
-    """The slower of two links takes two seconds and not one: twice as many rows are free."""
+    """The slower of two links takes three seconds and not one: three times as many rows are free.
+
+    Half of that time it is slowed down by compute: guesses would slow it down more.
+    """
     scheduler, computed = make_scheduler(), 0.0
     budget = RowBudget(scheduler, 1.0, 100, prompts=True, guess=True)
     for sweep in range(1, 12):
         computed += budget.rows * 0.01
-        budget.learn(budget.rows, computed, [0.3 * sweep, 2.0 * sweep])
-    assert scheduler.free_rows == budget.rows == pytest.approx(200, abs=1)
-    # Guesses are free beside the weights' own time only, not beside what they add to it.
-    assert scheduler.speculation.most_rows == pytest.approx(100, abs=1)
+        budget.learn(budget.rows, computed, [0.3 * sweep, 3.0 * sweep], [0.3 * sweep, 1.5 * sweep])
+    assert scheduler.free_rows == budget.rows == pytest.approx(300, abs=1)
+    assert scheduler.speculation.most_rows == pytest.approx(150, abs=1)
+
+
+def test_sweeps_without_prompts_are_full_when_guesses_fill_them():
+    """Weights take three times as long beside compute: sweeps never have half of these rows."""
+    scheduler, computed = make_scheduler(), 0.0
+    budget = RowBudget(scheduler, 1.0, 100, prompts=False, guess=True)
+    for sweep in range(1, 30):
+        rows = scheduler.speculation.most_rows
+        computed += rows * (0.01 if sweep < 10 else 0.02)
+        budget.learn(rows, computed, [3.0 * sweep], [1.0 * sweep])
+    assert scheduler.speculation.most_rows == pytest.approx(50, abs=1)
 
 
 def test_small_sweeps_say_nothing_about_full_ones():
@@ -46,7 +64,7 @@ def test_small_sweeps_say_nothing_about_full_ones():
     scheduler = make_scheduler()
     budget = RowBudget(scheduler, 1.0, 200, prompts=True, guess=False)
     for sweep in range(20):
-        budget.learn(4, (sweep + 1) * 0.5, [sweep + 1.0])
+        budget.learn(4, (sweep + 1) * 0.5, *link(sweep + 1))
     assert budget.rows == 200
     assert scheduler.speculation.most_rows == 0
 
@@ -55,10 +73,10 @@ def test_one_slow_sweep_changes_little():
     """The first sweep compiles kernels: it takes a hundred times as long."""
     scheduler, total = make_scheduler(), 100.0
     budget = RowBudget(scheduler, 1.0, 100, prompts=False, guess=True)
-    budget.learn(100, total, [1.0])
+    budget.learn(100, total, *link(1))
     for sweep in range(1, 11):
         total += budget.rows * 0.01
-        budget.learn(budget.rows, total, [sweep + 1.0])
+        budget.learn(budget.rows, total, *link(sweep + 1))
     assert budget.rows == pytest.approx(100, abs=1)
     assert scheduler.free_rows is None
 
@@ -69,7 +87,7 @@ def test_a_plan_beyond_what_a_sweep_may_have_is_corrected():
     budget = RowBudget(scheduler, 1.0, 5000, prompts=True, guess=True)
     for sweep in range(9):
         total += scheduler.max_rows * 0.01
-        budget.learn(scheduler.max_rows, total, [sweep + 1.0])
+        budget.learn(scheduler.max_rows, total, *link(sweep + 1))
     assert budget.rows == pytest.approx(100, abs=1)
 
 

@@ -81,6 +81,25 @@ def test_a_pipeline_is_filled_and_drained() -> None:
     assert sweep_seconds(longer, hardware, 1.0) == pytest.approx(0.5 + 0.3 + 10 * 0.3)
 
 
+def test_a_slow_link_waits_for_the_rest_of_the_last_stage() -> None:
+    """By hand: ten stages of 0.5 s of the link, 0.2 of attention and 0.3 of compute."""
+    work = SweepWork(weights=5 * 10**9, host_kv=2 * 10**9, compute=3.0, stages=10)
+    hardware = Hardware(host_to_device=1e9, host_attention=1e9)
+    assert sweep_seconds(work, hardware, 1.0) == pytest.approx(10 * 0.5 + 0.2 + 0.3)
+    # With 2.5 s around the layers the device takes longer: it waits for the link once.
+    longer = replace(work, around=2.5)
+    assert sweep_seconds(longer, hardware, 1.0) == pytest.approx(2.5 + 3.0 + 0.2 + 0.5)
+
+
+def test_pages_travel_while_there_are_layers() -> None:
+    """By hand: 4 s of pages, and 1 s in which nobody attends; weights could travel in that."""
+    work = SweepWork(weights=0, host_kv=4 * 10**9, compute=1.0, around=1.0)
+    hardware = Hardware(host_to_device=1e9)
+    assert sweep_seconds(work, hardware, 0.0) == 5.0
+    assert sweep_seconds(replace(work, weights=10**9), hardware, 0.0) == 5.0
+    assert sweep_seconds(replace(work, weights=2 * 10**9), hardware, 0.0) == 6.0
+
+
 def test_a_split_that_saves_little_is_none() -> None:
     """A processor or a link that is ten times as fast as the other does it alone."""
     work = SweepWork(weights=0, host_kv=10**9)

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 LEAST_PROMPT_ROWS = 32
 """That ride with the sequences that generate, also where these alone take longer than the weights:
 matrix products of fewer rows use a processor badly."""
-SLACK = 1.15
-"""Rows for prompts over those that keep all places generating. Just as many would be too few:
-prompts are uneven, and a queue that is served as fast as it fills grows long."""
 
 
 class ContinuousScheduler(BatchScheduler):
@@ -37,8 +34,11 @@ class ContinuousScheduler(BatchScheduler):
     def fill(self, sweep: SweepRows) -> None:
         self.decode(sweep)
         if self.free_rows is not None:
-            needed = max(LEAST_PROMPT_ROWS, math.ceil(SLACK * self.prompt_rows()))
-            sweep.limit(max(self.free_rows, sweep.rows + needed))
+            # More, the more places do not generate: prompts are uneven, and a queue that is served
+            # just as fast as it fills stays as long as it is.
+            empty = max(0.0, 1 - sweep.rows / self.max_sequences)
+            needed = math.ceil((1 + empty / 2) * self.prompt_rows())
+            sweep.limit(max(self.free_rows, sweep.rows + max(LEAST_PROMPT_ROWS, needed)))
         self.continue_prompts(sweep)
         self.admit(sweep)
 

@@ -231,18 +231,20 @@ class HostAttention:
         self, shape: AttentionShape, compute: Callable[[], object] | None = None
     ) -> AttentionSpeed:
         """Of layers of `shape`; `compute`: see `measured_speed`."""
-        pool, home = self._kv.host_pool(0), None
-        if Tier.HOST in self._backend.lazy:  # reading what was never written tells nothing
-            room = self._backend.account.available(Tier.HOST)
-            nbytes = MEASURED_BYTES if room is None else min(MEASURED_BYTES, room // 2)
-            home = self._backend.allocate(Tier.HOST, max(nbytes, pool.raw[0].nbytes), "a test")
-            page_tokens = pool.keys.shape[2]
-            pool = PagedKV.of(home.fill_(1).view(pool.raw.dtype), shape, page_tokens)
+        pool, account = self._kv.host_pool(0), self._backend.account
+        if Tier.HOST not in self._backend.lazy:
+            return measured_speed(self._attention, pool, shape, compute)
+        # Reading what was never written tells nothing. The same kind of memory is written for it.
+        room = account.available(Tier.HOST)
+        nbytes = MEASURED_BYTES if room is None else min(MEASURED_BYTES, room // 2)
+        nbytes = max(nbytes, pool.raw[0].nbytes)
+        account.charge(Tier.HOST, nbytes, "a test of attention")
         try:
+            written = self._backend.reserve(nbytes).fill_(1).view(pool.raw.dtype)
+            pool = PagedKV.of(written, shape, pool.keys.shape[2])
             return measured_speed(self._attention, pool, shape, compute)
         finally:
-            if home is not None:
-                self._backend.free(Tier.HOST, home)
+            account.refund(Tier.HOST, nbytes)
 
     def waits_for(self, pending: Pending) -> list[Transfer]:
         """What has to arrive before `receive`."""

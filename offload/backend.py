@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 SWITCH_SECONDS = 2e-5
 """How long one thread may keep the interpreter from others. With Python's 5 ms, the thread that
 computes waits after most operations for one that feeds a link, and the other way round."""
-HUGE_PAGES_FROM = 128 << 20
-"""Reserved bytes that come in huge pages of the system. One may be taken for its first few bytes:
-at most 1.6 % more than is used. KV pages in any order are read 5 to 15 % faster from them."""
 Source = torch.Tensor | FileExtent | FileRows | TensorRows
 Target = torch.Tensor | FileExtent | ScatteredRows
 
@@ -83,7 +80,7 @@ class DeviceBackend(ABC):
 
     def reserve(self, nbytes: int) -> torch.Tensor:
         """A uint8 tensor [nbytes] of zeros in a lazy tier, charged by the caller as it is used."""
-        return map_memory(nbytes, huge_pages=nbytes >= HUGE_PAGES_FROM)
+        return map_memory(nbytes, huge_pages=False)
 
     @abstractmethod
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor: ...

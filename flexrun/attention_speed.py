@@ -57,7 +57,7 @@ def measured_speed(
     computed = statistics.median(_for_a_while(compute))
     beside, slower = _beside(attend, compute)
     contention = 1 - (alone / beside + computed / slower) / 2
-    return AttentionSpeed(nbytes / alone, min(max(0.0, contention), 0.5))
+    return AttentionSpeed(nbytes / alone, max(0.0, contention))
 
 
 def _call(

@@ -109,7 +109,8 @@ def run(model: Path, given: argparse.Namespace, way: str) -> Run:
         ]
         seconds = statistics.median(engine._counters.sweep_seconds[i] for i in steady)
         intervals = runtime.timeline.finish()
-        in_layers = statistics.median(spans_of_layers(intervals, given)[i] for i in steady)
+        spans = spans_of_layers(intervals, given)
+        in_layers = statistics.median(spans[i] for i in steady)
         return Run(
             seconds,
             statistics.mean(decoded) * runtime.shape.kv_token_bytes,

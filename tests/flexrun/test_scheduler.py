@@ -551,14 +551,15 @@ FREE = {"same": 320, "different": 250}
 """Rows that compute in the second that weights take; about what keeps all places generating."""
 
 
-def seconds_of(job: str, free_rows: int | None, **settings: Any) -> float:
+def seconds_of(job: str, free_rows: int | None) -> float:
     """Of a job whose scheduler thinks that so many rows are free."""
     lengths, places, most = [(512, 128)] * 256, 64, 128
     if job == "different":
         draw, places, most = random.Random(0), 8, 1000
         lengths = [(draw.randint(1, 800), draw.randint(1, 32)) for _ in range(200)]
-    settings = {"max_sequences": places, "page_tokens": 16} | settings
-    scheduler = make_scheduler(max_rows=2048, micro_batch_rows=2048, **settings)
+    scheduler = make_scheduler(
+        max_rows=2048, micro_batch_rows=2048, max_sequences=places, page_tokens=16
+    )
     scheduler.free_rows = free_rows
     left = {}
     for number, (prompt, output) in enumerate(lengths):

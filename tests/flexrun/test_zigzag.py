@@ -265,7 +265,7 @@ def test_layers_that_break_off(layers, batches, depth):
         for step in steps:
             if step.action is Action.COMPUTE and step.unit < layers:
                 alive.add(step.micro_batch)
-                assert len(alive) <= 3
+                assert len(alive) <= (3 if depth > 2 else 2)
             elif step.action is Action.FINISH:
                 alive.remove(step.micro_batch)
         assert alive == set()

@@ -34,11 +34,8 @@ class ContinuousScheduler(BatchScheduler):
     def fill(self, sweep: SweepRows) -> None:
         self.decode(sweep)
         if self.free_rows is not None:
-            # More, the more places do not generate: prompts are uneven, and a queue that is served
-            # just as fast as it fills stays as long as it is.
-            empty = max(0.0, 1 - sweep.rows / self.max_sequences)
-            needed = math.ceil((1 + empty / 2) * self.prompt_rows())
-            sweep.limit(max(self.free_rows, sweep.rows + max(LEAST_PROMPT_ROWS, needed)))
+            needed = max(LEAST_PROMPT_ROWS, math.ceil(self.prompt_rows(sweep.rows)))
+            sweep.limit(max(self.free_rows, sweep.rows + needed))
         self.continue_prompts(sweep)
         self.admit(sweep)
 

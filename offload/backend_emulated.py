@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 REQUEST_SECONDS = 0.005
 """Of one request on an emulated link."""
+SHORTEST_SLEEP = 100e-6
+"""The system wakes a thread up later by about so much, and each time takes a core from others. What
+is not waited for now, the link's next copy waits for."""
 _SPEED_NAMES = {
     "host-to-device": Link.HOST_TO_DEVICE,
     "device-to-host": Link.DEVICE_TO_HOST,
@@ -125,5 +128,5 @@ class EmulatedBackend(DeviceBackend):
 
 
 def _sleep_until(arrival: float) -> None:
-    if (left := arrival - time.monotonic()) > 0:
+    if (left := arrival - time.monotonic()) > SHORTEST_SLEEP:
         time.sleep(left)

@@ -601,7 +601,15 @@ def test_prompts_keep_no_more_places_than_there_are_pages_for():
             ends = (number,) if scheduler.running[number].tokens == 512 + 127 else ()
             commit(scheduler, plan, ends)
     places = 16 * 640 / (640 - 128 / 2)  # half of what is generated is there, on average
-    assert scheduler.prompt_rows() == pytest.approx(places * 512 / 128)
+    assert scheduler.prompt_rows(places) == pytest.approx((places - 1) * 512 / 128)
+
+
+@pytest.mark.parametrize("generating, of_places", [(8, 7), (7, 7), (5, 8), (0, 10.5)])
+def test_prompts_take_more_rows_where_few_generate(generating, of_places):
+    """One of eight places is for the prompt, and half of what is missing comes on top."""
+    scheduler = make_scheduler(max_sequences=8)
+    scheduler.add(0, 30, 90)
+    assert scheduler.prompt_rows(generating) == of_places * 30 / 60
 
 
 def test_a_prompt_that_is_shared_counts_once():
@@ -609,12 +617,12 @@ def test_a_prompt_that_is_shared_counts_once():
     scheduler = make_scheduler(max_sequences=8)
     for number in range(8):
         scheduler.add(number, 33, 100, group=0)
-    assert scheduler.prompt_rows() == 8 * (33 + 7) / (8 * (100 - 33))
+    assert scheduler.prompt_rows(7) == pytest.approx(7 * (33 + 7) / (8 * (100 - 33)))
     while scheduler.running or scheduler.waiting:
         plan = scheduler.next_sweep()
         ends = tuple(n for n, p in scheduler.running.items() if p.tokens == 33 + 9)
         commit(scheduler, plan, ends)
-    assert scheduler.prompt_rows() == 8 * 33 / (8 * 10)
+    assert scheduler.prompt_rows(7) == pytest.approx(7 * 33 / (8 * 10))
 
 
 def test_what_is_computed_again_counts_again():
@@ -625,14 +633,14 @@ def test_what_is_computed_again_counts_again():
         commit(scheduler, scheduler.next_sweep())
     scheduler.preempt(0)
     commit(scheduler, scheduler.next_sweep(), ending=(0,))
-    assert scheduler.prompt_rows() == (9 + 13) / 5
+    assert scheduler.prompt_rows(1) == (9 + 13) / 5
 
 
 def test_another_job_is_not_like_the_one_before():
     scheduler = make_scheduler(max_sequences=1)
     for job in ((40, 2), (2, 40)):
         scheduler.add(0, job[0], sum(job))
-        assert scheduler.prompt_rows() == job[0] / job[1]
+        assert scheduler.prompt_rows(1) == job[0] / job[1]
         while scheduler.running or scheduler.waiting:
             progress = scheduler.running.get(0)
             last = progress is not None and progress.tokens == sum(job) - 1

@@ -604,7 +604,7 @@ def test_prompts_keep_no_more_places_than_there_are_pages_for():
     assert scheduler.prompt_rows(places) == pytest.approx((places - 1) * 512 / 128)
 
 
-@pytest.mark.parametrize("generating, of_places", [(8, 7), (7, 7), (5, 8), (0, 10.5)])
+@pytest.mark.parametrize(("generating", "of_places"), [(8, 7), (7, 7), (5, 8), (0, 10.5)])
 def test_prompts_take_more_rows_where_few_generate(generating, of_places):
     """One of eight places is for the prompt, and half of what is missing comes on top."""
     scheduler = make_scheduler(max_sequences=8)

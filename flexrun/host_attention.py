@@ -43,8 +43,8 @@ class _Views:
     there: torch.Tensor
     sides: list[torch.Tensor]
     """Its queries, keys and values [rows, heads, dim]."""
-    new: torch.Tensor
-    """Its keys and values."""
+    new: torch.Tensor | None
+    """Its keys and values as `PagedKV.pack` would have them, if they are of one size."""
     result: torch.Tensor
     into: tuple[torch.Tensor, torch.Tensor]
     """Its outputs and log-sum-exps."""
@@ -90,7 +90,7 @@ class _Turn:
         return _Views(
             there=there,
             sides=sides,
-            new=there[sizes[0] :],
+            new=there[sizes[0] :].view(-1, dim) if shapes[1] == shapes[2] else None,
             result=result,
             into=(result[:split], result[split:]),
             back=back,
@@ -190,7 +190,7 @@ class HostAttention:
         work = partial(self._attend, hosted.group, pool, options, views)
         turn.work = self._transfers.submit_work(
             Link.HOST_ATTENTION,
-            HostWork(work, hosted.pages * pool.raw[0].nbytes),
+            HostWork(work, hosted.pages * pool.page_bytes),
             kind="kv",
             after=[down, _unless_failed(turn.returned), *self._kv.earlier_stores(layer)],
         )
@@ -219,13 +219,13 @@ class HostAttention:
         device and has to be waited for.
         """
         query, key, value = views.sides
-        if len(group.rows) == len(key) and pool.alike:
-            pool.store(group.slots, views.new)  # as `pack` would have it
+        if len(group.rows) == len(key) and views.new is not None:
+            pool.store(group.slots, views.new)
         elif len(group.rows):
             pool.store(group.slots, pool.pack(key[group.rows], value[group.rows]))
         spans = group.paged()
         assert spans is not None
-        self._attention.attend(query.transpose(0, 1), spans, pool, options, views.into)
+        self._attention.attend(query, spans, pool, options, views.into)
 
     def measure(
         self, shape: AttentionShape, compute: Callable[[], object] | None = None
@@ -237,7 +237,7 @@ class HostAttention:
         # Reading what was never written tells nothing. The same kind of memory is written for it.
         room = account.available(Tier.HOST)
         nbytes = MEASURED_BYTES if room is None else min(MEASURED_BYTES, room // 2)
-        nbytes = max(nbytes, pool.raw[0].nbytes)
+        nbytes = max(nbytes, pool.page_bytes)
         account.charge(Tier.HOST, nbytes, "a test of attention")
         try:
             written = self._backend.reserve(nbytes).fill_(1).view(pool.raw.dtype)

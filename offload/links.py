@@ -115,12 +115,12 @@ class PageSlots(ScatteredRows):
     def scatter(self, rows: torch.Tensor) -> None:
         """Store `rows`, packed keys and values."""
         pool = self.pool
-        if pool.keys.shape != pool.values.shape:
+        if pool.table is None:
             pool.store(self.slots, rows)
             return
         # As `store` does, but with torch each link's thread would start a team of its own.
-        _, kv_heads, page_tokens, dim = pool.keys.shape
-        table, source = (each.view(-1, dim).view(torch.uint8).numpy() for each in (pool.raw, rows))
+        _, kv_heads, page_tokens, _ = pool.keys.shape
+        table, source = (each.view(torch.uint8).numpy() for each in (pool.table, rows))
         table[self.slots.rows(kv_heads, page_tokens).numpy()] = source
 
 

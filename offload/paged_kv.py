@@ -32,6 +32,9 @@ class PagedKV:
     values: torch.Tensor
     raw: torch.Tensor
     """[pages, elements of one page]."""
+    table: torch.Tensor | None
+    """If keys and values are of one size: [rows, dim], each of one token's keys or values of one
+    head, in the order in which they lie there."""
 
     @classmethod
     def of(cls, data: torch.Tensor, shape: LayerShape, page_tokens: int) -> PagedKV:
@@ -41,7 +44,13 @@ class PagedKV:
         split = page_tokens * shape.kv_heads * shape.key_dim
         keys = raw[:, :split].unflatten(1, (shape.kv_heads, page_tokens, shape.key_dim))
         values = raw[:, split:].unflatten(1, (shape.kv_heads, page_tokens, shape.value_dim))
-        return cls(keys, values, raw)
+        alike = shape.key_dim == shape.value_dim
+        return cls(keys, values, raw, raw.view(-1, shape.key_dim) if alike else None)
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page."""
+        return self.raw.shape[1] * self.raw.itemsize
 
     def gather(
         self, pages: torch.Tensor, memo: dict[Any, torch.Tensor] | None = None
@@ -52,12 +61,12 @@ class PagedKV:
         """
         memo = {} if memo is None else memo
         _, kv_heads, page_tokens, dim = self.keys.shape
-        if not self.alike:
+        if self.table is None:
             heads = torch.arange(kv_heads, device=pages.device).view(1, -1, 1)
             place = pages.unsqueeze(1), heads
             return self.keys[place].flatten(2, 3), self.values[place].flatten(2, 3)
         # One row a head and page: rows are copied whole, much faster than elements by index.
-        table = self.raw.view(-1, page_tokens * dim)
+        table = self.table.view(-1, page_tokens * dim)
         if kv_heads not in memo:
             heads = torch.arange(2 * kv_heads, device=pages.device).view(2, 1, -1, 1)
             memo[kv_heads] = (pages.unsqueeze(1) * (2 * kv_heads) + heads).view(2, -1)
@@ -65,28 +74,23 @@ class PagedKV:
         keys, values = (table.index_select(0, rows).view(shape) for rows in memo[kv_heads])
         return keys, values
 
-    @property
-    def alike(self) -> bool:
-        """Keys and values are of one size: a page is a table of their rows, keys first."""
-        return self.keys.shape == self.values.shape
-
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """New `keys` [n, kv_heads, key_dim] and `values` as one tensor, the form of `store`.
 
-        That is one after the other if they are `alike`, in whatever shape, else along the last one.
+        That is rows of the `table`, first the keys', or else both along the last dimension.
         """
-        return torch.cat([keys, values], 0 if self.alike else 2)
+        if self.table is None:
+            return torch.cat([keys, values], 2)
+        return torch.cat([keys, values]).view(-1, keys.shape[2])
 
     def store(self, slots: TokenSlots, packed: torch.Tensor) -> None:
         """Put `packed` keys and values of n rows into `slots`."""
-        if not self.alike:
-            dim = self.keys.shape[-1]
+        _, kv_heads, page_tokens, dim = self.keys.shape
+        if self.table is None:
             self.keys[slots.pages, :, slots.offsets] = packed[..., :dim]
             self.values[slots.pages, :, slots.offsets] = packed[..., dim:]
-            return
-        _, kv_heads, page_tokens, dim = self.keys.shape
-        rows = slots.rows(kv_heads, page_tokens)
-        self.raw.view(-1, dim).index_copy_(0, rows, packed.view(-1, dim))
+        else:
+            self.table.index_copy_(0, slots.rows(kv_heads, page_tokens), packed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class TokenSlots:
     _memo: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def rows(self, kv_heads: int, page_tokens: int) -> torch.Tensor:
-        """[2 * n * kv_heads] where they go if pages are a table of rows of one head and token.
+        """[2 * n * kv_heads] where they go in a pool's `table`.
 
         Kept for the other layers, whose rows go to the same slots.
         """

@@ -40,7 +40,7 @@ class CpuAttention(AttentionBackend):
     ) -> Iterator[tuple[Rows, torch.Tensor, torch.Tensor]]:
         """See `AttentionBackend.few_rows`."""
         if (spans := group.paged(below=self.chunk_rows)) is not None:
-            out, lse = self.attend(query, spans, pool, options)
+            out, lse = self.attend(query.transpose(0, 1), spans, pool, options)
             rows = _rows_of(spans, query.shape[1])
             yield rows, out[rows], lse[rows]
 
@@ -52,33 +52,33 @@ class CpuAttention(AttentionBackend):
         options: AttentionOptions,
         into: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of `query` [H, n, D] over the pages of `spans`, without sinks.
+        """Rows of `query` [n, H, D] over the pages of `spans`, without sinks.
 
         Returns the output [n, H, V] and the log of the sum of exponentials [n, H], float32; rows of
         no span are zeros and -inf. With `into` they are made there, and these rows left alone.
         """
-        heads, rows, _ = query.shape
+        rows, heads, _ = query.shape
         value_dim = pool.values.shape[-1]
         out, lse = into or (
             torch.zeros(rows, heads, value_dim, dtype=torch.float32),
             torch.full((rows, heads), -torch.inf, dtype=torch.float32),
         )
         job = self._job(query, spans, pool, options)
-        self._team.run(job, _as_queries(query.transpose(0, 1), pool.raw.dtype), pool.raw, out, lse)
+        self._team.run(job, _as_queries(query, pool.raw.dtype), pool.raw, out, lse)
         return out, lse
 
     def _job(
         self, query: torch.Tensor, spans: PagedSpans, pool: PagedKV, options: AttentionOptions
     ) -> Job:
         """Made once for the layers that are alike: beside other threads Python is slow."""
-        (heads, rows, dim), (_, kv_heads, page_tokens, _) = query.shape, pool.keys.shape
+        (rows, heads, dim), (_, kv_heads, page_tokens, _) = query.shape, pool.keys.shape
         sizes = kv_heads, heads // kv_heads, page_tokens, dim, pool.values.shape[-1]
         window, chunk = options.sliding_window or 0, options.chunk or 0
         masks = window, chunk, options.softcap or 0.0, options.scaling
         key = "job", sizes, masks, rows, self._threads
         if key not in spans.memo:
             table, pages, indices = _as_arrays(spans)
-            worth = len(pages) * pool.raw[0].nbytes // SHARE_BYTES
+            worth = len(pages) * pool.page_bytes // SHARE_BYTES
             shares = max(1, min(SHARES * self._threads, len(pages), worth))
             shares = shares if self._threads > 1 else 1
             of_spans = table, pages, indices, rows, spans.most_rows

@@ -105,7 +105,7 @@ class Layout:
             return torch.zeros(rows, heads, self.shape.value_dim), lse
         spans = group.paged()
         assert spans is not None
-        return backend.attend(query, spans, self.whole, options)
+        return backend.attend(query.transpose(0, 1), spans, self.whole, options)
 
     def expected(
         self, query: torch.Tensor, options: AttentionOptions
@@ -264,15 +264,15 @@ def test_what_is_prepared_once_serves_all_layers(monkeypatch):
     for pool in (*layers, *layers):
         query = random_query(draw, 6, layout, 32)
         into = torch.full((layout.rows, 6, 32), torch.nan), torch.full((layout.rows, 6), torch.nan)
-        out, lse = many.attend(query, spans, pool, options, into)
+        out, lse = many.attend(query.transpose(0, 1), spans, pool, options, into)
         fresh = layout.group(None)
         assert fresh is not None
         again = fresh.paged()
         assert again is not None
-        expected, sums = one.attend(query, again, pool, options)
+        expected, sums = one.attend(query.transpose(0, 1), again, pool, options)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
         torch.testing.assert_close(lse, sums, rtol=1e-5, atol=2e-6)
-    one.attend(query, spans, pool, options)
+    one.attend(query.transpose(0, 1), spans, pool, options)
     jobs = [each for each in spans.memo.values() if isinstance(each, team.Job)]
     assert [job.shares > 1 for job in jobs] == [True, False]  # one for each number of threads
     one.close()

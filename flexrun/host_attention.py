@@ -237,7 +237,7 @@ class HostAttention:
         # Reading what was never written tells nothing. The same kind of memory is written for it.
         room = account.available(Tier.HOST)
         nbytes = MEASURED_BYTES if room is None else min(MEASURED_BYTES, room // 2)
-        nbytes = max(nbytes, pool.page_bytes)
+        nbytes = max(1, nbytes // pool.page_bytes) * pool.page_bytes
         account.charge(Tier.HOST, nbytes, "a test of attention")
         try:
             written = self._backend.reserve(nbytes).fill_(1).view(pool.raw.dtype)

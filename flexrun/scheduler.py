@@ -195,20 +195,20 @@ class BatchScheduler:
         """Sequences that may join."""
         return self.max_sequences - len(self.running)
 
-    def prompt_rows(self, generating: int) -> float:
+    def prompt_rows(self) -> float:
         """Of prompts in a sweep, so that as many sequences generate as places and pages allow.
 
-        But one of them: it computes its prompt, and without any a sweep has less to compute than
-        its weights take. `generating` do now. If they are fewer, more rows are needed than on
-        average: prompts are uneven, and a queue that is served just as fast as it fills stays as
-        long as it is.
+        All but one, whose prompt is what a sweep computes beside its weights. While fewer generate,
+        more rows are needed than on average: prompts are uneven, and a queue that is served just as
+        fast as it fills stays as long as it is.
         """
         places, pools = float(self.max_sequences), self.pools
         if held := self.turnover.held:
             pages = sum(count for tier, count in pools.capacity.items() if tier is not pools.swap)
             places = min(places, pages * pools.page_tokens / held)
         wanted = max(1.0, places - 1)
-        return self.turnover.prompt_rows(wanted + max(0.0, wanted - generating) / 2)
+        missing = max(0.0, wanted - (len(self.running) - len(self.prompts)))
+        return self.turnover.prompt_rows(wanted + missing / 2)
 
     def pages_wanted(self, progress: Progress) -> int:
         """Pages that a sequence does not have yet, for what is kept free for it."""

@@ -26,15 +26,15 @@ class ContinuousScheduler(BatchScheduler):
     A place is taken as soon as its sequence ends (Orca's iteration-level batching), and a sequence
     that generates is never held up by another one's prompt (Sarathi's stall-free batching). Prompts
     take the rows that compute while the weights arrive: more would make this sweep longer, and
-    leave less to do beside the next one's weights. If these do not suffice to keep all places
-    generating, prompts take as many as that needs: each has to be computed in some sweep, and empty
-    places only make more sweeps.
+    leave less to do beside the next one's weights. If these do not suffice to keep all places but
+    one generating, prompts take as many as that needs: each has to be computed in some sweep, and
+    empty places only make more sweeps.
     """
 
     def fill(self, sweep: SweepRows) -> None:
         self.decode(sweep)
         if self.free_rows is not None:
-            needed = max(LEAST_PROMPT_ROWS, math.ceil(self.prompt_rows(sweep.rows)))
+            needed = max(LEAST_PROMPT_ROWS, math.ceil(self.prompt_rows()))
             sweep.limit(max(self.free_rows, sweep.rows + needed))
         self.continue_prompts(sweep)
         self.admit(sweep)

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 REQUEST_SECONDS = 0.005
 """Of one request on an emulated link."""
 SHORTEST_SLEEP = 100e-6
-"""The system wakes a thread up later by about so much, and each time takes a core from others. What
-is not waited for now, the link's next copy waits for."""
+"""The system wakes a thread up later by about so much, and each time takes a core from others."""
 _SPEED_NAMES = {
     "host-to-device": Link.HOST_TO_DEVICE,
     "device-to-host": Link.DEVICE_TO_HOST,
@@ -62,6 +61,35 @@ class EmulatedMachine:
         return cls(capacity, speeds)
 
 
+class _Pace:
+    """When bytes arrive that are sent over one link: they follow each other."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+        self._owed = 0.0
+        """Seconds of copies that were too short to sleep for: the next one has to wait for them."""
+        self._lock = threading.Lock()
+
+    def send(self, seconds: float) -> float:
+        """When bytes that are sent now, and take so long, will be through."""
+        with self._lock:
+            start = max(time.monotonic(), self._free_at)
+            self._free_at = start + self._owed + seconds
+            self._owed = 0.0
+            return self._free_at
+
+    def wait(self, arrival: float) -> None:
+        """Until then, or a little less."""
+        left = arrival - time.monotonic()
+        if left > SHORTEST_SLEEP:
+            time.sleep(left)
+        elif left > 0:
+            with self._lock:
+                if self._free_at == arrival:  # else those behind it wait for it anyway
+                    self._free_at -= left
+                    self._owed += left
+
+
 class EmulatedBackend(DeviceBackend):
     """Computes on the CPU, with DEVICE as a separate arena behind links of a stated speed."""
 
@@ -72,8 +100,7 @@ class EmulatedBackend(DeviceBackend):
     def __init__(self, account: MemoryAccount, machine: EmulatedMachine) -> None:
         super().__init__(account)
         self.machine = machine
-        self._free_at = dict.fromkeys(Link, 0.0)
-        self._lock = threading.Lock()
+        self._paces = {link: _Pace() for link in Link}
 
     def _allocate(self, tier: Tier, nbytes: int) -> torch.Tensor:
         return map_memory(nbytes)
@@ -99,7 +126,8 @@ class EmulatedBackend(DeviceBackend):
         urgent: bool = False,
     ) -> Any:
         """Copy, then hold the link until the bytes would have arrived at its stated speed."""
-        arrival = self._arrival(link, source.nbytes)
+        pace, speed = self._paces[link], self.machine.speeds.get(link)
+        arrival = 0.0 if speed is None else pace.send(source.nbytes / speed)
         if isinstance(source, TensorRows) and source.staging is not None:
             assert isinstance(target, torch.Tensor)
             staged = source.staging.view(-1)[: target.numel()].view(target.shape)
@@ -110,23 +138,9 @@ class EmulatedBackend(DeviceBackend):
             assert isinstance(source, torch.Tensor)
             staged = target.staging[: source.numel()].view(source.shape)
             move(source, staged)
-            _sleep_until(arrival)
+            pace.wait(arrival)
             move(staged, target)
         else:
             move(source, target)
-            _sleep_until(arrival)
+            pace.wait(arrival)
         return None
-
-    def _arrival(self, link: Link, nbytes: int) -> float:
-        """When bytes sent now are through: those of one link follow each other."""
-        speed = self.machine.speeds.get(link)
-        if speed is None:
-            return 0.0
-        with self._lock:
-            self._free_at[link] = max(time.monotonic(), self._free_at[link]) + nbytes / speed
-            return self._free_at[link]
-
-
-def _sleep_until(arrival: float) -> None:
-    if (left := arrival - time.monotonic()) > SHORTEST_SLEEP:
-        time.sleep(left)

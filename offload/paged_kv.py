@@ -38,7 +38,8 @@ class PagedKV:
 
     @classmethod
     def of(cls, data: torch.Tensor, shape: LayerShape, page_tokens: int) -> PagedKV:
-        """As many pages of a layer of `shape` as fit into `data` (flat)."""
+        """As many pages of a layer of `shape` as fit into `data` (flat, contiguous)."""
+        assert data.is_contiguous()  # kernels are given its address
         size = page_elements(shape, page_tokens)
         raw = data[: data.numel() // size * size].view(-1, size)
         split = page_tokens * shape.kv_heads * shape.key_dim

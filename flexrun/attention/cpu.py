@@ -55,7 +55,8 @@ class CpuAttention(AttentionBackend):
         """Rows of `query` [n, H, D] over the pages of `spans`, without sinks.
 
         Returns the output [n, H, V] and the log of the sum of exponentials [n, H], float32; rows of
-        no span are zeros and -inf. With `into` they are made there, and these rows left alone.
+        no span are zeros and -inf. With `into` (contiguous) they are made there, and these rows are
+        left alone.
         """
         rows, heads, _ = query.shape
         value_dim = pool.values.shape[-1]

@@ -198,6 +198,10 @@ def test_queries_of_either_type(monkeypatch, backend, dims, pairs):
     assert (query - rounded).abs().max() > 1e-3
     for each in (query, rounded, rounded.float()):
         out, lse = layout.attend(backend, each, options, None)
+        in_order = each.transpose(0, 1).contiguous().transpose(0, 1)  # as they arrive on HOST
+        same, same_lse = layout.attend(backend, in_order, options, None)
+        assert torch.equal(out, same)
+        assert torch.equal(lse, same_lse)
         expected, sums = layout.expected(each, options)
         assert relative(out, expected) <= 1e-5
         assert float((lse - sums).abs().max()) <= 1e-5 * max(1.0, float(sums.abs().max()))

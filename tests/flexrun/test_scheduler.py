@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from typing import Any
@@ -602,16 +601,36 @@ def test_prompts_keep_no_more_places_than_there_are_pages_for():
             ends = (number,) if scheduler.running[number].tokens == 512 + 127 else ()
             commit(scheduler, plan, ends)
     places = 16 * 640 / (640 - 128 / 2)  # half of what is generated is there, on average
-    rows = scheduler.prompt_rows(generating=math.floor(places))
-    assert rows == pytest.approx((places - 1) * 512 / 128)
+    assert scheduler.prompt_rows() == pytest.approx(1.5 * (places - 1) * 512 / 128)
 
 
-@pytest.mark.parametrize(("generating", "of_places"), [(8, 7), (7, 7), (5, 8), (0, 10.5)])
-def test_prompts_take_more_rows_where_few_generate(generating, of_places):
+@pytest.mark.parametrize(
+    ("generating", "prompt", "rows"),
+    [(7, 100, 7 * 10), (5, 100, 8 * 10), (0, 100, 105), (7, 40, 32)],
+)
+def test_prompts_take_more_rows_where_few_generate(generating, prompt, rows):
     """One of eight places is for the prompt, and half of what is missing comes on top."""
-    scheduler = make_scheduler(max_sequences=8)
-    scheduler.add(0, 30, 90)
-    assert scheduler.prompt_rows(generating) == of_places * 30 / 60
+    scheduler = make_scheduler(max_sequences=8, max_rows=MANY, micro_batch_rows=MANY)
+    for number in range(generating):
+        scheduler.add(number, prompt, prompt + 10)
+    commit(scheduler, scheduler.next_sweep())
+    scheduler.free_rows = 0
+    for number in range(8, 16):
+        scheduler.add(number, prompt, prompt + 10)
+    plan = scheduler.next_sweep()
+    assert sum(span.sequence < 8 for span in plan.spans) == generating
+    assert plan.rows == generating + min(rows, (8 - generating) * prompt)
+
+
+def test_prompts_take_more_rows_where_pages_are_for_hardly_more_than_one():
+    """Of 1.2 places none can be kept for a prompt."""
+    scheduler = make_scheduler(pages={Tier.DEVICE: 9}, max_sequences=4)
+    scheduler.add(0, 20, 30)
+    while scheduler.running or scheduler.waiting:
+        plan = scheduler.next_sweep()
+        commit(scheduler, plan, (0,) if plan.spans[0].end == 29 else ())
+    assert 36 / scheduler.turnover.held < 2
+    assert scheduler.prompt_rows() == 1.5 * 20 / 10
 
 
 def test_a_prompt_that_is_shared_counts_once():
@@ -619,12 +638,13 @@ def test_a_prompt_that_is_shared_counts_once():
     scheduler = make_scheduler(max_sequences=8)
     for number in range(8):
         scheduler.add(number, 33, 100, group=0)
-    assert scheduler.prompt_rows(7) == pytest.approx(7 * (33 + 7) / (8 * (100 - 33)))
+    places = 7 + 7 / 2  # none generates
+    assert scheduler.prompt_rows() == pytest.approx(places * (33 + 7) / (8 * (100 - 33)))
     while scheduler.running or scheduler.waiting:
         plan = scheduler.next_sweep()
         ends = tuple(n for n, p in scheduler.running.items() if p.tokens == 33 + 9)
         commit(scheduler, plan, ends)
-    assert scheduler.prompt_rows(7) == pytest.approx(7 * 33 / (8 * 10))
+    assert scheduler.prompt_rows() == pytest.approx(places * 33 / (8 * 10))
 
 
 def test_what_is_computed_again_counts_again():
@@ -635,14 +655,14 @@ def test_what_is_computed_again_counts_again():
         commit(scheduler, scheduler.next_sweep())
     scheduler.preempt(0)
     commit(scheduler, scheduler.next_sweep(), ending=(0,))
-    assert scheduler.prompt_rows(1) == (9 + 13) / 5
+    assert scheduler.prompt_rows() == pytest.approx(1.5 * (9 + 13) / 5)
 
 
 def test_another_job_is_not_like_the_one_before():
     scheduler = make_scheduler(max_sequences=1)
     for job in ((40, 2), (2, 40)):
         scheduler.add(0, job[0], sum(job))
-        assert scheduler.prompt_rows(1) == job[0] / job[1]
+        assert scheduler.prompt_rows() == pytest.approx(1.5 * job[0] / job[1])
         while scheduler.running or scheduler.waiting:
             progress = scheduler.running.get(0)
             last = progress is not None and progress.tokens == sum(job) - 1

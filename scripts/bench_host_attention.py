@@ -186,10 +186,14 @@ def predicted(runs: dict[str, Run], link: float, stages: int) -> dict[str, float
 
 
 def measure(model: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """All ways in turn, several times."""
+    """All ways in turn, several times, every second time in the other order.
+
+    Each finds memory as the one before has left it.
+    """
     pairs = []
-    for _ in range(given.repeats):
-        runs = {way: run(model, given, way) for way in WAYS}
+    for number in range(given.repeats):
+        order = list(WAYS)[:: -1 if number % 2 else 1]
+        runs = {way: run(model, given, way) for way in order}
         foreseen = predicted(runs, parse_size(given.link), given.layers * given.micro_batches)
         hardware = runs["auto"].hardware
         assert hardware is not None

@@ -16,3 +16,7 @@ class FlexrunError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n\nhint: {self.hint}"
+
+
+class QuantizationError(FlexrunError):
+    """Values that no code stands for."""

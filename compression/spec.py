@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,60 @@ if TYPE_CHECKING:
 
 BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
 """Bits of one value in each plain floating-point format weights and KV cache are stored in."""
+GROUPS = (32, 64, 128)
+"""Values that may share a scale and a centre."""
+CODE_BITS = (4, 8)
 
 
 def nbytes(shape: Sequence[int], dtype: str) -> int:
     """Bytes of a dense tensor of `shape` (elements per axis) stored as `dtype`."""
     return prod(shape) * BITS[dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFormat:
+    """Codes of few bits, and for each group of neighbours two numbers of 16 bits.
+
+    value = centre + scale * (code - zero_code), code from 0 to `most_code`. With the centre in the
+    middle of a group's range, and not at its end, it is small, and so is the error of its rounding.
+
+    Groups run along the last axis of a tensor; a row's last group may be shorter. A row is stored
+    in one piece, [codes | scales | centres], so that rows of a table can be gathered. Of 4 bits,
+    byte i of a group of n values has value i in its low half and value i + ceil(n / 2) in its high
+    one: neighbours are expanded to neighbours, without shuffling them.
+    """
+
+    bits: int = 4
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in CODE_BITS or self.group not in GROUPS:
+            raise ValueError(f"no format has {self.bits} bits in groups of {self.group}")
+
+    @property
+    def most_code(self) -> int:
+        """The largest code; the smallest is 0."""
+        return (1 << self.bits) - 1
+
+    @property
+    def zero_code(self) -> int:
+        """The code of a value that is a group's centre."""
+        return 1 << (self.bits - 1)
+
+    def groups(self, columns: int) -> int:
+        """Of a row of so many values."""
+        return -(-columns // self.group)
+
+    def code_bytes(self, columns: int) -> int:
+        """Of a row's codes: an even number, because numbers of 16 bits follow."""
+        per_byte = 8 // self.bits
+        return 2 * -(-columns // (2 * per_byte))
+
+    def row_bytes(self, columns: int) -> int:
+        """Of a row of so many values."""
+        return self.code_bytes(columns) + 4 * self.groups(columns)
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a tensor of `shape`: 4.5 bits per value for 4 bits and whole groups of 64."""
+        *rows, columns = shape
+        return prod(rows) * self.row_bytes(columns)

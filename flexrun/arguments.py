@@ -8,15 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from flexrun.config import DEVICES, DTYPES, OVERRIDES, EngineConfig
+from flexrun.config import DEVICES, DTYPES, EngineConfig
 from flexrun.errors import FlexrunError, UsageError
 from flexrun.request import SamplingParams
 from offload.tiers import Split, parse_size
-from policy_search.flags import add_workload_flags
+from policy_search.flags import add_quantization_flags, add_workload_flags, count
 from policy_search.policy import CHOICES, Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 JOB_DEFAULTS = SamplingParams(temperature=0.0, max_tokens=256)
 """A batch job is greedy unless asked otherwise: the safe choice, and the reproducible one."""
@@ -65,6 +65,7 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     _add_sampling_flags(generate)
     _add_machine_flags(generate)
     _add_policy_flags(generate)
+    add_quantization_flags(generate)
     check = commands.add_parser(
         "check",
         help="say whether a model's architecture can be run exactly",
@@ -74,7 +75,30 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     check.add_argument("--model", required=True, help="directory, hub id or .gguf file")
     _add_prepare(commands)
     _add_bench(commands)
+    _add_perplexity(commands)
     return parser
+
+
+def _add_perplexity(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval-ppl",
+        help="perplexity of a text, to see what a setting costs in quality",
+        description="Compute the perplexity of a text over sliding windows. The last line on "
+        "stdout is one JSON object.",
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("evaluation")
+    add = group.add_argument
+    add("--model", required=True, help="directory, hub id or .gguf file")
+    add("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text")
+    add("--context", type=count, default=512, metavar="N", help="tokens of a window (%(default)s)")
+    add("--stride", type=count, metavar="N", help="tokens between windows; default: half a window")
+    text = "rows of a window computed together; default: as many as a micro-batch has"
+    add("--chunk", type=count, metavar="N", help=text)
+    add("--text-tokens", type=count, metavar="N", help="use only the text's first N tokens")
+    _add_machine_flags(parser)
+    _add_policy_flags(parser)
+    add_quantization_flags(parser)
 
 
 def _add_bench(commands: Any) -> None:
@@ -90,6 +114,7 @@ def _add_bench(commands: Any) -> None:
     add_workload_flags(group, requests=256)
     _add_machine_flags(parser)
     _add_policy_flags(parser)
+    add_quantization_flags(parser)
 
 
 def _add_prepare(commands: Any) -> None:
@@ -108,6 +133,7 @@ def _add_prepare(commands: Any) -> None:
     add("--disk-space", "budget, such as 200GiB; default: what is free", metavar="SIZE")
     help_text = "write a copy even of weights that jobs could read where they are"
     parser.add_argument("--copy", action="store_true", help=help_text)
+    add_quantization_flags(parser)
 
 
 def _add_job_flags(parser: argparse.ArgumentParser) -> None:
@@ -192,13 +218,15 @@ def engine_config(values: dict[str, Any], spell: Callable[[str], str] = str) -> 
     config = EngineConfig(**settings)
     _check_choice(spell("device"), config.device, DEVICES)
     _check_choice(spell("dtype"), config.dtype, DTYPES)
-    overrides = {k: v for k in OVERRIDES if (v := getattr(config, k)) is not None}
-    for name, value in overrides.items():
+    for name, value in config.overrides.items():
         if name in CHOICES:
             _check_choice(spell(name), value, CHOICES[name])
+        elif name == "keep":
+            if not isinstance(value, str):
+                raise UsageError(f"{spell(name)} must be a regular expression, not {value!r}")
         elif not isinstance(value, Split) and (type(value) is not int or value < 1):
             raise UsageError(f"{spell(name)} must be a whole number of at least 1, not {value!r}")
-    replace(config.policy or Policy(), **overrides)  # to fail before the model is loaded
+    replace(config.policy or Policy(), **config.overrides)  # to fail before the model is loaded
     if config.emulate is not None and config.device != "emulated":
         raise UsageError(
             f"{spell('emulate')} describes an emulated device, but the device is {config.device}",
@@ -219,6 +247,6 @@ def _parsed(name: str, parse: Callable[[str], Any], text: str) -> Any:
         raise UsageError(f"{name}: {error.message}", error.hint) from None
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: Collection[object]) -> None:
     if value not in choices:
-        raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")

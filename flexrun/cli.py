@@ -38,7 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     try:
         arguments = build_parser(__version__).parse_args(argv)
-        commands = {"check": check, "prepare": prepare, "bench": bench, "generate": generate}
+        commands = {
+            "check": check,
+            "prepare": prepare,
+            "bench": bench,
+            "eval-ppl": eval_ppl,
+            "generate": generate,
+        }
         return commands[arguments.command](arguments)
     except FlexrunError as error:
         return _report(error, BAD_USAGE)
@@ -76,6 +82,15 @@ def bench(arguments: argparse.Namespace) -> int:
         code = main_bench(engine, job)
         engine.write_trace()
         return code
+
+
+def eval_ppl(arguments: argparse.Namespace) -> int:
+    """Compute the perplexity of a text."""
+    from flexrun.perplexity import main_perplexity  # imports torch
+
+    config = engine_config(vars(arguments), flag_of)
+    shape = arguments.context, arguments.stride, arguments.chunk, arguments.text_tokens
+    return main_perplexity(config, arguments.text, *shape)
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -168,6 +183,13 @@ def _fingerprint(job: JobFile, config: EngineConfig) -> dict[str, Any]:
         **sampling,
         "--seed": config.seed,
     }
+    if (found := config.quantization).any:
+        fingerprint |= {
+            flag_of("weight_bits"): found.weight_bits,
+            flag_of("head_bits"): found.head_bits,
+            flag_of("group_size"): found.group,
+            flag_of("keep"): found.keep,
+        }
     return json.loads(json.dumps(fingerprint))  # as the sidecar gives it back: tuples are lists
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from compression.selection import Quantization
     from offload.tiers import Split
 
 DEVICES = ("auto", "cuda", "cpu", "emulated")
@@ -29,7 +30,7 @@ class EngineConfig:
     policy: Policy | None = None
     """None: placed automatically under the budgets."""
     weights: Split | None = None
-    """Overrides the policy's field; so do the next eleven."""
+    """Overrides the policy's field; so do the next fifteen."""
     kv_cache: Split | None = None
     activations: Split | None = None
     micro_batch_rows: int | None = None
@@ -41,6 +42,10 @@ class EngineConfig:
     order: str | None = None
     speculation: str | None = None
     preemption: str | None = None
+    weight_bits: int | None = None
+    head_bits: int | None = None
+    group_size: int | None = None
+    keep: str | None = None
     overlap: bool = True
     device_memory: int | None = None
     """Budget in bytes; None: what the device has free. The next two likewise."""
@@ -55,6 +60,16 @@ class EngineConfig:
     """The emulated machine, for example `capacity=256MiB,host-to-device=2GB/s`."""
     seed: int = 0
     """Random state that requests without a seed of their own derive theirs from."""
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Fields of the policy that are given."""
+        return {f: value for f in OVERRIDES if (value := getattr(self, f)) is not None}
+
+    @property
+    def quantization(self) -> Quantization:
+        """What is quantized, which the policy does not choose by itself."""
+        return replace(self.policy or Policy(), **self.overrides).quantization
 
 
 OVERRIDES = tuple(

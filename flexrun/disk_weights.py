@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 from offload.direct_file import DirectFile
 from offload.disk_layout import DiskPlace
 from offload.links import FileExtent
-from offload.prepared import WEIGHTS, model_key, prepare, store_path
+from offload.prepared import model_key, prepare, store_path
 from offload.prepared_layout import PREPARED_BLOCK, layout
+from offload.prepared_writer import WEIGHTS
 from offload.tiers import DISK_BLOCK, Tier
 
 if TYPE_CHECKING:
@@ -56,10 +57,9 @@ class DiskPlan:
 
 def plan_disk(source: TensorSource, units: Sequence[Sequence[Weight]], directory: Path) -> DiskPlan:
     """Prefer a prepared store that is there, then the checkpoint itself, then prepare one."""
-    names = [weight.name for unit in units for weight in unit]
     key = model_key(source.fingerprint(), units)
     path = store_path(directory, key)
-    tensors = None if path.exists() else source.in_place(names)
+    tensors = None if path.exists() else usable_in_place(source, units)
     if tensors is not None:
         places = {
             name: DiskPlace(str(tensor.path), tensor.offset, tensor.nbytes, DISK_BLOCK)
@@ -78,6 +78,16 @@ def plan_disk(source: TensorSource, units: Sequence[Sequence[Weight]], directory
         0 if path.exists() else nbytes,
         lambda: prepare(directory, key, source, units, source.check_unchanged),
     )
+
+
+def usable_in_place(
+    source: TensorSource, units: Sequence[Sequence[Weight]]
+) -> dict[str, StoredTensor] | None:
+    """Where the bytes of all weights lie in the source's files; None unless all are usable."""
+    weights = [weight for unit in units for weight in unit]
+    if any(weight.spec is not None for weight in weights):
+        return None
+    return source.in_place([weight.name for weight in weights])
 
 
 def open_charged(plan: DiskPlan, account: MemoryAccount) -> DiskSource:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from compression.selection import Quantization, experts_of
 from flexrun.disk_weights import open_charged
 from offload.embedding import EmbeddingTable
 from offload.packed import pack, unpack
 from offload.placement import TensorSpec, place
+from offload.prepared import PreparedStore
 from offload.slabs import Weight
 from offload.tiers import Split, Tier
 from offload.weights import WeightStore
@@ -21,12 +23,16 @@ from policy_search.model_shape import ModelShape, product_flops
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from compression.spec import GroupFormat
     from flexrun.disk_weights import DiskPlan, TensorSource
     from flexrun.model import Model
     from offload.backend import DeviceBackend
+    from offload.prepared_writer import TensorSource as TensorReader
     from offload.transfer_engine import TransferEngine
 
 logger = logging.getLogger(__name__)
+
+NOTHING_QUANTIZED = Quantization()
 
 
 @dataclass(slots=True)
@@ -55,11 +61,16 @@ class ModelWeights:
         return [[*self.resident, *own], *self.layers, self.head]
 
     @property
+    def quantized(self) -> bool:
+        """Whether some are; then all are read from a prepared store."""
+        return any(weight.spec is not None for weight in self.all)
+
+    @property
     def all(self) -> list[Weight]:
         return [*self.resident, *(weight for _, weight in self.placeable)]
 
 
-def find_weights(model: Model) -> ModelWeights:
+def find_weights(model: Model, quantization: Quantization = NOTHING_QUANTIZED) -> ModelWeights:
     """Sort a model's parameters by the unit that uses them; a tied tensor is one weight."""
     weights: dict[int, Weight] = {}
     units: dict[int, int] = {}
@@ -81,6 +92,9 @@ def find_weights(model: Model) -> ModelWeights:
             weights[id(parameter)] = Weight(first, parameter.shape, stored, users, parameter.dtype)
             number = len(model.layers) if module in head_modules else layer_of.get(module, -2)
             units[id(parameter)] = max(number, units.get(id(parameter), -2))
+    for key, weight in weights.items():
+        if spec := _spec_of(weight, units[key], model, quantization):
+            weights[key] = replace(weight, spec=spec)
     table = model.embedding.weight
     assert isinstance(table, torch.Tensor)
     embedding = weights[id(table)]
@@ -93,6 +107,17 @@ def find_weights(model: Model) -> ModelWeights:
         elif weight is not embedding:
             resident.append(weight)
     return ModelWeights(grouped[:-1], grouped[-1], embedding, tied, resident)
+
+
+def _spec_of(
+    weight: Weight, unit: int, model: Model, quantization: Quantization
+) -> GroupFormat | None:
+    in_layer = 0 <= unit < len(model.layers)
+    table = any(module is model.embedding for module, _ in weight.users)
+    if not weight.dtype.is_floating_point or not (in_layer or unit == len(model.layers) or table):
+        return None
+    experts = experts_of(model.config.get_text_config().to_dict())
+    return quantization.of(weight.name, weight.shape, in_layer=in_layer, experts=experts)
 
 
 def model_shape(
@@ -128,6 +153,7 @@ def model_shape(
         head_flops_per_row=2 * int(config.hidden_size) * model.vocab_size,
         expanded_bytes=max(sum(w.expanded_bytes for w in unit) for unit in units),
         prepared_bytes=disk.to_write,
+        always_prepared=weights.quantized,
         tensors=tuple(
             TensorSpec(w.name, unit, w.nbytes, disk.places[w.name]) for unit, w in weights.placeable
         ),
@@ -166,7 +192,7 @@ def load_weights(
     tiers = place(specs, split)
     with contextlib.ExitStack() as closing:
         source = None
-        if Tier.DISK in tiers.values():
+        if Tier.DISK in tiers.values() or weights.quantized:
             source = open_charged(disk, backend.account)
             closing.callback(backend.account.refund, Tier.DISK, disk.to_write)
             closing.callback(source.close)
@@ -182,7 +208,11 @@ def load_weights(
             smallest_relay,
         )
         closing.callback(store.close)
-        _fill(model, weights, checkpoint, store, tiers)
+        if weights.quantized:
+            assert isinstance(source, PreparedStore)
+            _fill(model, weights, checkpoint, source, store, tiers)
+        else:
+            _fill(model, weights, checkpoint, checkpoint, store, tiers)
         packed: list[Weight] = []
         closing.callback(unpack, packed)
         for weight in _packable(model, weights, tiers, backend):
@@ -238,18 +268,19 @@ def _embedding_table(
 def _fill(
     model: Model,
     weights: ModelWeights,
-    checkpoint: TensorSource,
+    checkpoint: TensorReader,
+    source: TensorReader,
     store: WeightStore,
     tiers: Mapping[str, Tier],
 ) -> None:
+    """Buffers from `checkpoint`, weights from `source`, where they may be quantized already."""
     in_memory = {w.name for w in weights.all if tiers.get(w.name) is not Tier.DISK}
     buffers = dict(model.module.named_buffers())
     persistent = [name for name in model.module.state_dict() if name in buffers]
     groups = [[w.name for w in unit if w.name in in_memory] for unit in weights.units]
-    for names in (persistent, *groups):
-        for name, tensor in checkpoint.load(names):
-            if name in buffers:
-                buffers[name].copy_(tensor)
-            elif name in in_memory:
-                store.load(name, tensor)
+    for name, tensor in checkpoint.load(persistent):
+        buffers[name].copy_(tensor)
+    for names in groups:
+        for name, tensor in source.load(names):
+            store.load(name, tensor)
     store.finish_loading()

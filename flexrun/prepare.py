@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexrun.architecture_check import ensure_exact
+from flexrun.disk_weights import usable_in_place
 from flexrun.errors import CapacityError
 from flexrun.loading import find_weights
 from flexrun.machine import offload_directory
@@ -34,8 +35,7 @@ def main_prepare(config: EngineConfig, *, copy: bool = False) -> int:
     Raises `FlexrunError`s.
     """
     checkpoint, units = _open(config)
-    names = [weight.name for unit in units for weight in unit]
-    if not copy and checkpoint.in_place(names) is not None:
+    if not copy and usable_in_place(checkpoint, units) is not None:
         print(
             f"nothing to prepare: {checkpoint.directory} has the weights as they are used, "
             "so they are read from there"
@@ -63,7 +63,7 @@ def _open(config: EngineConfig) -> tuple[Checkpoint, list[list[Weight]]]:
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
     model = build_model(hf_config, dtype, torch.device("cpu"))
     checkpoint = Checkpoint(directory, model.module, dtype, model.stored_dtypes)
-    return checkpoint, find_weights(model).units
+    return checkpoint, find_weights(model, config.quantization).units
 
 
 def _refuse_too_large(config: EngineConfig, units: Sequence[Sequence[Weight]]) -> None:
@@ -72,5 +72,5 @@ def _refuse_too_large(config: EngineConfig, units: Sequence[Sequence[Weight]]) -
         raise CapacityError(
             f"the prepared weights need {format_size(nbytes)}, but {format_size(nbytes - limit)} "
             f"is missing in the budget of {format_size(limit)}",
-            hint="raise --disk-space, or store fewer bytes with --dtype bfloat16",
+            hint="raise --disk-space, or store fewer with --dtype bfloat16 or --weight-bits 4",
         )

@@ -13,7 +13,6 @@ from flexrun.attention.torch_ops import TorchAttention
 from flexrun.attention.triton_attention import TritonAttention, usable
 from flexrun.attention_split import AttentionSplit
 from flexrun.calibration import measured_hardware, tune
-from flexrun.config import OVERRIDES
 from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
 from flexrun.kv_setup import open_kv
@@ -61,7 +60,7 @@ class Runtime:
         checkpoint = Checkpoint(
             self.directory, self.model.module, self.stored, self.model.stored_dtypes
         )
-        weights = find_weights(self.model)
+        weights = find_weights(self.model, config.quantization)
         self._offload_directory = offload_directory(config)
         disk = plan_disk(checkpoint, weights.units, self._offload_directory)
         self.shape = model_shape(self.model, weights, self.dtype, disk)
@@ -128,7 +127,7 @@ class Runtime:
         return self.backend.device.type == "cpu" and self.dtype != torch.float32
 
     def _choose_policy(self, config: EngineConfig) -> Policy:
-        changed = {f: getattr(config, f) for f in OVERRIDES if getattr(config, f) is not None}
+        changed = config.overrides
         policy = config.policy or Policy()
         batch = {f: v for f, v in changed.items() if f not in ("weights", "kv_cache")}
         if config.policy is None:

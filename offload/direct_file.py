@@ -45,10 +45,17 @@ class DirectFile:
     block: int = DISK_BLOCK
     """Callers round offsets and lengths to multiples of it."""
 
-    def __init__(self, path: Path, nbytes: int | None = None, *, nameless: bool = False) -> None:
-        """Open the file to read it, or create it with `nbytes` reserved to write and read it."""
+    def __init__(
+        self,
+        path: Path,
+        nbytes: int | None = None,
+        *,
+        nameless: bool = False,
+        writable: bool = False,
+    ) -> None:
+        """Open the file to read it, or to write it, too; or create it with `nbytes` reserved."""
         self.path = path
-        self._access = os.O_RDONLY if nbytes is None else os.O_RDWR
+        self._access = os.O_RDONLY if nbytes is None and not writable else os.O_RDWR
         self._lock = threading.Lock()
         self._past_cache: int | None = None
         self._cached: int | None = None
@@ -75,6 +82,11 @@ class DirectFile:
     def open(path: Path) -> DirectFile:
         """An existing file, to be read."""
         return DirectFile(path)
+
+    @staticmethod
+    def reopen(path: Path) -> DirectFile:
+        """An existing file, to be read and written."""
+        return DirectFile(path, writable=True)
 
     @staticmethod
     def create(path: Path, nbytes: int, *, nameless: bool = False) -> DirectFile:

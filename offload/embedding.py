@@ -57,8 +57,10 @@ class EmbeddingTable:
         module.padding_idx = None  # an id of the full table, which only training needs
         unique, local = torch.unique(token_ids, return_inverse=True)
         rows = self._fetch(unique)
-        table = rows.view(self._weight.dtype).view(len(unique), *self._weight.shape[1:])
-        table = table.to(self._weight.compute_dtype or table.dtype)
+        dtype = self._weight.compute_dtype or self._weight.dtype
+        shape = len(unique), *self._weight.shape[1:]
+        table = torch.empty(shape, dtype=dtype, device=rows.device)
+        self._weight.fill(table, rows)
         module._parameters["weight"] = torch.nn.Parameter(table, requires_grad=False)
         return local
 

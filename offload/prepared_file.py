@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-WRITE_BYTES = 8 * 2**20
-"""Of one request while a file is written."""
-
 
 def block_checksums(data: memoryview) -> list[int]:
     """Of each whole block in `data`."""
@@ -88,48 +85,3 @@ class PreparedFile(DirectFile):
                 "again, check the disk and the memory of this machine",
             )
         self._verified[blocks] = True
-
-
-class PreparedFileWriter:
-    """Writes the bytes of a new file in order, through one buffer, and collects checksums."""
-
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self._file = DirectFile.create(path, nbytes)
-        self._buffer = map_memory(min(WRITE_BYTES, nbytes))
-        self._filled = 0
-        self._written = 0
-        self._checksums: list[int] = []
-
-    def append(self, data: torch.Tensor) -> None:
-        """Write the uint8 tensor `data` next."""
-        done = 0
-        while done < len(data):
-            room = self._buffer[self._filled :][: len(data) - done]
-            room.copy_(data[done : done + len(room)])
-            self._filled += len(room)
-            done += len(room)
-            if self._filled == len(self._buffer):
-                self._flush()
-
-    def pad_to(self, offset: int) -> None:
-        """Write zeros up to byte `offset`, less than a block away."""
-        missing = offset - self._written - self._filled
-        self.append(torch.zeros(missing, dtype=torch.uint8))
-
-    def finish(self) -> NDArray[np.uint64]:
-        """Write what is left, bring everything to the disk; the checksums of all blocks."""
-        self._flush()
-        self._file.sync()
-        assert self._written == self._file.size
-        return np.array(self._checksums, dtype=np.uint64)
-
-    def _flush(self) -> None:
-        data = self._buffer[: self._filled]
-        self._checksums += block_checksums(as_bytes(data))
-        self._file.write(self._written, data)
-        self._written += self._filled
-        self._filled = 0
-
-    def close(self) -> None:
-        """Give the descriptors back."""
-        self._file.close()

@@ -40,6 +40,11 @@ def layout(units: Sequence[Sequence[SizedTensor]]) -> tuple[dict[str, int], int]
     return offsets, end
 
 
+def unit_ends(units: Sequence[Sequence[SizedTensor]]) -> list[int]:
+    """Where each unit ends, and the next one starts."""
+    return [layout(units[: number + 1])[1] for number in range(len(units))]
+
+
 def prepared_bytes(units: Sequence[Sequence[SizedTensor]]) -> int:
     """Exact size of the prepared file; checksums and index are another 0.05 % of it."""
     return layout(units)[1]

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from compression.errors import QuantizationError
+from compression.expansion import expand, quantize
 from offload.disk_layout import DiskPlace, lay_out
 from offload.links import FileExtent
 from offload.tiers import CACHE_LINE, padded
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+    from compression.spec import GroupFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,35 +30,70 @@ class Weight:
     users: tuple[tuple[torch.nn.Module, str], ...]
     compute_dtype: torch.dtype | None = None
     """That products are computed in; None: as stored."""
+    spec: GroupFormat | None = None
+    """Of a quantized one; `dtype` is then what it is quantized from."""
 
     @property
     def nbytes(self) -> int:
         """As stored."""
+        if self.spec is not None:
+            return self.spec.nbytes(self.shape)
         return self.shape.numel() * self.dtype.itemsize
 
     @property
     def expanded_bytes(self) -> int:
-        """In the type that is computed in, padded; 0 where that is the stored one."""
-        if self.compute_dtype in (None, self.dtype):
+        """In the type that is computed in, padded; 0 where it is stored like that."""
+        if self.spec is None and self.compute_dtype in (None, self.dtype):
             return 0
-        return padded(self.shape.numel() * self.compute_dtype.itemsize, CACHE_LINE)
+        itemsize = (self.compute_dtype or self.dtype).itemsize
+        return padded(self.shape.numel() * itemsize, CACHE_LINE)
+
+    @property
+    def numbers(self) -> torch.dtype:
+        """Type of a quantized one's scales and centres.
+
+        bfloat16 has the range of all weights, and is fine enough for codes up to 15.
+        """
+        fine = self.dtype == torch.float16 or (self.spec is not None and self.spec.bits > 4)
+        return torch.float16 if fine else torch.bfloat16
+
+    def stored(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [shape] on the CPU as uint8 [nbytes]. Raises `QuantizationError`."""
+        if self.spec is None:
+            return values.contiguous().view(-1).view(torch.uint8)
+        try:
+            rows = values.reshape(-1, self.shape[-1])
+            return quantize(rows, self.spec, self.numbers).view(-1)
+        except QuantizationError as error:
+            raise QuantizationError(
+                f"{self.name} cannot be quantized: {error.message}",
+                hint=f"check the checkpoint, or keep this tensor as it is: --keep '{self.name}'",
+            ) from None
 
     def parameter(self, data: torch.Tensor) -> torch.nn.Parameter:
-        """`data` (uint8 [nbytes]) seen as this tensor."""
+        """`data` (uint8 [nbytes]) seen as this tensor, which is not quantized."""
         return torch.nn.Parameter(data.view(self.dtype).view(self.shape), requires_grad=False)
 
     def expand(self, data: torch.Tensor, room: torch.Tensor | None = None) -> torch.nn.Parameter:
         """The parameter to compute with; `room` (uint8 [expanded_bytes]) takes its values."""
-        stored = self.parameter(data)
         if not self.expanded_bytes:
-            return stored
-        assert self.compute_dtype is not None
+            return self.parameter(data)
+        dtype = self.compute_dtype or self.dtype
         if room is None:
-            return torch.nn.Parameter(stored.to(self.compute_dtype), requires_grad=False)
-        count = self.shape.numel() * self.compute_dtype.itemsize
-        expanded = room[:count].view(self.compute_dtype).view(self.shape)
-        expanded.copy_(stored.data)
+            expanded = torch.empty(self.shape, dtype=dtype, device=data.device)
+        else:
+            expanded = room[: self.shape.numel() * dtype.itemsize].view(dtype).view(self.shape)
+        self.fill(expanded, data)
         return torch.nn.Parameter(expanded, requires_grad=False)
+
+    def fill(self, out: torch.Tensor, data: torch.Tensor) -> None:
+        """Put values into `out`, whole rows of this tensor, from `data`, their bytes as stored."""
+        if self.spec is None:
+            out.copy_(data.view(self.dtype).view(out.shape))
+        else:
+            columns = self.shape[-1]
+            packed = data.view(-1, self.spec.row_bytes(columns))
+            expand(packed, self.spec, out.view(-1, columns), self.numbers)
 
     def bind(self, parameter: torch.nn.Parameter) -> None:
         """Make `parameter` what the modules compute with."""

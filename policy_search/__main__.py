@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ from compression.errors import FlexrunError
 from offload.tiers import Tier
 from policy_search.automatic import automatic_policy
 from policy_search.errors import PolicyError
-from policy_search.flags import Parser, count, size
+from policy_search.flags import Parser, add_quantization_flags, count, size
 from policy_search.machine import disk_budget, gpu_budget, host_budget
 from policy_search.memory import default_max_rows, memory_of
 from policy_search.model_config import ModelConfig
 from policy_search.plan_text import command_line, plan_text
-from policy_search.policy import Policy
+from policy_search.policy import QUANTIZATION, Policy
 from policy_search.shape_from_config import shape_from_config
 from policy_search.simulate_command import add_simulate_flags, run_simulate
 
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-sequences", **number, metavar="N", help="most sequences running at once")
     add("--max-rows", **number, metavar="ROWS", help="most rows of one sweep")
     add("--micro-batch", **number, metavar="ROWS", help="most rows in one layer call")
+    add_quantization_flags(parser)
     add("--unified", action="store_true", help="the CPU computes: all memory is RAM")
     add("-o", "--output", type=Path, metavar="FILE", help="write the policy for `flexrun --policy`")
     add("--json", action="store_true", help="print one JSON object instead of text")
@@ -95,8 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
     limits, unified = budgets(arguments)
     config = ModelConfig.load(_directory(arguments.model))
     stored, computed = config.types(arguments.dtype, unified=unified)
-    shape = shape_from_config(config, stored, computed)
-    base = Policy(max_rows=default_max_rows(shape, limits[Tier.DEVICE])).with_batch(
+    bits = {name: getattr(arguments, name) for name in QUANTIZATION}
+    quantized = Policy(**{name: value for name, value in bits.items() if value is not None})
+    shape = shape_from_config(config, stored, computed, quantized.quantization)
+    rows = default_max_rows(shape, limits[Tier.DEVICE])
+    base = replace(quantized, max_rows=rows).with_batch(
         micro_batch_rows=arguments.micro_batch,
         max_rows=arguments.max_rows,
         max_sequences=arguments.max_sequences,

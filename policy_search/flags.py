@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from compression.errors import FlexrunError
 from offload.tiers import parse_size
 from policy_search.errors import PolicyError
+from policy_search.policy import CHOICES
 from policy_search.workload import WORKLOADS, Workload
 
 
@@ -32,6 +33,19 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
+    """The fields of a policy that say what is quantized, None where they are not given."""
+    text = "Store weights in fewer bits, which changes results: off unless asked for."
+    add = parser.add_argument_group("quantization", text).add_argument
+    bits: dict[str, Any] = {"type": int, "choices": CHOICES["weight_bits"]}
+    add("--weight-bits", **bits, help="of the matrices of layers; 4 and 8 in groups (16)")
+    add("--head-bits", **bits, help="of the output head and the embedding table (16)")
+    sizes = CHOICES["group_size"]
+    add("--group-size", type=int, choices=sizes, help="values that share a scale (64)")
+    text = "do not quantize tensors in whose names this is found"
+    add("--keep", metavar="REGEX", help=text)
 
 
 def add_workload_flags(group: argparse._ActionsContainer, requests: int) -> None:

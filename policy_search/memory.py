@@ -201,7 +201,7 @@ def smallest_relay(policy: Policy) -> int:
 
 def _store_overhead(shape: ModelShape, homes: Mapping[Tier, int]) -> int:
     """What a prepared store has besides the weights that are read from it."""
-    written = shape.prepared_bytes if homes[Tier.DISK] else 0
+    written = shape.prepared_bytes if homes[Tier.DISK] or shape.always_prepared else 0
     return max(0, written - homes[Tier.DISK])
 
 

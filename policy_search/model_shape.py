@@ -50,6 +50,8 @@ class ModelShape:
     prepared_bytes: int = 0
     """That weights on DISK take of the offload directory: all of them, or none where the files
     that are there can be read as they are."""
+    always_prepared: bool = False
+    """Weights come from the prepared store whatever the split, because some are quantized."""
     tensors: tuple[TensorSpec, ...] = ()
     """The weights that can be placed: by layer from unit 0 on, then the head's, and -1 for an
     embedding table of its own. Without them, plans are made as if weights could be cut anywhere."""

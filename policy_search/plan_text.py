@@ -6,6 +6,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from offload.tiers import BUDGET_FLAG, Tier, format_size
+from policy_search.policy import QUANTIZATION, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
     from policy_search.memory import TierMemory
     from policy_search.model_shape import ModelShape
-    from policy_search.policy import Policy
 
 BAR_WIDTH = 30
 
@@ -89,7 +89,11 @@ def command_line(
         command += ["--offload-dir", str(offload_dir)]
     command += ["--weights", str(policy.weights), "--kv-cache", str(policy.kv_cache)]
     command += ["--micro-batch", str(policy.micro_batch_rows), "--max-rows", str(policy.max_rows)]
-    return shlex.join([*command, "--max-sequences", str(policy.max_sequences)])
+    command += ["--max-sequences", str(policy.max_sequences)]
+    for name in QUANTIZATION:
+        if (value := getattr(policy, name)) != getattr(Policy(), name):
+            command += ["--" + name.replace("_", "-"), str(value)]
+    return shlex.join(command)
 
 
 def exact_size(nbytes: int) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from compression.selection import PLAIN_BITS, WEIGHT_BITS, Quantization
+from compression.spec import GROUPS
 from offload.tiers import Split
 from policy_search.errors import PolicyError
 
@@ -19,14 +22,23 @@ _COUNTS = (
     "prefetch_depth",
 )
 
-CHOICES = {
+CHOICES: dict[str, tuple[str, ...] | tuple[int, ...]] = {
     "attention": ("auto", "host", "device"),
     "scheduler": ("continuous", "phased", "static"),
     "order": ("longest", "input"),
     "speculation": ("lookup", "off"),
     "preemption": ("auto", "swap", "recompute"),
+    "weight_bits": WEIGHT_BITS,
+    "head_bits": WEIGHT_BITS,
+    "group_size": GROUPS,
 }
-"""What the fields may be that are one of a few words."""
+"""What the fields may be that are one of a few words or numbers."""
+QUANTIZATION = ("weight_bits", "head_bits", "group_size", "keep")
+"""The fields that change results."""
+_TYPES: dict[str, tuple[type, str]] = {
+    "overlap": (bool, "true or false"),
+    "keep": (str, "a regular expression"),
+}
 MOST_GUESSED_LOGITS = 128
 """Rows of a sweep that give logits, if only that many sequences run that some are of guesses."""
 DEFAULT_DEPTH = 3
@@ -72,6 +84,14 @@ class Policy:
     computed again; auto takes what is faster."""
     overlap: bool = True
     """Transfers run beside compute; False runs the same steps one after another."""
+    weight_bits: int = PLAIN_BITS
+    """Of the large matrices of decoder layers: fewer than 16 are quantized in groups."""
+    head_bits: int = PLAIN_BITS
+    """Of the output head and the embedding table."""
+    group_size: int = 64
+    """Neighbours of a quantized matrix that share a scale."""
+    keep: str = ""
+    """A regular expression: tensors in whose names it is found are not quantized."""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -80,7 +100,11 @@ class Policy:
                 raise PolicyError(f"{name} must be at least 1, not {value}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise PolicyError(f"{name} must be one of {', '.join(choices)}")
+                raise PolicyError(f"{name} must be one of {', '.join(map(str, choices))}")
+        try:
+            re.compile(self.keep)
+        except re.error as error:
+            raise PolicyError(f"keep is not a regular expression: {error}") from None
         if self.activations.disk:
             raise PolicyError(
                 "activations cannot live on disk", hint="use --activations device=A,host=B"
@@ -98,6 +122,11 @@ class Policy:
             return changed
         enough = changed.micro_batch_rows * (changed.num_micro_batches or 4)
         return replace(changed, max_rows=max(changed.max_rows, enough))
+
+    @property
+    def quantization(self) -> Quantization:
+        """What is quantized, and how."""
+        return Quantization(self.weight_bits, self.head_bits, self.group_size, self.keep)
 
     @property
     def depth(self) -> int:
@@ -162,11 +191,13 @@ def _checked(name: str, value: Any) -> Any:
         return Split.parse(value)
     if name in CHOICES:
         if value not in CHOICES[name]:
-            raise PolicyError(f"policy field {name} must be one of {', '.join(CHOICES[name])}")
+            choices = ", ".join(map(str, CHOICES[name]))
+            raise PolicyError(f"policy field {name} must be one of {choices}")
         return value
-    if name == "overlap":
-        if not isinstance(value, bool):
-            raise PolicyError("policy field overlap must be true or false")
+    if name in _TYPES:
+        kind, what = _TYPES[name]
+        if not isinstance(value, kind):
+            raise PolicyError(f"policy field {name} must be {what}")
         return value
     if value is None and name in ("num_micro_batches", "prefetch_depth"):
         return None

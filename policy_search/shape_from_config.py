@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from compression.selection import Quantization, experts_of
 from compression.spec import nbytes
 from offload.disk_layout import DiskPlace
 from offload.placement import TensorSpec
@@ -19,6 +20,7 @@ from policy_search.weight_formula import shapes_by_formula
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from compression.spec import GroupFormat
     from policy_search.model_config import ModelConfig
     from policy_search.stored_shapes import Shapes, StoredTensor
 
@@ -40,11 +42,17 @@ _EXPERT_PARTS = {
 }
 
 
+NOTHING_QUANTIZED = Quantization()
 _RESIDENT = -2
 """The unit of weights that no split moves: the final norm, a position table."""
 
 
-def shape_from_config(config: ModelConfig, dtype: str, computed: str | None = None) -> ModelShape:
+def shape_from_config(
+    config: ModelConfig,
+    dtype: str,
+    computed: str | None = None,
+    quantization: Quantization = NOTHING_QUANTIZED,
+) -> ModelShape:
     """What the engine would find after building the model with weights of type `dtype`.
 
     `computed` is the type that products are computed in, where it is another one.
@@ -56,7 +64,13 @@ def shape_from_config(config: ModelConfig, dtype: str, computed: str | None = No
     stored = stored_tensors(config.directory)
     shapes = shapes_by_formula(config) if stored is None else _as_in_the_model(stored)
     layers = config.number("num_hidden_layers")
-    specs, to_write = _on_disk(_specs(config, shapes, layers, dtype), stored, dtype)
+    plain = _specs(config, shapes, layers, dtype)
+    formats = _formats(config, plain, shapes, quantization)
+    specs = [
+        replace(t, nbytes=formats[t.name].nbytes(shapes[t.name])) if t.name in formats else t
+        for t in plain
+    ]
+    specs, to_write = _on_disk(specs, {} if formats else stored, dtype)
     by_unit = [sum(t.nbytes for t in specs if t.unit == unit) for unit in range(layers + 1)]
     if not all(by_unit):
         raise PolicyError(
@@ -85,20 +99,37 @@ def shape_from_config(config: ModelConfig, dtype: str, computed: str | None = No
             if 0 <= t.unit < layers
         ),
         head_flops_per_row=2 * config.number("hidden_size") * config.number("vocab_size"),
-        expanded_bytes=0 if computed == dtype else _largest_unit(specs, shapes, computed),
+        expanded_bytes=_largest_unit(
+            [t for t in specs if computed != dtype or t.name in formats], shapes, computed
+        ),
         prepared_bytes=to_write,
+        always_prepared=bool(formats),
         tensors=tuple(tensor for tensor in specs if tensor.unit != _RESIDENT),
     )
 
 
 def _largest_unit(specs: Sequence[TensorSpec], shapes: Shapes, dtype: str) -> int:
-    """Bytes of the largest unit in the type that is computed in."""
+    """Bytes of the largest unit's tensors in the type that is computed in."""
     units: dict[int, int] = {}
     for spec in specs:
         if spec.unit >= 0:
             expanded = padded(nbytes(shapes[spec.name], dtype), CACHE_LINE)
             units[spec.unit] = units.get(spec.unit, 0) + expanded
-    return max(units.values())
+    return max(units.values(), default=0)
+
+
+def _formats(
+    config: ModelConfig, specs: Sequence[TensorSpec], shapes: Shapes, quantization: Quantization
+) -> dict[str, GroupFormat]:
+    """Of the tensors that are quantized."""
+    layers, experts = config.number("num_hidden_layers"), experts_of(config.settings)
+    found = {}
+    for spec in specs:
+        in_layer = 0 <= spec.unit < layers
+        given = quantization.of(spec.name, shapes[spec.name], in_layer=in_layer, experts=experts)
+        if given is not None and spec.unit != _RESIDENT:
+            found[spec.name] = given
+    return found
 
 
 def _specs(config: ModelConfig, shapes: Shapes, layers: int, dtype: str) -> list[TensorSpec]:

@@ -37,6 +37,7 @@ def test_readme_commands_run(tmp_path: Path, smollm2_dir: Path):
     assert blocks, "no bash block of README.md is marked <!-- test -->"
     environment = {
         "MODEL": str(smollm2_dir),
+        "FLEXRUN_OFFLOAD_DIR": str(tmp_path / "offload"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
     }

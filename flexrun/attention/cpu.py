@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from compression.vectors import LANES, MULTIPLIES_PAIRS
 from flexrun.attention.interface import AttentionBackend
 from flexrun.attention.team import Job, Team
-from flexrun.attention.vectors import LANES, MULTIPLIES_PAIRS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from flexrun.attention import vector_memory as memory
+from compression import vector_memory as memory
+from compression import vectors as v
+from compression.compiled import kernel, part
+from compression.vectors import LANES, F
 from flexrun.attention import vector_sums as sums
-from flexrun.attention import vectors as v
 from flexrun.attention.lanes import BLOCK, choose, hide
-from flexrun.attention.vectors import LANES, F, kernel, part
 
 NONE = F(-1e30)
 """The score of what is not seen: below any score, and differences of it are numbers."""

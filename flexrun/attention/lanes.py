@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flexrun.attention.vectors import part
+from compression.compiled import part
 
 BLOCK = 4
 """Queries that are served together."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from offload.paged_kv import PagedKV
 
     Part: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-    """Output [H, n, V] and log of the sum of exponentials [H, n], float32."""
+    """Output [H, n, V], float32 or as the query is, and log of the sum of exponentials [H, n]."""
 
 ROW_TILE = 256
 KEY_TILE = 256
@@ -158,4 +158,4 @@ def _fused(
     else:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse = kernel(rows, keys, values, 0.0, causal, False, scale=options.scaling)[:2]
-    return out.flatten(0, 1).float(), lse.flatten(0, 1)
+    return out.flatten(0, 1), lse.flatten(0, 1)

@@ -26,7 +26,10 @@ class AttentionState:
         self._lse: torch.Tensor | None = None
 
     def add(self, rows: Rows, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """Merge a part: out [some rows, H, V] and lse [some rows, H], both float32."""
+        """Merge a part: out [some rows, H, V] of any type, and lse [some rows, H], float32.
+
+        Sums are float32; the only part of all rows stays as it is.
+        """
         if self._out is None or self._lse is None:
             if out.shape[0] == self._shape[0] and isinstance(rows, slice):
                 self._out, self._lse = out, lse
@@ -34,6 +37,8 @@ class AttentionState:
                 return
             self._out = torch.zeros(self._shape, device=self._device)
             self._lse = torch.full(self._shape[:2], -torch.inf, device=self._device)
+        elif self._out.dtype != torch.float32:
+            self._out = self._out.float()
         if self._mark(rows):
             out, lse = merge(self._out[rows], self._lse[rows], out, lse)
         self._out[rows], self._lse[rows] = out, lse

@@ -1,35 +1,34 @@
-"""Runs the shares of an attention call on the very threads that torch computes with.
-
-After each of its own operations torch's OpenMP threads spin for milliseconds, waiting for the next;
-threads of ours would share the cores with them and take twice as long. So the shares are given to
-that team, by the entry point that compilers use for OpenMP regions. Where torch has no such
-library, threads of a pool take them.
-"""
+"""Attention calls as jobs for a crew of threads: tables of numbers and addresses."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 
+from compression import compiled
+from compression.compiled import (
+    cached_kernel,
+    callback,
+    compiled_from,
+    count_up,
+    kernel,
+    pointer_to,
+    stamp_of,
+)
+from compression.crew import Crew
+from compression.vectors import MULTIPLIES_PAIRS
 from flexrun.attention.kernel_cpu import attend_share
-from flexrun.attention.vector_memory import count_up, pointer_to
-from flexrun.attention.vectors import MULTIPLIES_PAIRS, Decorator, kernel, part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _floats, _ints = pointer_to(types.float32), pointer_to(types.int64)
 _uint16s, _int16s = pointer_to(types.uint16), pointer_to(types.int16)
-_cached_kernel: Decorator = njit(cache=True, nogil=True, error_model="numpy")
-_callback: Decorator = cfunc(types.void(types.CPointer(types.int64)), cache=True)
 _FINISHED = 25
 """Place of the number of shares that are done in a job, a table of int64: next share, shares, K, G,
 T, D, V, window, chunk, spans, entries, most states of a span, rows, cells; eleven addresses; this.
@@ -118,7 +117,7 @@ def _take_shares(job: Any, queries: Any, pool: Any) -> None:
         count_up(job, _FINISHED)
 
 
-@_cached_kernel
+@cached_kernel
 def _merge_parts(
     spans: Any, heads: Any, dim: Any, part_span: Any, part_out: Any, part_lse: Any, out: Any,
     lse: Any,
@@ -146,33 +145,24 @@ def _merge_parts(
                 out[at] = (out[at] * a + part_out[number, state * dim + i] * b) / (a + b)
 
 
-@part
-def _compiled_from(stamp: Any) -> None:
-    """Does nothing. A function that hands over what it closes over is cached apart for each."""
-
-
 def _callbacks(stamp: int) -> dict[tuple[torch.dtype, torch.dtype], Any]:
-    """Entry points by the types of queries and cells.
+    """Entry points by the types of queries and cells; `stamp`: see `compiled_from`."""
 
-    Numba's cache notices changes in a function's own file and in what it closes over, but not in
-    what it calls: hence `stamp`, of all sources.
-    """
-
-    @_callback
+    @callback
     def on_bfloat16(data: Any) -> None:
-        _compiled_from(stamp)
+        compiled_from(stamp)
         job = carray(data, _FINISHED + 1)
         _take_shares(job, _floats(job[16]), _uint16s(job[14]))
 
-    @_callback
+    @callback
     def on_float16(data: Any) -> None:
-        _compiled_from(stamp)
+        compiled_from(stamp)
         job = carray(data, _FINISHED + 1)
         _take_shares(job, _floats(job[16]), _int16s(job[14]))
 
-    @_callback
+    @callback
     def on_float32(data: Any) -> None:
-        _compiled_from(stamp)
+        compiled_from(stamp)
         job = carray(data, _FINISHED + 1)
         _take_shares(job, _floats(job[16]), _floats(job[14]))
 
@@ -183,9 +173,9 @@ def _callbacks(stamp: int) -> dict[tuple[torch.dtype, torch.dtype], Any]:
     }
     if MULTIPLIES_PAIRS:
 
-        @_callback
+        @callback
         def on_pairs(data: Any) -> None:
-            _compiled_from(stamp)
+            compiled_from(stamp)
             job = carray(data, _FINISHED + 1)
             _take_shares(job, _uint16s(job[16]), _uint16s(job[14]))
 
@@ -193,23 +183,14 @@ def _callbacks(stamp: int) -> dict[tuple[torch.dtype, torch.dtype], Any]:
     return found
 
 
-def _stamp_of(directory: Path) -> int:
-    """A number that is another one when any source in `directory` is."""
-    return zlib.crc32(b"".join(path.read_bytes() for path in sorted(directory.glob("*.py"))))
-
-
-_CALLBACKS = _callbacks(_stamp_of(Path(__file__).parent))
-_CALLS = {types: callback.ctypes for types, callback in _CALLBACKS.items()}
-"""The same for Python. Like all of these, they run without its lock."""
+_CALLBACKS = _callbacks(stamp_of(Path(__file__).parent, Path(compiled.__file__).parent))
 
 
 class Team:
     """Threads that take the shares of a job."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._start = _start_of_openmp()
-        self._pool: ThreadPoolExecutor | None = None
+        self._crew = Crew(threads)
         self._scratch = np.empty(0, np.float32)
         """For the parts of spans that are cut."""
 
@@ -232,7 +213,7 @@ class Team:
             self._scratch = np.empty(end, np.float32)
         parts = self._scratch[:split], self._scratch[split:end]
         job.point_to(query, cells, out, lse, [spans, *parts])
-        self._share((query.dtype, cells.dtype), job)
+        self._crew.run(_CALLBACKS[query.dtype, cells.dtype], job.address, job.shares)
         if job.table[_FINISHED] != job.shares:  # compiled code cannot raise through OpenMP
             raise MemoryError("attention ran out of memory for its sums")
         if job.shares > 1:
@@ -240,40 +221,6 @@ class Team:
             shaped = (each.reshape(len(spans), -1) for each in parts)
             _merge_parts(job.spans, job.heads, job.value_dim, spans, *shaped, *into)
 
-    def _share(self, types: tuple[torch.dtype, torch.dtype], job: Job) -> None:
-        threads = min(self._threads, job.shares)
-        if threads == 1:
-            _CALLS[types](job.address)
-        elif self._start is not None:
-            # As many threads as torch has: a team of another size would be made anew.
-            callback = ctypes.c_void_p(_CALLBACKS[types].address)
-            self._start(callback, job.address, self._threads, 0)
-        else:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._threads - 1, "attention")
-            others = [self._pool.submit(_CALLS[types], job.address) for _ in range(threads - 1)]
-            _CALLS[types](job.address)
-            for other in others:
-                other.result()
-
     def close(self) -> None:
         """Give back threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
-
-
-@functools.cache
-def _start_of_openmp() -> Any:
-    """`GOMP_parallel(function, data, threads, flags)` of the library that torch uses, if any."""
-    if "OpenMP" not in torch.__config__.parallel_info():
-        return None
-    here = Path(torch.__file__).parent
-    for path in (
-        *(here / "lib").glob("libgomp*.so*"),
-        *(here.parent / "torch.libs").glob("libgomp*"),
-    ):
-        try:
-            return ctypes.CDLL(str(path)).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-    return None
+        self._crew.close()

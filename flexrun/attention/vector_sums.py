@@ -8,8 +8,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from flexrun.attention.vector_memory import address_of
-from flexrun.attention.vectors import FLOATS, larger_of, operation, vector
+from compression.compiled import address_of, operation
+from compression.vectors import FLOATS, larger_of, vector
 
 _INT = ir.IntType(32)
 _FOUR = ir.VectorType(ir.FloatType(), 4)

@@ -207,7 +207,7 @@ def test_an_error_while_preparing_leaves_nothing(
     tiny_llama_dir, traces, monkeypatch, device, write
 ):
     """A disk that fails while weights are prepared leaves the lock file and no part of a store."""
-    monkeypatch.setattr("offload.prepared_file.WRITE_BYTES", 64 * 1024)
+    monkeypatch.setattr("offload.prepared_writer.WRITE_BYTES", 64 * 1024)
     fail_at(monkeypatch, "write", write)
     with pytest.raises(OffloadStoreError, match="the disk is gone"):
         LLM(tiny_llama_dir, **settings(device, traces.directory) | PREPARE)

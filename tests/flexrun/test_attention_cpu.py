@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexrun.attention import team
+from compression import crew
 from flexrun.attention.cpu import CpuAttention
 from flexrun.attention.state import AttentionState
+from flexrun.attention.team import Job
 from flexrun.paused_forward import AttentionOptions
 from offload.kv_layout import KVGroup, build_group
 from offload.kv_moves import SpanPages
@@ -237,7 +238,7 @@ def test_any_split_of_the_pages_gives_the_same(backend, layouts):
 def test_shares_are_put_together(monkeypatch, openmp, threads):
     """Many small shares, cut in the middle of sequences, give what one share gives."""
     if not openmp:
-        monkeypatch.setattr(team, "_start_of_openmp", lambda: None)
+        monkeypatch.setattr(crew, "start_of_openmp", lambda: None)
     monkeypatch.setattr("flexrun.attention.cpu.SHARE_BYTES", 1)
     draw = random.Random(threads)
     one, many = CpuAttention(threads=1), CpuAttention(threads=threads)
@@ -277,7 +278,7 @@ def test_what_is_prepared_once_serves_all_layers(monkeypatch):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=2e-6)
         torch.testing.assert_close(lse, sums, rtol=1e-5, atol=2e-6)
     one.attend(query.transpose(0, 1), spans, pool, options)
-    jobs = [each for each in spans.memo.values() if isinstance(each, team.Job)]
+    jobs = [each for each in spans.memo.values() if isinstance(each, Job)]
     assert [job.shares > 1 for job in jobs] == [True, False]  # one for each number of threads
     one.close()
     many.close()
@@ -301,7 +302,9 @@ def test_sinks_take_their_share(backend):
 
 CHILD = """
 import json, torch
+from compression import crew
 from flexrun.attention.cpu import CpuAttention
+from flexrun.attention.team import Job
 from flexrun.attention.prefill import attend_chunk
 from flexrun.attention.state import AttentionState
 from flexrun.paused_forward import AttentionOptions

@@ -32,6 +32,13 @@ class Tensor:
     def nbytes(self) -> int:
         return self.values.nbytes
 
+    @property
+    def spec(self) -> None:
+        return None
+
+    def stored(self, values: torch.Tensor) -> torch.Tensor:
+        return values.contiguous().view(-1).view(torch.uint8)
+
 
 class Source:
     """A checkpoint in memory; `reverse` gives the tensors of a unit in the other order."""
@@ -82,3 +89,12 @@ def assert_holds(store: PreparedStore, units: list[list[Tensor]]) -> None:
 
 def names_in(directory: Path) -> list[str]:
     return sorted(path.name for path in (directory / FOLDER).iterdir())
+
+
+def flip(path: Path, offset: int) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))

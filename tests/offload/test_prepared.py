@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.offload.prepared_parts import (
     Tensor,
     as_bytes,
     assert_holds,
+    flip,
     make_units,
     names_in,
     read,
@@ -45,14 +47,6 @@ def store(tmp_path: Path, units: list[list[Tensor]]):
     store = prepare(tmp_path, KEY, Source(units), units)
     yield store
     store.close()
-
-
-def flip(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
 
 
 def test_the_layout_is_known_ahead(store, units):
@@ -83,7 +77,7 @@ def test_the_layout_needs_no_torch():
 @pytest.mark.parametrize("write_bytes", [8 * 2**20, PREPARED_BLOCK, 3 * PREPARED_BLOCK])
 def test_tensors_come_back(tmp_path, units, monkeypatch, reverse, write_bytes):
     """All bytes are there, whatever the request size and the order the source gives them in."""
-    monkeypatch.setattr("offload.prepared_file.WRITE_BYTES", write_bytes)
+    monkeypatch.setattr("offload.prepared_writer.WRITE_BYTES", write_bytes)
     store = prepare(tmp_path, KEY, Source(units, reverse), units)
     assert_holds(store, units)
     store.close()
@@ -105,6 +99,34 @@ def test_a_store_is_written_once(tmp_path, units, store):
     assert len(os.listdir("/proc/self/fd")) == before
     assert find_prepared(tmp_path, "another") is None
     assert find_prepared(tmp_path / "nowhere", KEY) is None
+
+
+class Counting(Source):
+    """Gives copies, and counts the bytes of those that somebody still holds."""
+
+    def __init__(self, units: list[list[Tensor]]) -> None:
+        super().__init__(units, reverse=True)
+        self.held = self.most_held = 0
+
+    def load(self, names):
+        for name, values in super().load(names):
+            copy = values.clone()
+            self.held += copy.nbytes
+            self.most_held = max(self.most_held, self.held)
+            weakref.finalize(copy, self._forget, copy.nbytes)
+            yield name, copy
+            del copy
+
+    def _forget(self, nbytes: int) -> None:
+        self.held -= nbytes
+
+
+def test_no_more_than_a_unit_is_held(tmp_path, units):
+    """Even if the last tensor of a unit comes first; what is written is let go."""
+    source = Counting(units)
+    prepare(tmp_path, KEY, source, units).close()
+    assert source.most_held <= max(sum(tensor.nbytes for tensor in unit) for unit in units)
+    assert source.held == 0
 
 
 def test_the_key_is_of_files_types_shapes_names_and_order(units):

@@ -16,9 +16,18 @@ import pytest
 import torch
 
 from offload.errors import CapacityError, CheckpointError, OffloadStoreError
-from offload.prepared import find_prepared, prepare
+from offload.prepared import FOLDER, PreparedStore, find_prepared, prepare
 from offload.prepared_layout import PREPARED_BLOCK
-from tests.offload.prepared_parts import KEY, Source, Tensor, assert_holds, make_units, names_in
+from offload.prepared_writer import PROGRESS, WEIGHTS
+from tests.offload.prepared_parts import (
+    KEY,
+    Source,
+    Tensor,
+    assert_holds,
+    flip,
+    make_units,
+    names_in,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,9 +51,7 @@ class BrokenSource(Source):
             yield name, values
 
 
-@pytest.mark.parametrize(
-    "error", [CheckpointError("bad"), KeyboardInterrupt(), OSError(errno.EIO, "bad")]
-)
+@pytest.mark.parametrize("error", [CheckpointError("bad"), OSError(errno.EIO, "bad")])
 def test_a_failure_leaves_nothing(tmp_path, units, error):
     """Whatever breaks the writing off, nothing is left but the lock file."""
     expected = OffloadStoreError if isinstance(error, OSError) else type(error)
@@ -79,7 +86,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path, units, monkeypatch):
         return call(descriptor, buffers, offset)
 
     monkeypatch.setattr(os, "pwritev", full)
-    monkeypatch.setattr("offload.prepared_file.WRITE_BYTES", PREPARED_BLOCK)
+    monkeypatch.setattr("offload.prepared_writer.WRITE_BYTES", PREPARED_BLOCK)
     with pytest.raises(OffloadStoreError, match="No space left") as caught:
         prepare(tmp_path, KEY, Source(units), units)
     assert "--offload-dir" in str(caught.value)
@@ -155,19 +162,88 @@ def start(directory: Path, pause: float) -> subprocess.Popen[str]:
     )
 
 
-def test_a_killed_writer_leaves_nothing_that_is_trusted(tmp_path, units):
-    """After kill -9 in the middle the store does not exist; the next writer cleans up."""
-    child = start(tmp_path, 60)
+def kill_in_the_middle(directory: Path) -> None:
+    """Kill -9 when the first of two units is on the disk, and the second is under way."""
+    child = start(directory, 60)
     assert child.stdout is not None
     assert child.stdout.readline() == "in the middle\n"
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    assert names_in(tmp_path) == [f"{KEY}.tmp-{child.pid}", "lock"]
-    assert find_prepared(tmp_path, KEY) is None
-    store = prepare(tmp_path, KEY, Source(units), units)
+    assert names_in(directory) == [f"{KEY}.tmp", "lock"]
+    assert find_prepared(directory, KEY) is None
+
+
+def files_of(store: PreparedStore) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in store.path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, units) -> dict[str, bytes]:
+    """The files of a store that was written in one go."""
+    store = prepare(tmp_path_factory.mktemp("whole"), KEY, Source(units), units)
+    store.close()
+    return files_of(store)
+
+
+def test_a_killed_writer_is_continued(tmp_path, units, whole, caplog):
+    """After kill -9 the next writer reads only what is missing; the files come out the same."""
+    kill_in_the_middle(tmp_path)
+    source = Source(units)
+    store = prepare(tmp_path, KEY, source, units)
+    assert source.loaded == sum(len(unit) for unit in units[1:])
+    assert "going on at byte" in caplog.text
     assert_holds(store, units)
     store.close()
     assert names_in(tmp_path) == [KEY, "lock"]
+    assert files_of(store) == whole
+
+
+@pytest.mark.parametrize("damage", ["weights", "progress", "cut", "longer", "gone", "size"])
+def test_what_a_killed_writer_left_is_verified(tmp_path, units, whole, damage):
+    """Blocks that are not as their checksums say are written again, and all that follow."""
+    kill_in_the_middle(tmp_path)
+    left = tmp_path / FOLDER / f"{KEY}.tmp"
+    weights, progress = left / WEIGHTS, left / PROGRESS
+    if damage == "weights":
+        flip(weights, PREPARED_BLOCK + 5)
+    elif damage == "progress":
+        flip(progress, 9)
+    elif damage == "cut":  # in the middle of a checksum
+        progress.write_bytes(progress.read_bytes()[:-3])
+    elif damage == "longer":
+        progress.write_bytes(progress.read_bytes() + b"\x01" * 8)
+    elif damage == "gone":
+        progress.unlink()
+    else:
+        with weights.open("ab") as file:
+            file.write(b"more")
+    source = Source(units)
+    store = prepare(tmp_path, KEY, source, units)
+    everything = sum(len(unit) for unit in units)
+    assert source.loaded == (everything - len(units[0]) if damage == "longer" else everything)
+    store.close()
+    assert files_of(store) == whole
+
+
+def test_an_interrupted_writer_is_continued(tmp_path, units, whole):
+    """Ctrl-C keeps what is done, however often."""
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tmp_path, KEY, BrokenSource(units, KeyboardInterrupt()), units)
+        assert names_in(tmp_path) == [f"{KEY}.tmp", "lock"]
+    source = Source(units)
+    store = prepare(tmp_path, KEY, source, units)
+    assert source.loaded == sum(len(unit) for unit in units[1:])
+    store.close()
+    assert files_of(store) == whole
+
+
+def test_what_another_store_left_is_removed(tmp_path, units):
+    """Half of a store that nobody asks for takes no room for ever."""
+    kill_in_the_middle(tmp_path)
+    store = prepare(tmp_path, "another", Source(units), units)
+    store.close()
+    assert names_in(tmp_path) == ["another", "lock"]
 
 
 def test_two_processes_prepare_the_same_store_at_once(tmp_path):

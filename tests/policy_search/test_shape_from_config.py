@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
+from compression.selection import Quantization
 from flexrun.disk_weights import plan_disk
-from flexrun.loading import find_weights, model_shape
+from flexrun.loading import NOTHING_QUANTIZED, find_weights, model_shape
 from flexrun.model import build_model, load_config
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError
@@ -67,13 +68,13 @@ class NoFiles:
         return b""
 
 
-def engine_shape(directory, dtype=torch.float32, computed=None):
+def engine_shape(directory, dtype=torch.float32, computed=None, quantization=NOTHING_QUANTIZED):
     computed = computed or dtype
     model = build_model(load_config(directory), computed, torch.device("cpu"), dtype)
     checkpoint: Any = NoFiles()
     if any(directory.glob("*.safetensors")):
         checkpoint = Checkpoint(directory, model.module, dtype, model.stored_dtypes)
-    weights = find_weights(model)
+    weights = find_weights(model, quantization)
     disk = plan_disk(checkpoint, weights.units, directory / "offload")
     return model_shape(model, weights, computed, disk)
 
@@ -119,6 +120,32 @@ def test_expanded_bytes_are_those_of_the_built_model(tiny_llama_dir):
     assert numbers(shape_from_config(config, "bfloat16", "float32")) == numbers(expected)
     assert expected.expanded_bytes > 0
     assert expected.value_bytes == 4
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        Quantization(weight_bits=4),
+        Quantization(weight_bits=4, head_bits=8, group=32),
+        Quantization(weight_bits=8, keep="mlp"),
+        Quantization(head_bits=4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["tiny_llama_dir", "tiny_tied_llama_dir"])
+@pytest.mark.parametrize("computed", ["float32", "bfloat16"])
+def test_quantized_bytes_are_those_of_the_built_model(name, computed, quantization, request):
+    """Of every tensor and of the room to expand them; all are planned to come from a store."""
+    directory = request.getfixturevalue(name)
+    types = torch.bfloat16, getattr(torch, computed)
+    expected = engine_shape(directory, *types, quantization)
+    config = ModelConfig.load(directory)
+    planned = shape_from_config(config, "bfloat16", computed, quantization)
+    assert numbers(planned) == numbers(expected)
+    assert planned.prepared_bytes == expected.prepared_bytes > 0
+    assert planned.always_prepared
+    plain = shape_from_config(config, "bfloat16", computed)
+    assert planned.weight_bytes < plain.weight_bytes
 
 
 def test_experts_count_as_the_model_stacks_them(tmp_path):

@@ -5,29 +5,23 @@ What Numba does for negative indices is what keeps its own loops over arrays fro
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.np.arrayobj import make_array
 
-from flexrun.attention.vectors import (
+from compression.compiled import address_of, operation
+from compression.vectors import (
     FLOATS,
     INTS,
     LANES,
     MULTIPLIES_PAIRS,
     fused,
-    operation,
     vector,
 )
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
-
-
-def address_of(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
-    return builder.gep(make_array(kind)(context, builder, array).data, [index])
 
 
 def _widened(builder: Any, dtype: Any, cells: Any, lanes: Any) -> Any:
@@ -175,26 +169,3 @@ def store(_: Any, array: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), generate
-
-
-@operation
-def count_up(_: Any, array: Any, index: Any) -> Any:
-    """What an element of an int64 array was before this added one: no two threads get the same."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = address_of(context, builder, signature.args[0], *arguments)
-        return builder.atomic_rmw("add", at, ir.IntType(64)(1), "seq_cst")
-
-    return types.int64(array, types.intp), generate
-
-
-def pointer_to(kind: Any) -> Callable[..., Any]:
-    """An operation that makes a pointer to values of type `kind` from an address."""
-
-    def typed(_: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(types.int64), generate
-
-    return operation(typed)

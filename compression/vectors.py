@@ -11,11 +11,13 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic, register_model
+from numba.extending import register_model
+
+from compression.compiled import operation, part
 
 LANES = 16
 MULTIPLIES_PAIRS = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2]
@@ -23,18 +25,6 @@ MULTIPLIES_PAIRS = "+avx512bf16" in cpu_target.target_context.codegen().magic_tu
 F = np.float32
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 FLOATS, INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-_OPTIONS: dict[str, Any] = {
-    "nogil": True,
-    "error_model": "numpy",
-    "boundscheck": False,
-    "fastmath": {"contract"},
-}
-kernel: Decorator = njit(**_OPTIONS)
-"""Not cached: a cache does not notice changes in what a kernel calls. `team` caches them all."""
-part: Decorator = njit(forceinline=True, **_OPTIONS)
-"""Of a kernel: a call would copy seven words for every array."""
-operation: Decorator = intrinsic
 
 
 class _Vector(types.Type):
@@ -110,6 +100,17 @@ sub = operation(_of_two(ir.IRBuilder.fsub))
 mul = operation(_of_two(ir.IRBuilder.fmul))
 div = operation(_of_two(ir.IRBuilder.fdiv))
 larger, smaller = operation(_of_two(larger_of)), operation(_of_two(_smaller_of))
+
+
+@operation
+def where_less(_: Any, a: Any, b: Any, chosen: Any, other: Any) -> Any:
+    """In each lane `chosen` if a < b, else `other`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        a, b, chosen, other = arguments
+        return builder.select(builder.fcmp_ordered("<", a, b), chosen, other)
+
+    return vector(vector, vector, vector, vector), generate
 
 
 @operation

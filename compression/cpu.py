@@ -1,0 +1,87 @@
+"""Group quantization where the CPU computes: rows shared out among torch's threads."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from compression import groupwise
+from compression.crew import Crew
+from compression.errors import QuantizationError
+from compression.kernels_cpu import (
+    EXPAND_BFLOAT16,
+    EXPAND_FLOAT32,
+    FINISHED,
+    QUANTIZE,
+)
+
+if TYPE_CHECKING:
+    from compression.spec import GroupFormat
+
+_EXPANSIONS = {torch.float32: EXPAND_FLOAT32, torch.bfloat16: EXPAND_BFLOAT16}
+_SHARE_BYTES = 64 * 1024
+"""Least packed bytes of a share, …"""
+_SHARES = 4
+"""… of which there are so many for each thread: one that is held up takes fewer."""
+
+
+def quantize(
+    values: torch.Tensor, spec: GroupFormat, numbers: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """As `groupwise.quantize` does it, sums of floats apart. Raises `QuantizationError`."""
+    values = values.float().contiguous()
+    rows, columns = values.shape
+    packed = torch.empty(rows, spec.row_bytes(columns), dtype=torch.uint8)
+    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
+        raise QuantizationError("some values are infinite or not numbers")
+    _run(QUANTIZE, packed, values, spec, numbers)
+    stored = packed[:, spec.code_bytes(columns) :].contiguous().view(numbers)
+    if not torch.isfinite(stored).all():
+        name = str(numbers).removeprefix("torch.")
+        raise QuantizationError(f"some values are too large for scales of type {name}")
+    return packed
+
+
+def expand(
+    packed: torch.Tensor,
+    spec: GroupFormat,
+    out: torch.Tensor,
+    numbers: torch.dtype = torch.bfloat16,
+) -> None:
+    """Fill `out` [rows, columns] from packed rows; both are contiguous."""
+    expansion = _EXPANSIONS.get(out.dtype)
+    if expansion is None:
+        out.copy_(groupwise.expand(packed, spec, out.shape[1], out.dtype, numbers))
+    else:
+        _run(expansion, packed, out, spec, numbers)
+
+
+def _run(
+    callback: Any,
+    packed: torch.Tensor,
+    values: torch.Tensor,
+    spec: GroupFormat,
+    numbers: torch.dtype,
+) -> None:
+    rows, columns = values.shape
+    assert packed.is_contiguous()
+    assert values.is_contiguous()
+    threads = torch.get_num_threads()
+    shares = max(1, min(_SHARES * threads, rows, packed.nbytes // _SHARE_BYTES))
+    half = int(numbers == torch.float16)
+    sizes = [0, shares, 0, rows, columns, spec.bits, spec.group, half]
+    job = np.array([*sizes, packed.data_ptr(), values.data_ptr()], np.int64)
+    _crew(threads).run(
+        callback, ctypes.cast(job.ctypes.data, ctypes.POINTER(ctypes.c_int64)), shares
+    )
+    if job[FINISHED] != shares:  # compiled code cannot raise through OpenMP
+        raise MemoryError("no memory to quantize or expand a group")
+
+
+@functools.cache
+def _crew(threads: int) -> Crew:
+    return Crew(threads)

@@ -1,0 +1,85 @@
+"""The loops that expand codes on the CPU, for Numba to compile; `groupwise.expand` in short."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from compression.compiled import part
+from compression.number_bits import F, number
+
+
+def expansion(stored: Any) -> Any:
+    """The kernel that expands rows to what `stored` makes of float32."""
+    expand_32, expand_64, expand_128 = (_known_length(half, stored) for half in (16, 32, 64))
+    expand_any, expand_bytes = _any_length(stored), _whole_bytes(stored)
+
+    @part
+    def _expand_rows(
+        packed: Any, numbers: Any, columns: Any, bits: Any, group: Any, half: Any, out: Any
+    ) -> None:
+        """packed: uint8 [rows, row bytes], numbers: the same as uint16, out: [rows, columns]."""
+        groups = (columns + group - 1) // group
+        first = packed.shape[1] // 2 - 2 * groups
+        for row in range(packed.shape[0]):
+            of_row = numbers[row, first:]
+            for each in range(groups):
+                scale, centre = number(of_row[each], half), number(of_row[groups + each], half)
+                at = each * group
+                count = min(group, columns - at)
+                codes, into = packed[row, at * bits // 8 :], out[row, at:]
+                if bits == 8:
+                    expand_bytes(codes, scale, centre, count, into)
+                elif count == 64:
+                    expand_64(codes, scale, centre, into)
+                elif count == 32:
+                    expand_32(codes, scale, centre, into)
+                elif count == 128:
+                    expand_128(codes, scale, centre, into)
+                else:
+                    expand_any(codes, scale, centre, count, into)
+
+    return _expand_rows
+
+
+def _known_length(half: int, stored: Any) -> Any:
+    """For twice as many codes of 4 bits: such loops become vectors without anything around them."""
+
+    @part
+    def _expand(codes: Any, scale: Any, centre: Any, out: Any) -> None:
+        for i in range(half):
+            low = np.int32(codes[i]) & np.int32(15)
+            out[i] = stored(F(low - np.int32(8)) * scale + centre)
+        for i in range(half):
+            high = np.int32(codes[i]) >> np.int32(4)
+            out[i + half] = stored(F(high - np.int32(8)) * scale + centre)
+
+    return _expand
+
+
+def _any_length(stored: Any) -> Any:
+    """For the end of a row, of `count` codes of 4 bits."""
+
+    @part
+    def _expand(codes: Any, scale: Any, centre: Any, count: Any, out: Any) -> None:
+        half = (count + 1) // 2
+        for i in range(half):
+            low = np.int32(codes[i]) & np.int32(15)
+            out[i] = stored(F(low - np.int32(8)) * scale + centre)
+        for i in range(count - half):
+            high = np.int32(codes[i]) >> np.int32(4)
+            out[i + half] = stored(F(high - np.int32(8)) * scale + centre)
+
+    return _expand
+
+
+def _whole_bytes(stored: Any) -> Any:
+    """For `count` codes of 8 bits."""
+
+    @part
+    def _expand(codes: Any, scale: Any, centre: Any, count: Any, out: Any) -> None:
+        for i in range(count):
+            out[i] = stored(F(np.int32(codes[i]) - np.int32(128)) * scale + centre)
+
+    return _expand

@@ -1,0 +1,36 @@
+"""Quantizing and expanding, by whichever code is fastest where the values are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from compression.spec import GroupFormat
+
+
+def quantize(
+    values: torch.Tensor, spec: GroupFormat, numbers: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """See `groupwise.quantize`; `values` are on the CPU. Raises `QuantizationError`."""
+    from compression import cpu  # Numba takes a while to import
+
+    return cpu.quantize(values, spec, numbers)
+
+
+def expand(
+    packed: torch.Tensor,
+    spec: GroupFormat,
+    out: torch.Tensor,
+    numbers: torch.dtype = torch.bfloat16,
+) -> None:
+    """Fill `out` [rows, columns] from rows [rows, bytes] that `quantize` gave; all contiguous."""
+    if out.device.type == "cpu":
+        from compression import cpu
+
+        cpu.expand(packed, spec, out, numbers)
+    else:
+        from compression import gpu
+
+        gpu.expand(packed, spec, out, numbers)

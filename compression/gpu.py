@@ -1,0 +1,73 @@
+"""Group quantization on a GPU: rows of codes are expanded where they have arrived."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from compression import groupwise
+
+if TYPE_CHECKING:
+    from compression.spec import GroupFormat
+
+logger = logging.getLogger(__name__)
+
+_GROUPS_PER_PROGRAM = 16
+
+
+def expand(
+    packed: torch.Tensor,
+    spec: GroupFormat,
+    out: torch.Tensor,
+    numbers: torch.dtype = torch.bfloat16,
+) -> None:
+    """Fill `out` [rows, columns] from packed rows on the same device; both are contiguous."""
+    if _works(spec, out.dtype, numbers, out.device):
+        expand_with_triton(packed, spec, out, numbers)
+    else:
+        out.copy_(groupwise.expand(packed, spec, out.shape[1], out.dtype, numbers))
+
+
+def expand_with_triton(
+    packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor, numbers: torch.dtype
+) -> None:
+    """The same by the kernel."""
+    import triton
+
+    from compression.kernels_gpu import expand_kernel
+
+    rows, columns = out.shape
+    blocks = triton.cdiv(spec.groups(columns), _GROUPS_PER_PROGRAM)
+    expand_kernel[(rows, blocks)](
+        packed,
+        packed.view(-1).view(numbers),
+        out,
+        columns,
+        spec.row_bytes(columns),
+        spec.code_bytes(columns),
+        BITS=spec.bits,
+        GROUP=spec.group,
+        BLOCK=_GROUPS_PER_PROGRAM,
+    )
+
+
+@functools.cache
+def _works(
+    spec: GroupFormat, dtype: torch.dtype, numbers: torch.dtype, device: torch.device
+) -> bool:
+    """Whether the kernel gives what plain operations give on this device; tried once."""
+    values = torch.randn(5, 3 * spec.group + 10, generator=torch.Generator().manual_seed(0))
+    packed = groupwise.quantize_minmax(values, spec, numbers).to(device)
+    expected = groupwise.expand(packed, spec, values.shape[1], dtype, numbers)
+    found = torch.empty_like(expected)
+    try:
+        expand_with_triton(packed, spec, found, numbers)
+        if torch.equal(found, expected):
+            return True
+        logger.warning("the Triton kernel that expands weights gives wrong values here")
+    except Exception as failure:  # whatever a compiler may raise
+        logger.warning("the Triton kernel that expands weights does not run here: %s", failure)
+    return False

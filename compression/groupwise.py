@@ -1,0 +1,201 @@
+"""Group quantization in plain torch: what kernels are tested against, and where there is none.
+
+Codes, scale and centre of a group are chosen together to make the sum of squared errors small. With
+the codes known, scale and centre are a linear regression; with these known, codes are rounding. The
+two steps are repeated from many ranges, cut at either end, because a narrow one has finer steps for
+most values, at the cost of few; the best result is kept. It is k-means (Lloyd's algorithm) with
+centroids at equal distances. It needs no data but the values.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+from compression.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from compression.spec import GroupFormat
+
+METHOD = 1
+"""Raise it when other bytes come out: what was quantized before is not used then."""
+SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
+"""Of a group's range below its mean, and of that above it: the search begins from all pairs. With 8
+bits from the first: their steps are so fine that nothing is gained by making them finer."""
+ROUNDS, POLISH = 2, 6
+"""Of rounding and regression, from each pair, and more from the best of them."""
+LEAST_SPREAD = 0.25
+"""Of codes around their mean, squared and added up: below it they are all the same."""
+
+
+def quantize(
+    values: torch.Tensor, spec: GroupFormat, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """Pack `values` [rows, columns]: uint8 [rows, spec.row_bytes(columns)].
+
+    `dtype` is that of scales and centres, bfloat16 or float16. Raises `QuantizationError` for
+    values that are not finite or too large for it.
+    """
+    groups, real = _in_groups(values.float(), spec)
+    scale, centre = _rounded(*_fit(groups, real, spec), dtype)
+    return _pack(_codes(groups, scale, centre, spec), scale, centre, spec, values.shape[1], dtype)
+
+
+def quantize_minmax(
+    values: torch.Tensor, spec: GroupFormat, dtype: torch.dtype = torch.bfloat16
+) -> torch.Tensor:
+    """The same by rounding between each group's smallest and largest value: FlexGen's method."""
+    groups, _ = _in_groups(values.float(), spec)
+    scale, centre = _rounded(*_between(groups.amin(-1), groups.amax(-1), spec), dtype)
+    return _pack(_codes(groups, scale, centre, spec), scale, centre, spec, values.shape[1], dtype)
+
+
+def _in_groups(values: torch.Tensor, spec: GroupFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values [rows, groups, group], and which of [1, groups, group] are a row's and no padding.
+
+    The last value is repeated where a group is short, so that its range stays what it is.
+    """
+    rows, columns = values.shape
+    missing = spec.groups(columns) * spec.group - columns
+    padded = torch.cat([values, values[:, -1:].expand(rows, missing)], dim=1)
+    real = (torch.arange(padded.shape[1]) < columns).to(padded)
+    return padded.unflatten(1, (-1, spec.group)), real.view(1, -1, spec.group)
+
+
+def _between(
+    low: torch.Tensor, high: torch.Tensor, spec: GroupFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and centre whose codes reach from `low` to `high`."""
+    scale = (high - low) / spec.most_code
+    return scale, (low + high) / 2 + scale * (spec.zero_code - spec.most_code / 2)
+
+
+def _codes(
+    groups: torch.Tensor, scale: torch.Tensor, centre: torch.Tensor, spec: GroupFormat
+) -> torch.Tensor:
+    """Of every value the code of the nearest number that has one; float32."""
+    steps = torch.where(scale > 0, 1 / scale, 0)
+    nearest = ((groups - centre[..., None]) * steps[..., None]).round()
+    return (nearest + spec.zero_code).clamp(0, spec.most_code)
+
+
+def _fit(
+    groups: torch.Tensor, real: torch.Tensor, spec: GroupFormat
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and centre [rows, groups] of groups [rows, groups, group]."""
+    count = real.sum(-1)
+    mean = (groups * real).sum(-1) / count
+    x = groups - mean[..., None]
+    total, low, high = (x.square() * real).sum(-1), x.amin(-1), x.amax(-1)
+    best, best_scale, best_centre = torch.full_like(total, torch.inf), low, low
+    shares = SHARES if spec.bits == 4 else SHARES[:1]
+    for below, above in itertools.product(shares, shares):
+        first, last = below * low, above * high
+        scale, centre = _between(first, last, spec)
+        for _ in range(ROUNDS):
+            scale, centre, error = _improved(x, real, scale, centre, total, spec)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale = torch.where(better, scale, best_scale)
+        best_centre = torch.where(better, centre, best_centre)
+    for _ in range(POLISH):
+        best_scale, best_centre, _ = _improved(x, real, best_scale, best_centre, total, spec)
+    return best_scale, best_centre + mean
+
+
+def _improved(
+    x: torch.Tensor,
+    real: torch.Tensor,
+    scale: torch.Tensor,
+    centre: torch.Tensor,
+    total: torch.Tensor,
+    spec: GroupFormat,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and centre by regression on the codes that the old ones give, and the squared error.
+
+    The old ones where all codes are the same. x has no mean; total: the sum of its squares.
+    """
+    codes = (_codes(x, scale, centre, spec) - spec.zero_code) * real
+    mean = codes.sum(-1) / real.sum(-1)
+    spread = codes.square().sum(-1) - mean * codes.sum(-1)
+    products = (codes * x).sum(-1)
+    slope = products / spread.clamp(min=LEAST_SPREAD)
+    differ = spread > LEAST_SPREAD
+    error = total - products * slope
+    return torch.where(differ, slope, scale), torch.where(differ, -slope * mean, centre), error
+
+
+def _rounded(
+    scale: torch.Tensor, centre: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rounded = scale.to(dtype).float(), centre.to(dtype).float()
+    if not all(torch.isfinite(each).all() for each in rounded):
+        name = str(dtype).removeprefix("torch.")
+        raise QuantizationError(f"some values are infinite, not numbers, or too large for {name}")
+    return rounded
+
+
+def _pack(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    centre: torch.Tensor,
+    spec: GroupFormat,
+    columns: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows as they are stored; codes [rows, groups, group], scale and centre [rows, groups]."""
+    numbers = [each.to(dtype).contiguous().view(torch.uint8) for each in (scale, centre)]
+    every = codes.to(torch.uint8).flatten(1)[:, :columns]
+    pieces = (
+        [every] if spec.bits == 8 else [_in_halves(each) for each in every.split(spec.group, 1)]
+    )
+    used = sum(piece.shape[1] for piece in pieces)
+    gap = every.new_zeros(len(every), spec.code_bytes(columns) - used)
+    return torch.cat([*pieces, gap, *numbers], dim=1)
+
+
+def _in_halves(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of 4 bits of one group [rows, n] as [rows, ceil(n / 2)]."""
+    half = -(-codes.shape[1] // 2)
+    high = torch.nn.functional.pad(codes[:, half:], (0, 2 * half - codes.shape[1]))
+    return codes[:, :half] | high << 4
+
+
+def expand(
+    packed: torch.Tensor,
+    spec: GroupFormat,
+    columns: int,
+    dtype: torch.dtype,
+    numbers: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Values [rows, columns] of type `dtype` from rows that `quantize` gave.
+
+    `numbers` is the type of scales and centres. Computed in float32.
+    """
+    codes, scale, centre = unpack(packed, spec, columns, numbers)
+    values = codes.float() - spec.zero_code
+    each = [
+        number.float().repeat_interleave(spec.group, 1)[:, :columns] for number in (scale, centre)
+    ]
+    return torch.addcmul(each[1], values, each[0]).to(dtype)
+
+
+def unpack(
+    packed: torch.Tensor, spec: GroupFormat, columns: int, numbers: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [rows, columns] (uint8), scales and centres [rows, groups] of packed rows."""
+    stored, size = spec.code_bytes(columns), 2 * spec.groups(columns)
+    scale = packed[:, stored : stored + size].contiguous().view(numbers)
+    centre = packed[:, stored + size :].contiguous().view(numbers)
+    if spec.bits == 8:
+        return packed[:, :columns], scale, centre
+    pieces, at = [], 0
+    for start in range(0, columns, spec.group):
+        count = min(spec.group, columns - start)
+        half = -(-count // 2)
+        both = packed[:, at : at + half]
+        pieces += [both & 15, (both >> 4)[:, : count - half]]
+        at += half
+    return torch.cat(pieces, dim=1), scale, centre

@@ -1,0 +1,42 @@
+"""Which tensors of a model are quantized."""
+
+from __future__ import annotations
+
+import pytest
+
+from compression.selection import Quantization, experts_of
+from compression.spec import GroupFormat
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "in_layer", "expected"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", (128, 64), True, 4),
+        ("model.layers.0.mlp.experts.up_proj", (8, 32, 64), True, 4),
+        ("model.layers.0.mlp.gate.weight", (8, 1024), True, None),
+        ("model.layers.0.input_layernorm.weight", (8192,), True, None),
+        ("model.layers.0.tiny.weight", (63, 65), True, None),
+        ("model.layers.0.kept.weight", (128, 64), True, None),
+        ("lm_head.weight", (256, 64), False, 8),
+    ],
+)
+def test_what_is_quantized(name, shape, in_layer, expected):
+    """Large matrices, with their stacks; no router, no norm, nothing small or kept."""
+    quantization = Quantization(weight_bits=4, head_bits=8, group=32, keep=r"kept\.")
+    spec = None if expected is None else GroupFormat(expected, 32)
+    assert quantization.of(name, shape, in_layer=in_layer, experts=8) == spec
+
+
+def test_nothing_is_quantized_unless_asked_for():
+    """Sixteen bits are the values as they are."""
+    plain = Quantization()
+    assert not plain.any
+    assert plain.of("model.layers.0.up", (999, 999), in_layer=True, experts=0) is None
+    assert plain.of("lm_head", (999, 999), in_layer=False, experts=0) is None
+
+
+def test_experts_are_counted_by_any_name():
+    """As families call them."""
+    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+        assert experts_of({name: 16}) == 16
+    assert experts_of({"num_experts": None, "hidden_size": 64}) == 0

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _EXPANSIONS = {torch.float32: EXPAND_FLOAT32, torch.bfloat16: EXPAND_BFLOAT16}
 _SHARE_BYTES = 64 * 1024
 """Least packed bytes of a share, …"""
+_VALUES = 1 << 22
+"""That are there as float32 at a time."""
 _SHARES = 4
 """… of which there are so many for each thread: one that is held up takes fewer."""
 
@@ -33,12 +35,14 @@ def quantize(
     values: torch.Tensor, spec: GroupFormat, numbers: torch.dtype = torch.bfloat16
 ) -> torch.Tensor:
     """As `groupwise.quantize` does it, sums of floats apart. Raises `QuantizationError`."""
-    values = values.float().contiguous()
     rows, columns = values.shape
     packed = torch.empty(rows, spec.row_bytes(columns), dtype=torch.uint8)
-    if not torch.isfinite(values.sum()) and not torch.isfinite(values).all():
-        raise QuantizationError("some values are infinite or not numbers")
-    _run(QUANTIZE, packed, values, spec, numbers)
+    step = max(1, _VALUES // columns)
+    for some, target in zip(values.split(step), packed.split(step)):
+        floats = some.float().contiguous()
+        if not torch.isfinite(floats.sum()) and not torch.isfinite(floats).all():
+            raise QuantizationError("some values are infinite or not numbers")
+        _run(QUANTIZE, target, floats, spec, numbers)
     stored = packed[:, spec.code_bytes(columns) :].contiguous().view(numbers)
     if not torch.isfinite(stored).all():
         name = str(numbers).removeprefix("torch.")

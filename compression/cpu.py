@@ -31,9 +31,7 @@ _SHARES = 4
 """… of which there are so many for each thread: one that is held up takes fewer."""
 
 
-def quantize(
-    values: torch.Tensor, spec: GroupFormat, numbers: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     """As `groupwise.quantize` does it, sums of floats apart. Raises `QuantizationError`."""
     rows, columns = values.shape
     packed = torch.empty(rows, spec.row_bytes(columns), dtype=torch.uint8)
@@ -42,41 +40,29 @@ def quantize(
         floats = some.float().contiguous()
         if not torch.isfinite(floats.sum()) and not torch.isfinite(floats).all():
             raise QuantizationError("some values are infinite or not numbers")
-        _run(QUANTIZE, target, floats, spec, numbers)
-    stored = packed[:, spec.code_bytes(columns) :].contiguous().view(numbers)
-    if not torch.isfinite(stored).all():
-        name = str(numbers).removeprefix("torch.")
-        raise QuantizationError(f"some values are too large for scales of type {name}")
+        _run(QUANTIZE, target, floats, spec)
+    stored = packed[:, spec.code_bytes(columns) :].contiguous()
+    if not torch.isfinite(stored.view(getattr(torch, spec.numbers))).all():
+        raise QuantizationError(f"some values are too large for scales of type {spec.numbers}")
     return packed
 
 
-def expand(
-    packed: torch.Tensor,
-    spec: GroupFormat,
-    out: torch.Tensor,
-    numbers: torch.dtype = torch.bfloat16,
-) -> None:
+def expand(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
     """Fill `out` [rows, columns] from packed rows; both are contiguous."""
     expansion = _EXPANSIONS.get(out.dtype)
     if expansion is None:
-        out.copy_(groupwise.expand(packed, spec, out.shape[1], out.dtype, numbers))
+        out.copy_(groupwise.expand(packed, spec, out.shape[1], out.dtype))
     else:
-        _run(expansion, packed, out, spec, numbers)
+        _run(expansion, packed, out, spec)
 
 
-def _run(
-    callback: Any,
-    packed: torch.Tensor,
-    values: torch.Tensor,
-    spec: GroupFormat,
-    numbers: torch.dtype,
-) -> None:
+def _run(callback: Any, packed: torch.Tensor, values: torch.Tensor, spec: GroupFormat) -> None:
     rows, columns = values.shape
     assert packed.is_contiguous()
     assert values.is_contiguous()
     threads = torch.get_num_threads()
     shares = max(1, min(_SHARES * threads, rows, packed.nbytes // _SHARE_BYTES))
-    half = int(numbers == torch.float16)
+    half = int(spec.numbers == "float16")
     sizes = [0, shares, 0, rows, columns, spec.bits, spec.group, half]
     job = np.array([*sizes, packed.data_ptr(), values.data_ptr()], np.int64)
     _crew(threads).run(

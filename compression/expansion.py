@@ -10,27 +10,20 @@ if TYPE_CHECKING:
     from compression.spec import GroupFormat
 
 
-def quantize(
-    values: torch.Tensor, spec: GroupFormat, numbers: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     """See `groupwise.quantize`; `values` are on the CPU. Raises `QuantizationError`."""
     from compression import cpu  # Numba takes a while to import
 
-    return cpu.quantize(values, spec, numbers)
+    return cpu.quantize(values, spec)
 
 
-def expand(
-    packed: torch.Tensor,
-    spec: GroupFormat,
-    out: torch.Tensor,
-    numbers: torch.dtype = torch.bfloat16,
-) -> None:
+def expand(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
     """Fill `out` [rows, columns] from rows [rows, bytes] that `quantize` gave; all contiguous."""
     if out.device.type == "cpu":
         from compression import cpu
 
-        cpu.expand(packed, spec, out, numbers)
+        cpu.expand(packed, spec, out)
     else:
         from compression import gpu
 
-        gpu.expand(packed, spec, out, numbers)
+        gpu.expand(packed, spec, out)

@@ -18,22 +18,15 @@ logger = logging.getLogger(__name__)
 _GROUPS_PER_PROGRAM = 16
 
 
-def expand(
-    packed: torch.Tensor,
-    spec: GroupFormat,
-    out: torch.Tensor,
-    numbers: torch.dtype = torch.bfloat16,
-) -> None:
+def expand(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
     """Fill `out` [rows, columns] from packed rows on the same device; both are contiguous."""
-    if _works(spec, out.dtype, numbers, out.device):
-        expand_with_triton(packed, spec, out, numbers)
+    if _works(spec, out.dtype, out.device):
+        expand_with_triton(packed, spec, out)
     else:
-        out.copy_(groupwise.expand(packed, spec, out.shape[1], out.dtype, numbers))
+        out.copy_(groupwise.expand(packed, spec, out.shape[1], out.dtype))
 
 
-def expand_with_triton(
-    packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor, numbers: torch.dtype
-) -> None:
+def expand_with_triton(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
     """The same by the kernel."""
     import triton
 
@@ -43,7 +36,7 @@ def expand_with_triton(
     blocks = triton.cdiv(spec.groups(columns), _GROUPS_PER_PROGRAM)
     expand_kernel[(rows, blocks)](
         packed,
-        packed.view(-1).view(numbers),
+        packed.view(-1).view(getattr(torch, spec.numbers)),
         out,
         columns,
         spec.row_bytes(columns),
@@ -55,16 +48,14 @@ def expand_with_triton(
 
 
 @functools.cache
-def _works(
-    spec: GroupFormat, dtype: torch.dtype, numbers: torch.dtype, device: torch.device
-) -> bool:
+def _works(spec: GroupFormat, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel gives what plain operations give on this device; tried once."""
     values = torch.randn(5, 3 * spec.group + 10, generator=torch.Generator().manual_seed(0))
-    packed = groupwise.quantize_minmax(values, spec, numbers).to(device)
-    expected = groupwise.expand(packed, spec, values.shape[1], dtype, numbers)
+    packed = groupwise.quantize_minmax(values, spec).to(device)
+    expected = groupwise.expand(packed, spec, values.shape[1], dtype)
     found = torch.empty_like(expected)
     try:
-        expand_with_triton(packed, spec, found, numbers)
+        expand_with_triton(packed, spec, found)
         if torch.equal(found, expected):
             return True
         logger.warning("the Triton kernel that expands weights gives wrong values here")

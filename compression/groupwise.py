@@ -30,26 +30,23 @@ LEAST_SPREAD = 0.25
 """Of codes around their mean, squared and added up: below it they are all the same."""
 
 
-def quantize(
-    values: torch.Tensor, spec: GroupFormat, dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     """Pack `values` [rows, columns]: uint8 [rows, spec.row_bytes(columns)].
 
-    `dtype` is that of scales and centres, bfloat16 or float16. Raises `QuantizationError` for
-    values that are not finite or too large for it.
+    Raises `QuantizationError` for values that are not finite or too large for the type of scales.
     """
     groups, real = _in_groups(values.float(), spec)
-    scale, centre = _rounded(*_fit(groups, real, spec), dtype)
-    return _pack(_codes(groups, scale, centre, spec), scale, centre, spec, values.shape[1], dtype)
+    scale, centre = _rounded(*_fit(groups, real, spec), spec)
+    codes = _codes(groups, scale, centre, spec).flatten(1)[:, : values.shape[1]]
+    return pack(codes, scale, centre, spec)
 
 
-def quantize_minmax(
-    values: torch.Tensor, spec: GroupFormat, dtype: torch.dtype = torch.bfloat16
-) -> torch.Tensor:
+def quantize_minmax(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     """The same by rounding between each group's smallest and largest value: FlexGen's method."""
     groups, _ = _in_groups(values.float(), spec)
-    scale, centre = _rounded(*_between(groups.amin(-1), groups.amax(-1), spec), dtype)
-    return _pack(_codes(groups, scale, centre, spec), scale, centre, spec, values.shape[1], dtype)
+    scale, centre = _rounded(*_between(groups.amin(-1), groups.amax(-1), spec), spec)
+    codes = _codes(groups, scale, centre, spec).flatten(1)[:, : values.shape[1]]
+    return pack(codes, scale, centre, spec)
 
 
 def _in_groups(values: torch.Tensor, spec: GroupFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,31 +125,28 @@ def _improved(
 
 
 def _rounded(
-    scale: torch.Tensor, centre: torch.Tensor, dtype: torch.dtype
+    scale: torch.Tensor, centre: torch.Tensor, spec: GroupFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = getattr(torch, spec.numbers)
     rounded = scale.to(dtype).float(), centre.to(dtype).float()
     if not all(torch.isfinite(each).all() for each in rounded):
-        name = str(dtype).removeprefix("torch.")
-        raise QuantizationError(f"some values are infinite, not numbers, or too large for {name}")
+        raise QuantizationError(
+            f"some values are infinite, not numbers, or too large for {spec.numbers}"
+        )
     return rounded
 
 
-def _pack(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    centre: torch.Tensor,
-    spec: GroupFormat,
-    columns: int,
-    dtype: torch.dtype,
+def pack(
+    codes: torch.Tensor, scale: torch.Tensor, centre: torch.Tensor, spec: GroupFormat
 ) -> torch.Tensor:
-    """Rows as they are stored; codes [rows, groups, group], scale and centre [rows, groups]."""
+    """Rows as they are stored: codes [rows, columns], scale and centre [rows, groups]."""
+    dtype = getattr(torch, spec.numbers)
     numbers = [each.to(dtype).contiguous().view(torch.uint8) for each in (scale, centre)]
-    every = codes.to(torch.uint8).flatten(1)[:, :columns]
-    pieces = (
-        [every] if spec.bits == 8 else [_in_halves(each) for each in every.split(spec.group, 1)]
-    )
+    pieces = [codes.to(torch.uint8)]
+    if spec.bits == 4:
+        pieces = [_in_halves(each) for each in pieces[0].split(spec.group, 1)]
     used = sum(piece.shape[1] for piece in pieces)
-    gap = every.new_zeros(len(every), spec.code_bytes(columns) - used)
+    gap = pieces[0].new_zeros(len(codes), spec.code_bytes(codes.shape[1]) - used)
     return torch.cat([*pieces, gap, *numbers], dim=1)
 
 
@@ -164,17 +158,10 @@ def _in_halves(codes: torch.Tensor) -> torch.Tensor:
 
 
 def expand(
-    packed: torch.Tensor,
-    spec: GroupFormat,
-    columns: int,
-    dtype: torch.dtype,
-    numbers: torch.dtype = torch.bfloat16,
+    packed: torch.Tensor, spec: GroupFormat, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Values [rows, columns] of type `dtype` from rows that `quantize` gave.
-
-    `numbers` is the type of scales and centres. Computed in float32.
-    """
-    codes, scale, centre = unpack(packed, spec, columns, numbers)
+    """Values [rows, columns] of type `dtype` from packed rows. Computed in float32."""
+    codes, scale, centre = unpack(packed, spec, columns)
     values = codes.float() - spec.zero_code
     each = [
         number.float().repeat_interleave(spec.group, 1)[:, :columns] for number in (scale, centre)
@@ -183,10 +170,11 @@ def expand(
 
 
 def unpack(
-    packed: torch.Tensor, spec: GroupFormat, columns: int, numbers: torch.dtype = torch.bfloat16
+    packed: torch.Tensor, spec: GroupFormat, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes [rows, columns] (uint8), scales and centres [rows, groups] of packed rows."""
     stored, size = spec.code_bytes(columns), 2 * spec.groups(columns)
+    numbers = getattr(torch, spec.numbers)
     scale = packed[:, stored : stored + size].contiguous().view(numbers)
     centre = packed[:, stored + size :].contiguous().view(numbers)
     if spec.bits == 8:

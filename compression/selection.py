@@ -40,9 +40,9 @@ class Quantization:
     """A regular expression: tensors in whose names it is found stay as they are."""
 
     def of(
-        self, name: str, shape: Sequence[int], *, in_layer: bool, experts: int
+        self, name: str, shape: Sequence[int], dtype: str, *, in_layer: bool, experts: int
     ) -> GroupFormat | None:
-        """The format of a tensor; None if it stays as it is.
+        """The format of a tensor that is stored as `dtype` otherwise; None if it stays like that.
 
         `experts`: of a layer, 0 if it has none. A matrix with a row for each is their router, which
         decides what is computed at all.
@@ -51,7 +51,9 @@ class Quantization:
         router = len(shape) == 2 and shape[0] == experts
         large = len(shape) in (2, 3) and prod(shape) >= LEAST_VALUES
         kept = bits == PLAIN_BITS or (self.keep != "" and re.search(self.keep, name) is not None)
-        return None if kept or router or not large else GroupFormat(bits, self.group)
+        # With 8 bits a scale of bfloat16 is off by as much as half a code.
+        numbers = "float16" if dtype == "float16" or bits == 8 else "bfloat16"
+        return None if kept or router or not large else GroupFormat(bits, self.group, numbers)
 
     @property
     def any(self) -> bool:

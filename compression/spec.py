@@ -36,10 +36,14 @@ class GroupFormat:
 
     bits: int = 4
     group: int = 64
+    numbers: str = "bfloat16"
+    """Type of scales and centres: bfloat16 has the range of all weights, float16 is finer."""
 
     def __post_init__(self) -> None:
         if self.bits not in CODE_BITS or self.group not in GROUPS:
             raise ValueError(f"no format has {self.bits} bits in groups of {self.group}")
+        if BITS.get(self.numbers) != 16:
+            raise ValueError(f"scales are bfloat16 or float16, not {self.numbers}")
 
     @property
     def most_code(self) -> int:

@@ -117,7 +117,8 @@ def _spec_of(
     if not weight.dtype.is_floating_point or not (in_layer or unit == len(model.layers) or table):
         return None
     experts = experts_of(model.config.get_text_config().to_dict())
-    return quantization.of(weight.name, weight.shape, in_layer=in_layer, experts=experts)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return quantization.of(weight.name, weight.shape, dtype, in_layer=in_layer, experts=experts)
 
 
 def model_shape(

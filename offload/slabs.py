@@ -48,22 +48,13 @@ class Weight:
         itemsize = (self.compute_dtype or self.dtype).itemsize
         return padded(self.shape.numel() * itemsize, CACHE_LINE)
 
-    @property
-    def numbers(self) -> torch.dtype:
-        """Type of a quantized one's scales and centres.
-
-        bfloat16 has the range of all weights, and is fine enough for codes up to 15.
-        """
-        fine = self.dtype == torch.float16 or (self.spec is not None and self.spec.bits > 4)
-        return torch.float16 if fine else torch.bfloat16
-
     def stored(self, values: torch.Tensor) -> torch.Tensor:
         """`values` [shape] on the CPU as uint8 [nbytes]. Raises `QuantizationError`."""
         if self.spec is None:
             return values.contiguous().view(-1).view(torch.uint8)
         try:
             rows = values.reshape(-1, self.shape[-1])
-            return quantize(rows, self.spec, self.numbers).view(-1)
+            return quantize(rows, self.spec).view(-1)
         except QuantizationError as error:
             raise QuantizationError(
                 f"{self.name} cannot be quantized: {error.message}",
@@ -93,7 +84,7 @@ class Weight:
         else:
             columns = self.shape[-1]
             packed = data.view(-1, self.spec.row_bytes(columns))
-            expand(packed, self.spec, out.view(-1, columns), self.numbers)
+            expand(packed, self.spec, out.view(-1, columns))
 
     def bind(self, parameter: torch.nn.Parameter) -> None:
         """Make `parameter` what the modules compute with."""

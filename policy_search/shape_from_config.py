@@ -65,7 +65,7 @@ def shape_from_config(
     shapes = shapes_by_formula(config) if stored is None else _as_in_the_model(stored)
     layers = config.number("num_hidden_layers")
     plain = _specs(config, shapes, layers, dtype)
-    formats = _formats(config, plain, shapes, quantization)
+    formats = _formats(config, plain, shapes, dtype, quantization)
     specs = [
         replace(t, nbytes=formats[t.name].nbytes(shapes[t.name])) if t.name in formats else t
         for t in plain
@@ -119,14 +119,19 @@ def _largest_unit(specs: Sequence[TensorSpec], shapes: Shapes, dtype: str) -> in
 
 
 def _formats(
-    config: ModelConfig, specs: Sequence[TensorSpec], shapes: Shapes, quantization: Quantization
+    config: ModelConfig,
+    specs: Sequence[TensorSpec],
+    shapes: Shapes,
+    dtype: str,
+    quantization: Quantization,
 ) -> dict[str, GroupFormat]:
     """Of the tensors that are quantized."""
     layers, experts = config.number("num_hidden_layers"), experts_of(config.settings)
     found = {}
     for spec in specs:
         in_layer = 0 <= spec.unit < layers
-        given = quantization.of(spec.name, shapes[spec.name], in_layer=in_layer, experts=experts)
+        tensor = spec.name, shapes[spec.name], dtype
+        given = quantization.of(*tensor, in_layer=in_layer, experts=experts)
         if given is not None and spec.unit != _RESIDENT:
             found[spec.name] = given
     return found

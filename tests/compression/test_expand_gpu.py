@@ -12,19 +12,19 @@ from tests.flexrun.paged_batches import DEVICE, ON_GPU, require_triton
 require_triton()
 
 
-@pytest.mark.parametrize("numbers", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("numbers", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("columns", [3, 64, 80, 127, 128 * 17 + 50])
 def test_rows_are_those_of_the_reference(bits, group, columns, numbers):
     """The same bits."""
-    spec = GroupFormat(bits, group)
+    spec = GroupFormat(bits, group, numbers)
     values = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns))
-    packed = groupwise.quantize_minmax(values, spec, numbers)
+    packed = groupwise.quantize_minmax(values, spec)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        expected = groupwise.expand(packed, spec, columns, dtype, numbers)
+        expected = groupwise.expand(packed, spec, columns, dtype)
         out = torch.full(values.shape, torch.nan, dtype=dtype, device=DEVICE)
-        gpu.expand_with_triton(packed.to(DEVICE), spec, out, numbers)
+        gpu.expand_with_triton(packed.to(DEVICE), spec, out)
         if dtype == torch.bfloat16 and not ON_GPU:  # the interpreter cuts bits off
             torch.testing.assert_close(out, expected, rtol=2**-7, atol=0)
         else:

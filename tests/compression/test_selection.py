@@ -23,16 +23,20 @@ from compression.spec import GroupFormat
 def test_what_is_quantized(name, shape, in_layer, expected):
     """Large matrices, with their stacks; no router, no norm, nothing small or kept."""
     quantization = Quantization(weight_bits=4, head_bits=8, group=32, keep=r"kept\.")
-    spec = None if expected is None else GroupFormat(expected, 32)
-    assert quantization.of(name, shape, in_layer=in_layer, experts=8) == spec
+    for dtype in ("float32", "bfloat16", "float16"):
+        spec = None
+        if expected is not None:
+            fine = expected == 8 or dtype == "float16"
+            spec = GroupFormat(expected, 32, "float16" if fine else "bfloat16")
+        assert quantization.of(name, shape, dtype, in_layer=in_layer, experts=8) == spec
 
 
 def test_nothing_is_quantized_unless_asked_for():
     """Sixteen bits are the values as they are."""
     plain = Quantization()
     assert not plain.any
-    assert plain.of("model.layers.0.up", (999, 999), in_layer=True, experts=0) is None
-    assert plain.of("lm_head", (999, 999), in_layer=False, experts=0) is None
+    assert plain.of("model.layers.0.up", (999, 999), "float16", in_layer=True, experts=0) is None
+    assert plain.of("lm_head", (999, 999), "float16", in_layer=False, experts=0) is None
 
 
 def test_experts_are_counted_by_any_name():

@@ -31,6 +31,10 @@ LEAST = 4096
 """Values of a matrix that is quantized."""
 
 
+def format_of(bits: int) -> GroupFormat:
+    return GroupFormat(bits, 64, "float16" if bits == 8 else "bfloat16")
+
+
 def expanded_copy(source: Path, target: Path, layers: int, head: int, keep: str = "-") -> Path:
     """The checkpoint with what is quantized rounded to what its codes stand for, in float32."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -38,7 +42,7 @@ def expanded_copy(source: Path, target: Path, layers: int, head: int, keep: str 
         bits = layers if ".layers." in name else head
         if values.dim() < 2 or values.numel() < LEAST or bits == 16 or keep in name:
             continue
-        spec, columns = GroupFormat(bits, 64), values.shape[-1]
+        spec, columns = format_of(bits), values.shape[-1]
         rows = values.detach().reshape(-1, columns)
         expanded = groupwise.expand(quantize(rows, spec), spec, columns, torch.float32)
         assert not torch.equal(expanded, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from llvmlite import ir
@@ -39,9 +40,10 @@ def compiled_from(stamp: Any) -> None:
     """
 
 
-def stamp_of(*directories: Path) -> int:
-    """A number that is another one when any source in `directories` is."""
-    sources = (path for each in directories for path in sorted(each.glob("*.py")))
+def stamp_of(directory: Path, *modules: ModuleType) -> int:
+    """A number that is another one when a source in `directory`, or one of `modules`, is."""
+    others = (Path(str(module.__file__)) for module in modules)
+    sources = [*sorted(directory.glob("*.py")), *others]
     return zlib.crc32(b"".join(path.read_bytes() for path in sources))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,8 +71,15 @@ class ModelWeights:
         return [*self.resident, *(weight for _, weight in self.placeable)]
 
 
-def find_weights(model: Model, quantization: Quantization = NOTHING_QUANTIZED) -> ModelWeights:
-    """Sort a model's parameters by the unit that uses them; a tied tensor is one weight."""
+def find_weights(
+    model: Model,
+    quantization: Quantization = NOTHING_QUANTIZED,
+    packed: Mapping[str, GroupFormat] = MappingProxyType({}),
+) -> ModelWeights:
+    """Sort a model's parameters by the unit that uses them; a tied tensor is one weight.
+
+    `packed`: formats of those that the checkpoint has quantized already.
+    """
     weights: dict[int, Weight] = {}
     units: dict[int, int] = {}
     layer_of = {
@@ -93,8 +101,8 @@ def find_weights(model: Model, quantization: Quantization = NOTHING_QUANTIZED) -
             number = len(model.layers) if module in head_modules else layer_of.get(module, -2)
             units[id(parameter)] = max(number, units.get(id(parameter), -2))
     for key, weight in weights.items():
-        if spec := _spec_of(weight, units[key], model, quantization):
-            weights[key] = replace(weight, spec=spec)
+        spec = packed.get(weight.name) or _spec_of(weight, units[key], model, quantization)
+        weights[key] = replace(weight, spec=spec)
     table = model.embedding.weight
     assert isinstance(table, torch.Tensor)
     embedding = weights[id(table)]

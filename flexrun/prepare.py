@@ -63,7 +63,7 @@ def _open(config: EngineConfig) -> tuple[Checkpoint, list[list[Weight]]]:
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
     model = build_model(hf_config, dtype, torch.device("cpu"))
     checkpoint = Checkpoint(directory, model.module, dtype, model.stored_dtypes)
-    return checkpoint, find_weights(model, config.quantization).units
+    return checkpoint, find_weights(model, config.quantization, checkpoint.packed).units
 
 
 def _refuse_too_large(config: EngineConfig, units: Sequence[Sequence[Weight]]) -> None:

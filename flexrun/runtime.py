@@ -60,7 +60,7 @@ class Runtime:
         checkpoint = Checkpoint(
             self.directory, self.model.module, self.stored, self.model.stored_dtypes
         )
-        weights = find_weights(self.model, config.quantization)
+        weights = find_weights(self.model, config.quantization, checkpoint.packed)
         self._offload_directory = offload_directory(config)
         disk = plan_disk(checkpoint, weights.units, self._offload_directory)
         self.shape = model_shape(self.model, weights, self.dtype, disk)

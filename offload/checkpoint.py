@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +15,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from compression.errors import QuantizationError
+from compression.prequantized import prequantized
+from offload.conversion import Conversion
 from offload.errors import CheckpointError
+from offload.packed_tensor import PackedTensor, join_parts
 from offload.safetensors_file import StoredTensor, file_fingerprint, find_files, read_header
 
 if TYPE_CHECKING:
@@ -27,46 +28,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-_COMPARE_BYTES = 16 * 2**20
-
-
-@dataclass(slots=True)
-class _Conversion:
-    """How some tensors of the model are made from tensors of the checkpoint."""
-
-    target: str
-    """The model's name for the result (the first one, where there are several)."""
-    converter: WeightConverter | None
-    """Description by transformers; None where the checkpoint has the tensor as it is."""
-    sources: list[tuple[str, StoredTensor]] = field(default_factory=list)
-    """With the converter's pattern that each one matched."""
-    provides: dict[str, str] = field(default_factory=dict)
-    """Names in the model (tied ones too) and which result each one is."""
-
-    def run(self, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Read the sources, cast them to `dtype`, convert them; the results by target name."""
-        if self.converter is None:
-            return {self.target: self.sources[0][1].read()}
-        converter: Any = deepcopy(self.converter)  # it collects tensors
-        for pattern, stored in self.sources:
-            converter.add_tensor(self.target, stored.key, pattern, partial(_read_as, stored, dtype))
-        try:
-            made = converter.convert(self.target, model=model, config=model.config)
-        except CheckpointError:
-            raise
-        except Exception as error:  # the operations are transformers' and promise no exception type
-            raise CheckpointError(
-                f"cannot convert {len(self.sources)} tensors like {self.sources[0][1].key} "
-                f"to {self.target}: {error}",
-                hint="check that config.json belongs to this checkpoint",
-            ) from error
-        return {
-            name: value[0] if isinstance(value, list) else value for name, value in made.items()
-        }
-
-
-def _read_as(stored: StoredTensor, dtype: torch.dtype) -> torch.Tensor:
-    return stored.read().to(dtype)
+    from compression.prequantized import Prequantized
 
 
 class Checkpoint:
@@ -84,8 +46,8 @@ class Checkpoint:
         dtype: torch.dtype,
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
-        _refuse_quantized(directory, model)
         self.directory = directory
+        scheme = _scheme_of(directory, model)
         self.unexpected: tuple[str, ...] = ()
         """Keys of the checkpoint that the model has no use for."""
         self._model = model
@@ -95,11 +57,14 @@ class Checkpoint:
         files = find_files(directory)
         self._files = {path: file_fingerprint(path) for path in files}
         stored = [tensor for path in files for tensor in read_header(path)]
-        self._conversions = self._map_keys(stored)
+        self._conversions = self._map_keys(join_parts(stored, scheme))
         for names in _tied_names(model):
             self._provide_tied(names)
         self._refuse_missing()
         self._refuse_other_shapes()
+        formats = ((name, each.spec) for name, each in self._conversions.items())
+        self.packed = {name: spec for name, spec in formats if spec is not None}
+        """Tensors that come quantized: they are loaded as bytes, rows of this format."""
 
     def load(self, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors `names` of the model, on the CPU, one conversion's at a time.
@@ -118,7 +83,9 @@ class Checkpoint:
         for name in names:
             conversion = self._conversions[name]
             stored = conversion.sources[0][1]
-            if conversion.converter is not None or not stored.is_usable_as(self._dtype_of(name)):
+            if not isinstance(stored, StoredTensor) or conversion.converter is not None:
+                return None
+            if not stored.is_usable_as(self._dtype_of(name)):
                 return None
             found[name] = stored
         return found
@@ -143,23 +110,24 @@ class Checkpoint:
             )
 
     def _run(
-        self, conversion: _Conversion, waiting: dict[str, None]
+        self, conversion: Conversion, waiting: dict[str, None]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         made = conversion.run(self._model, self._dtype_of(conversion.target))
         for name in [name for name in conversion.provides if name in waiting]:
             del waiting[name]
             tensor = made[conversion.provides[name]]
             self._check_shape(name, tensor.shape, conversion)
-            yield name, tensor.to(self._dtype_of(name)).contiguous()
+            packed = name in self.packed
+            yield name, tensor if packed else tensor.to(self._dtype_of(name)).contiguous()
 
     def _dtype_of(self, name: str) -> torch.dtype:
         declared = self._dtypes[name]
         kept = declared == torch.float32 or not declared.is_floating_point
         return declared if kept else self._dtype
 
-    def _map_keys(self, stored: Iterable[StoredTensor]) -> dict[str, _Conversion]:
+    def _map_keys(self, stored: Iterable[StoredTensor | PackedTensor]) -> dict[str, Conversion]:
         rename = _KeyRenaming(self._model, self._declared)
-        conversions: dict[str, _Conversion] = {}
+        conversions: dict[str, Conversion] = {}
         unexpected = []
         # transformers' operations stack, say, the experts of a layer in this order.
         for tensor in sorted(stored, key=lambda tensor: dot_natural_key(tensor.key)):
@@ -169,12 +137,12 @@ class Checkpoint:
                 continue
             if name not in conversions:
                 converter = None if pattern is None else rename.converters[pattern]
-                conversions[name] = _Conversion(name, converter)
+                conversions[name] = Conversion(name, converter)
             conversions[name].sources.append((pattern or tensor.key, tensor))
         ignored = _ignored_keys(self._model)
         self.unexpected = tuple(key for key in unexpected if not ignored.search(key))
         for conversion in list(conversions.values()):
-            for target in _targets(conversion):
+            for target in conversion.targets:
                 if target in self._declared:
                     conversion.provides[target] = target
                     conversions[target] = conversion
@@ -186,7 +154,7 @@ class Checkpoint:
             return
         first = self._conversions[present[0]]
         for name in present[1:]:
-            if not _same_bytes(first, self._conversions[name]):
+            if not first.has_same_bytes(self._conversions[name]):
                 raise CheckpointError(
                     f"{self.directory}: config.json ties {present[0]} to {name}, but the "
                     "checkpoint has different values for the two",
@@ -207,11 +175,17 @@ class Checkpoint:
 
     def _refuse_other_shapes(self) -> None:
         for name, conversion in self._conversions.items():
+            stored = conversion.sources[0][1]
             if conversion.converter is None:
-                self._check_shape(name, conversion.sources[0][1].shape, conversion)
+                shape = stored.shape
+                if isinstance(stored, PackedTensor):
+                    shape = (*shape[:-1], stored.spec.row_bytes(shape[-1]))
+                self._check_shape(name, shape, conversion)
 
-    def _check_shape(self, name: str, shape: tuple[int, ...], conversion: _Conversion) -> None:
+    def _check_shape(self, name: str, shape: tuple[int, ...], conversion: Conversion) -> None:
         expected = tuple(self._declared[name].shape)
+        if (spec := conversion.spec) is not None:
+            expected = (*expected[:-1], spec.row_bytes(expected[-1]))
         if tuple(shape) != expected:
             stored = conversion.sources[0][1]
             raise CheckpointError(
@@ -250,13 +224,6 @@ class _KeyRenaming:
         )
 
 
-def _targets(conversion: _Conversion) -> list[str]:
-    if conversion.converter is None:
-        return [conversion.target]
-    patterns = conversion.converter.target_patterns
-    return [conversion.target.replace(patterns[0], pattern) for pattern in patterns]
-
-
 def _tied_names(model: PreTrainedModel) -> list[list[str]]:
     """Groups of names that stand for one parameter: one object, or tied by the configuration."""
     groups: dict[int, list[str]] = {}
@@ -271,30 +238,17 @@ def _tied_names(model: PreTrainedModel) -> list[list[str]]:
     return [names for key, names in groups.items() if len(names) > 1]
 
 
-def _same_bytes(one: _Conversion, other: _Conversion) -> bool:
-    a, b = one.sources[0][1], other.sources[0][1]
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    return all(
-        torch.equal(a.read(start, _COMPARE_BYTES), b.read(start, _COMPARE_BYTES))
-        for start in range(0, a.nbytes, _COMPARE_BYTES)
-    )
-
-
 def _ignored_keys(model: PreTrainedModel) -> re.Pattern[str]:
     """Keys that transformers, too, drops without a word."""
     patterns = model._keys_to_ignore_on_load_unexpected or ()
     return re.compile("|".join([*patterns, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]))
 
 
-def _refuse_quantized(directory: Path, model: PreTrainedModel) -> None:
+def _scheme_of(directory: Path, model: PreTrainedModel) -> Prequantized | None:
     settings = getattr(model.config, "quantization_config", None)
     if settings is None:
-        return
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = settings.get("quant_method", "unnamed")
-    raise CheckpointError(
-        f"{directory} is quantized (method {getattr(method, 'value', method)}), "
-        "which is not supported",
-        hint="use the unquantized checkpoint of this model, or a GGUF file of it",
-    )
+        return None
+    try:
+        return prequantized(settings if isinstance(settings, dict) else settings.to_dict())
+    except QuantizationError as error:
+        raise CheckpointError(f"{directory} is quantized: {error.message}", error.hint) from None

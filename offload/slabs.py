@@ -49,8 +49,11 @@ class Weight:
         return padded(self.shape.numel() * itemsize, CACHE_LINE)
 
     def stored(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` [shape] on the CPU as uint8 [nbytes]. Raises `QuantizationError`."""
-        if self.spec is None:
+        """`values` [shape] on the CPU as uint8 [nbytes]. Raises `QuantizationError`.
+
+        Rows that are packed already, uint8, stay as they are.
+        """
+        if self.spec is None or values.dtype == torch.uint8:
             return values.contiguous().view(-1).view(torch.uint8)
         try:
             rows = values.reshape(-1, self.shape[-1])

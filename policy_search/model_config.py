@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compression.errors import QuantizationError
+from compression.prequantized import Prequantized, prequantized
 from compression.spec import BITS
 from policy_search.errors import PolicyError
 from policy_search.machine import computed_on_cpu
@@ -46,13 +48,19 @@ class ModelConfig:
             raise PolicyError(
                 f"cannot read {path}: {error}", hint="download or copy the file again"
             ) from None
-        if settings.get("quantization_config"):
-            raise PolicyError(
-                f"{path} describes a quantized checkpoint, which is not supported",
-                hint="use the unquantized checkpoint of this model",
-            )
+        try:
+            if described := settings.get("quantization_config"):
+                prequantized(described)
+        except QuantizationError as error:
+            raise PolicyError(f"{path}: {error.message}", error.hint) from None
         text = settings.get("text_config")
         return cls(directory, settings | text if isinstance(text, dict) else settings)
+
+    @property
+    def prequantized(self) -> Prequantized | None:
+        """How the checkpoint's matrices are quantized, if they are."""
+        described = self.settings.get("quantization_config")
+        return prequantized(described) if described else None
 
     @property
     def model_type(self) -> str:

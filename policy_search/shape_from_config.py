@@ -18,8 +18,9 @@ from policy_search.stored_shapes import stored_tensors
 from policy_search.weight_formula import shapes_by_formula
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from compression.prequantized import Prequantized
     from compression.spec import GroupFormat
     from policy_search.model_config import ModelConfig
     from policy_search.stored_shapes import Shapes, StoredTensor
@@ -62,15 +63,9 @@ def shape_from_config(
     """
     computed = computed or dtype
     stored = stored_tensors(config.directory)
-    shapes = shapes_by_formula(config) if stored is None else _as_in_the_model(stored)
-    layers = config.number("num_hidden_layers")
-    plain = _specs(config, shapes, layers, dtype)
-    formats = _formats(config, plain, shapes, dtype, quantization)
-    specs = [
-        replace(t, nbytes=formats[t.name].nbytes(shapes[t.name])) if t.name in formats else t
-        for t in plain
-    ]
+    shapes, specs, formats = _tensors(config, stored, dtype, quantization)
     specs, to_write = _on_disk(specs, {} if formats else stored, dtype)
+    layers = config.number("num_hidden_layers")
     by_unit = [sum(t.nbytes for t in specs if t.unit == unit) for unit in range(layers + 1)]
     if not all(by_unit):
         raise PolicyError(
@@ -106,6 +101,29 @@ def shape_from_config(
         always_prepared=bool(formats),
         tensors=tuple(tensor for tensor in specs if tensor.unit != _RESIDENT),
     )
+
+
+def _tensors(
+    config: ModelConfig,
+    stored: Mapping[str, StoredTensor] | None,
+    dtype: str,
+    quantization: Quantization,
+) -> tuple[Shapes, list[TensorSpec], dict[str, GroupFormat]]:
+    """Every weight, with its shape, and the formats of those that are quantized."""
+    scheme, packed = config.prequantized, set[str]()
+    if stored is not None:
+        shapes, packed = _as_in_the_model(stored, scheme)
+    else:
+        shapes = shapes_by_formula(config)
+        if scheme is not None:  # which matrices it left alone is not known
+            quantization = replace(quantization, weight_bits=4, group=scheme.spec.group)
+    specs = _specs(config, shapes, config.number("num_hidden_layers"), dtype)
+    formats = _formats(config, specs, shapes, dtype, quantization)
+    if scheme is not None:
+        formats |= dict.fromkeys(packed, scheme.spec)
+    sizes = {name: each.nbytes(shapes[name]) for name, each in formats.items()}
+    specs = [replace(each, nbytes=sizes.get(each.name, each.nbytes)) for each in specs]
+    return shapes, specs, formats
 
 
 def _largest_unit(specs: Sequence[TensorSpec], shapes: Shapes, dtype: str) -> int:
@@ -189,20 +207,40 @@ def _in_place(
     return places
 
 
-def _as_in_the_model(stored: Mapping[str, StoredTensor]) -> Shapes:
-    """Weights only, with the experts' matrices of a layer stacked as transformers does it."""
+def _as_in_the_model(
+    stored: Mapping[str, StoredTensor], scheme: Prequantized | None
+) -> tuple[Shapes, set[str]]:
+    """Weights only, with the experts' matrices of a layer stacked as transformers does it.
+
+    Also the names of those that come quantized.
+    """
     shapes: Shapes = {}
-    for name, tensor in stored.items():
-        shape = tensor.shape
+    packed: set[str] = set()
+    for name, shape, quantized in _matrices(stored, scheme):
         if _NOT_A_WEIGHT.search(name):
             continue
         expert = _EXPERT.search(name)
         if expert is None or expert[2] not in _EXPERT_PARTS:
             shapes[name] = shape
+            packed |= {name} if quantized else set()
             continue
         part = _EXPERT_PARTS[expert[2]]
         joined = f"{name[: expert.start()]}mlp.experts.{part}"
         count = shapes.get(joined, (0,))[0] + (expert[2] not in ("w3", "up_proj"))
         rows = 2 * shape[0] if part == "gate_up_proj" else shape[0]
         shapes[joined] = (count, rows, shape[1])
-    return shapes
+        packed |= {joined} if quantized else set()
+    return shapes, packed
+
+
+def _matrices(
+    stored: Mapping[str, StoredTensor], scheme: Prequantized | None
+) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Name, shape, and whether it comes quantized, of every tensor; its parts are one."""
+    for name, tensor in stored.items():
+        module, _, part = name.rpartition(".")
+        if scheme is not None and part in scheme.parts:
+            if part == scheme.codes and len(tensor.shape) == 2:
+                yield f"{module}.weight", scheme.shape((tensor.shape[0], tensor.shape[1])), True
+        else:
+            yield name, tensor.shape, False

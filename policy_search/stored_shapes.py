@@ -16,7 +16,7 @@ Shapes = dict[str, tuple[int, ...]]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DOWNLOAD_AGAIN = "download or copy the checkpoint again; this copy is incomplete"
-_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class StoredTensor:
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor] | None:
-    """All floating-point tensors; None without weight files. Raises `CheckpointError`.
+    """All tensors that may hold weights; None without weight files. Raises `CheckpointError`.
 
     An index whose files were all left out counts as no weight files: plans need only config.json.
     """
@@ -76,12 +76,12 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         entries = {
             name: StoredTensor(
                 tuple(int(n) for n in entry["shape"]),
-                _FLOATS[entry["dtype"]],
+                _TYPES[entry["dtype"]],
                 str(path),
                 8 + length + int(entry["data_offsets"][0]),
             )
             for name, entry in header.items()
-            if entry["dtype"] in _FLOATS
+            if entry["dtype"] in _TYPES
         }
     except OSError as error:
         raise CheckpointError(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numba import carray, types
 
-from compression import compiled
+from compression import compiled, vector_memory, vectors
 from compression.compiled import (
     cached_kernel,
     callback,
@@ -183,7 +183,7 @@ def _callbacks(stamp: int) -> dict[tuple[torch.dtype, torch.dtype], Any]:
     return found
 
 
-_CALLBACKS = _callbacks(stamp_of(Path(__file__).parent, Path(compiled.__file__).parent))
+_CALLBACKS = _callbacks(stamp_of(Path(__file__).parent, compiled, vectors, vector_memory))
 
 
 class Team:

@@ -1,0 +1,74 @@
+"""Matrices that come quantized, as rows of our format.
+
+They are kept code by code; only places change. A centre is scale * (8 - zero), rounded to float16:
+off by at most 2^-11 of itself, like the products of those who expand to float16.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from compression.errors import QuantizationError
+from compression.groupwise import pack
+from compression.prequantized import USE_ANOTHER
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from compression.prequantized import Prequantized
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def rows(scheme: Prequantized, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A matrix as rows of `scheme.spec`: uint8 [outputs, row bytes]. Raises `QuantizationError`."""
+    codes, zeros, scale = _by_output(scheme, parts)
+    outputs, inputs = codes.shape
+    groups = scheme.spec.groups(inputs)
+    if scale.shape != (outputs, groups) or zeros.shape != (outputs, groups):
+        raise QuantizationError(
+            f"scales of {tuple(scale.shape)} and zeros of {tuple(zeros.shape)} do not belong to "
+            f"{groups} groups of {outputs} outputs"
+        )
+    scale = scale.float()
+    centre = scale * (8 - (zeros + scheme.zero_offset).float())
+    return pack(codes, scale, centre, scheme.spec)
+
+
+def _by_output(
+    scheme: Prequantized, parts: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes [outputs, inputs], zeros and scales [outputs, groups]."""
+    if scheme.method == "compressed-tensors":
+        codes, scale = _unpacked(parts["weight_packed"]), parts["weight_scale"]
+        _refuse_order(parts.get("weight_g_idx"), scheme.spec.group)
+        if "weight_zero_point" in parts:
+            return codes, _unpacked(parts["weight_zero_point"].T).T, scale
+        return codes, torch.full(scale.shape, 8), scale
+    if scheme.method == "gptq":
+        _refuse_order(parts.get("g_idx"), scheme.spec.group)
+        codes, zeros = _unpacked(parts["qweight"].T), _unpacked(parts["qzeros"]).T
+    else:
+        place = torch.tensor(_AWQ_ORDER).argsort()
+        codes, zeros = (
+            _unpacked(parts[name]).unflatten(1, (-1, 8))[..., place].flatten(1).T
+            for name in ("qweight", "qzeros")
+        )
+    return codes, zeros, parts["scales"].T
+
+
+def _unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """The eight codes of each int32, side by side along the last axis: uint8."""
+    halves = packed.contiguous().view(torch.uint8)  # the lowest byte comes first
+    return torch.stack([halves & 15, halves >> 4], dim=-1).flatten(-2)
+
+
+def _refuse_order(group_of: torch.Tensor | None, group: int) -> None:
+    if group_of is None or group_of.numel() == 0:
+        return
+    if not torch.equal(group_of.long(), torch.arange(len(group_of)) // group):
+        raise QuantizationError(
+            "its inputs are grouped out of order (desc_act, actorder)", hint=USE_ANOTHER
+        )

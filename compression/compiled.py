@@ -20,10 +20,6 @@ kernel: Decorator = njit(**_PLAIN, boundscheck=False, fastmath={"contract"})
 """Not cached: a cache does not notice changes in what a kernel calls. Callbacks cache them all."""
 part: Decorator = njit(**_PLAIN, boundscheck=False, fastmath={"contract"}, forceinline=True)
 """Of a kernel: a call would copy seven words for every array."""
-reordered_part: Decorator = njit(
-    **_PLAIN, boundscheck=False, fastmath={"contract", "reassoc", "nsz"}, forceinline=True
-)
-"""The same; sums may be added up in another order, as vectors do."""
 cached_kernel: Decorator = njit(**_PLAIN, cache=True)
 """For what calls nothing of ours."""
 callback: Decorator = cfunc(types.void(types.CPointer(types.int64)), cache=True)

@@ -18,15 +18,16 @@ from compression.kernels_cpu import (
     FINISHED,
     QUANTIZE,
 )
+from compression.vectors import LANES
 
 if TYPE_CHECKING:
     from compression.spec import GroupFormat
 
 _EXPANSIONS = {torch.float32: EXPAND_FLOAT32, torch.bfloat16: EXPAND_BFLOAT16}
-_SHARE_BYTES = 64 * 1024
-"""Least packed bytes of a share, …"""
 _VALUES = 1 << 22
 """That are there as float32 at a time."""
+_SHARE_BYTES = 64 * 1024
+"""Least packed bytes of a share, …"""
 _SHARES = 4
 """… of which there are so many for each thread: one that is held up takes fewer."""
 
@@ -35,11 +36,10 @@ def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     """As `groupwise.quantize` does it, sums of floats apart. Raises `QuantizationError`."""
     rows, columns = values.shape
     packed = torch.empty(rows, spec.row_bytes(columns), dtype=torch.uint8)
-    step = max(1, _VALUES // columns)
+    step = max(LANES, _VALUES // columns // LANES * LANES)
     for some, target in zip(values.split(step), packed.split(step)):
         floats = some.float().contiguous()
-        if not torch.isfinite(floats.sum()) and not torch.isfinite(floats).all():
-            raise QuantizationError("some values are infinite or not numbers")
+        groupwise.refuse_unusable(floats)
         _run(QUANTIZE, target, floats, spec)
     stored = packed[:, spec.code_bytes(columns) :].contiguous()
     if not torch.isfinite(stored.view(getattr(torch, spec.numbers))).all():
@@ -51,7 +51,7 @@ def expand(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
     """Fill `out` [rows, columns] from packed rows; both are contiguous."""
     expansion = _EXPANSIONS.get(out.dtype)
     if expansion is None:
-        out.copy_(groupwise.expand(packed, spec, out.shape[1], out.dtype))
+        groupwise.expand_into(packed, spec, out)
     else:
         _run(expansion, packed, out, spec)
 
@@ -61,7 +61,7 @@ def _run(callback: Any, packed: torch.Tensor, values: torch.Tensor, spec: GroupF
     assert packed.is_contiguous()
     assert values.is_contiguous()
     threads = torch.get_num_threads()
-    shares = max(1, min(_SHARES * threads, rows, packed.nbytes // _SHARE_BYTES))
+    shares = max(1, min(_SHARES * threads, -(-rows // LANES), packed.nbytes // _SHARE_BYTES))
     half = int(spec.numbers == "float16")
     sizes = [0, shares, 0, rows, columns, spec.bits, spec.group, half]
     job = np.array([*sizes, packed.data_ptr(), values.data_ptr()], np.int64)

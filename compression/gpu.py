@@ -23,7 +23,7 @@ def expand(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
     if _works(spec, out.dtype, out.device):
         expand_with_triton(packed, spec, out)
     else:
-        out.copy_(groupwise.expand(packed, spec, out.shape[1], out.dtype))
+        groupwise.expand_into(packed, spec, out)
 
 
 def expand_with_triton(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:

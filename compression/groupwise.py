@@ -26,6 +26,9 @@ SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 bits from the first: their steps are so fine that nothing is gained by making them finer."""
 ROUNDS, POLISH = 2, 6
 """Of rounding and regression, from each pair, and more from the best of them."""
+_EXPANDED_AT_A_TIME = 1 << 20
+_LARGEST = 1e18
+"""Of a value: sums of squares are float32."""
 LEAST_SPREAD = 0.25
 """Of codes around their mean, squared and added up: below it they are all the same."""
 
@@ -35,10 +38,18 @@ def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
 
     Raises `QuantizationError` for values that are not finite or too large for the type of scales.
     """
+    refuse_unusable(values)
     groups, real = _in_groups(values.float(), spec)
     scale, centre = _rounded(*_fit(groups, real, spec), spec)
     codes = _codes(groups, scale, centre, spec).flatten(1)[:, : values.shape[1]]
     return pack(codes, scale, centre, spec)
+
+
+def refuse_unusable(values: torch.Tensor) -> None:
+    """Raise `QuantizationError` for NaN, infinities, and values whose squares are infinite."""
+    largest = float(values.abs().max()) if values.numel() else 0.0
+    if not largest < _LARGEST:
+        raise QuantizationError("some values are infinite, not numbers, or too large")
 
 
 def quantize_minmax(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
@@ -167,6 +178,13 @@ def expand(
         number.float().repeat_interleave(spec.group, 1)[:, :columns] for number in (scale, centre)
     ]
     return torch.addcmul(each[1], values, each[0]).to(dtype)
+
+
+def expand_into(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
+    """Fill `out` [rows, columns], few rows at a time: each value takes 40 bytes on the way."""
+    step = max(1, _EXPANDED_AT_A_TIME // out.shape[1])
+    for some, target in zip(packed.split(step), out.split(step)):
+        target.copy_(expand(some, spec, out.shape[1], out.dtype))
 
 
 def unpack(

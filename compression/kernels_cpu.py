@@ -23,6 +23,7 @@ from compression.compiled import (
 from compression.expand_cpu import expansion
 from compression.number_bits import bfloat16_of
 from compression.quantize_cpu import quantize_rows
+from compression.vectors import LANES
 
 JOB = 10
 """Numbers of a job."""
@@ -43,7 +44,7 @@ def _shares(rows_of: Any, values_of: Any) -> Any:
     @kernel
     def _take_shares(job: Any) -> None:
         shares, rows, columns, bits, group, half = job[1], job[3], job[4], job[5], job[6], job[7]
-        groups = (columns + group - 1) // group
+        groups, blocks = (columns + group - 1) // group, (rows + LANES - 1) // LANES
         row_bytes = 2 * ((columns * bits + 15) // 16) + 4 * groups
         packed = carray(_bytes(job[PACKED]), (rows, row_bytes))
         numbers = carray(_uint16s(job[PACKED]), (rows, row_bytes // 2))
@@ -52,7 +53,8 @@ def _shares(rows_of: Any, values_of: Any) -> Any:
             share = count_up(job, 0)
             if share >= shares:
                 return
-            mine = slice(rows * share // shares, rows * (share + 1) // shares)
+            first = blocks * share // shares * LANES  # whole blocks: see `quantize_rows`
+            mine = slice(first, min(rows, blocks * (share + 1) // shares * LANES))
             rows_of(packed[mine], numbers[mine], columns, bits, group, half, values[mine])
             count_up(job, FINISHED)
 

@@ -19,7 +19,9 @@ LEAST_VALUES = 4096
 """Of a matrix that is worth it: smaller ones are a few kilobytes of a model."""
 
 
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_NORM = re.compile(r"norm[^.]*\.[^.]*$|_norm$", re.IGNORECASE)
+"""Norms of every head are matrices, too."""
 
 
 def experts_of(config: Mapping[str, Any]) -> int:
@@ -48,12 +50,12 @@ class Quantization:
         decides what is computed at all.
         """
         bits = self.weight_bits if in_layer else self.head_bits
-        router = len(shape) == 2 and shape[0] == experts
+        special = (len(shape) == 2 and shape[0] == experts) or _NORM.search(name) is not None
         large = len(shape) in (2, 3) and prod(shape) >= LEAST_VALUES
         kept = bits == PLAIN_BITS or (self.keep != "" and re.search(self.keep, name) is not None)
-        # With 8 bits a scale of bfloat16 is off by as much as half a code.
-        numbers = "float16" if dtype == "float16" or bits == 8 else "bfloat16"
-        return None if kept or router or not large else GroupFormat(bits, self.group, numbers)
+        # bfloat16 has the range of all weights, and codes are chosen after it has rounded scales.
+        numbers = "float16" if dtype == "float16" else "bfloat16"
+        return None if kept or special or not large else GroupFormat(bits, self.group, numbers)
 
     @property
     def any(self) -> bool:

@@ -37,7 +37,7 @@ class GroupFormat:
     bits: int = 4
     group: int = 64
     numbers: str = "bfloat16"
-    """Type of scales and centres: bfloat16 has the range of all weights, float16 is finer."""
+    """Type of scales and centres: bfloat16, or float16 for what is float16 anyway."""
 
     def __post_init__(self) -> None:
         if self.bits not in CODE_BITS or self.group not in GROUPS:

@@ -248,5 +248,5 @@ def _parsed(name: str, parse: Callable[[str], Any], text: str) -> Any:
 
 
 def _check_choice(name: str, value: object, choices: Collection[object]) -> None:
-    if value not in choices:
+    if value not in choices or type(value) not in {type(each) for each in choices}:
         raise UsageError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")

@@ -9,8 +9,7 @@ from offload.direct_file import DirectFile
 from offload.disk_layout import DiskPlace
 from offload.links import FileExtent
 from offload.prepared import model_key, prepare, store_path
-from offload.prepared_layout import PREPARED_BLOCK, layout
-from offload.prepared_writer import WEIGHTS
+from offload.prepared_layout import PREPARED_BLOCK, WEIGHTS, layout
 from offload.tiers import DISK_BLOCK, Tier
 
 if TYPE_CHECKING:

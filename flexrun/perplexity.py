@@ -21,10 +21,12 @@ import torch
 from tqdm import tqdm
 
 from flexrun.errors import UsageError
+from flexrun.micro_batches import Cutter
 from flexrun.model_files import resolve_model
-from flexrun.plan import MicroBatch, RowSpan, SweepPlan
+from flexrun.plan import RowSpan, SweepPlan
 from flexrun.runtime import Runtime
 from flexrun.tokenizer import Tokenizer
+from flexrun.trace import check_writable, write_trace
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
     from flexrun.config import EngineConfig
 
+_LARGEST = 700.0
+"""Logarithm of what a float can hold."""
 _LOGITS = 1 << 22
 """Turned into probabilities at a time."""
 
@@ -66,7 +70,9 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nll / self.scored)
+        """Infinite where it is beyond any number."""
+        mean = self.nll / self.scored
+        return math.exp(mean) if mean < _LARGEST else math.inf
 
 
 def windows(tokens: int, context: int, stride: int) -> Iterator[Window]:
@@ -101,6 +107,8 @@ def evaluate(
     Every window is computed `chunk` rows at a time; rows of one chunk attend to each other's keys
     and values before they are stored. Raises `FlexrunError`s.
     """
+    if context < 2:
+        raise UsageError("a window has at least two tokens", hint="raise --context")
     if not 1 <= stride < context:
         raise UsageError(f"the stride must be from 1 to {context - 1}, not {stride}")
     if len(tokens) < 2:
@@ -126,6 +134,8 @@ def evaluate(
         for scored in runner.run(deque(windows(len(tokens), context, stride))):
             bar.update(scored)
         done.seconds = time.perf_counter() - start
+        if config.trace is not None:
+            write_trace(config.trace, runtime.timeline.finish())
         return done
 
 
@@ -136,8 +146,9 @@ class _Runner:
         policy = runtime.policy
         self._runtime = runtime
         self._tokens = tokens
-        self._most_rows = min(policy.micro_batch_rows, policy.logit_rows)
-        self._chunk = min(chunk or self._most_rows, self._most_rows, policy.max_rows)
+        most_rows = min(policy.micro_batch_rows, policy.logit_rows)  # all may give logits
+        self._cutter = Cutter(runtime.pools, most_rows, policy.num_micro_batches)
+        self._chunk = min(chunk or most_rows, most_rows, policy.max_rows)
         self._places = max(1, min(policy.max_rows // self._chunk, policy.max_sequences))
         self._active: dict[int, Window] = {}
         self.result = Evaluation()
@@ -155,7 +166,8 @@ class _Runner:
             spans = [self._span(each) for each in self._active]
             last = not waiting and all(self._ends(span) for span in spans)
             before = self.result.scored
-            self._sweep(SweepPlan(tuple(self._batches(spans)), last=last))
+            batches = self._cutter.cut(spans, sum(span.length for span in spans))
+            self._sweep(SweepPlan(batches, last=last))
             for span in spans:
                 self._active[span.sequence].computed = span.end
                 if self._ends(span):
@@ -172,15 +184,6 @@ class _Runner:
         length = min(self._chunk, window.rows - start)
         scored = min(length, window.begin + start + length + 1 - window.first)
         return RowSpan(number, start, length, scored > 0, max(0, scored - 1))
-
-    def _batches(self, spans: Sequence[RowSpan]) -> Iterator[MicroBatch]:
-        batch: list[RowSpan] = []
-        for span in spans:
-            if batch and sum(each.length for each in batch) + span.length > self._most_rows:
-                yield MicroBatch(tuple(batch))
-                batch = []
-            batch.append(span)
-        yield MicroBatch(tuple(batch))
 
     def _sweep(self, plan: SweepPlan) -> None:
         """Compute it, and add what its rows say of the tokens that follow."""
@@ -242,6 +245,8 @@ def main_perplexity(
         words = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {text}: {error}", hint="--text is a UTF-8 file") from None
+    if config.trace is not None:
+        check_writable(config.trace)
     tokens = Tokenizer.load(resolve_model(config.model)).encode(words)[:most_tokens]
     found = evaluate(config, tokens, context, stride or context // 2, chunk, progress=True)
     print(f"perplexity {found.perplexity:.4f} of {found.scored} tokens", file=sys.stderr)

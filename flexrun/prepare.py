@@ -10,10 +10,10 @@ import torch
 from flexrun.architecture_check import ensure_exact
 from flexrun.disk_weights import usable_in_place
 from flexrun.errors import CapacityError
-from flexrun.loading import find_weights
 from flexrun.machine import offload_directory
 from flexrun.model import build_model, load_config
 from flexrun.model_files import resolve_model
+from flexrun.model_weights import find_weights
 from offload.checkpoint import Checkpoint
 from offload.prepared import find_prepared, model_key, prepare
 from offload.prepared_layout import prepared_bytes

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compression.selection import PLAIN_BITS
 from flexrun.architecture_check import ensure_exact
 from flexrun.attention.torch_ops import TorchAttention
 from flexrun.attention.triton_attention import TritonAttention, usable
@@ -16,10 +17,11 @@ from flexrun.calibration import measured_hardware, tune
 from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
 from flexrun.kv_setup import open_kv
-from flexrun.loading import find_weights, load_weights, model_shape
+from flexrun.loading import load_weights, model_shape
 from flexrun.machine import choose_types, offload_directory, open_backend
 from flexrun.model import build_model, load_config
 from flexrun.model_files import resolve_model
+from flexrun.model_weights import find_weights
 from offload.activations import ActivationStore
 from offload.checkpoint import Checkpoint
 from offload.errors import CapacityError
@@ -41,7 +43,8 @@ if TYPE_CHECKING:
     from flexrun.calibration import RowBudget
     from flexrun.config import EngineConfig
     from flexrun.disk_weights import DiskPlan
-    from flexrun.loading import LoadedWeights, ModelWeights
+    from flexrun.loading import LoadedWeights
+    from flexrun.model_weights import ModelWeights
     from flexrun.plan import SweepPlan
 
 
@@ -217,7 +220,13 @@ class Runtime:
 
     def _types(self) -> str:
         stored, computed = (str(t).removeprefix("torch.") for t in (self.stored, self.dtype))
-        return stored if stored == computed else f"{stored} computed in {computed}"
+        policy, parts = self.policy, []
+        if policy.weight_bits < PLAIN_BITS:
+            parts.append(f"layers in {policy.weight_bits} bits")
+        if policy.head_bits < PLAIN_BITS:
+            parts.append(f"head in {policy.head_bits}")
+        text = stored if stored == computed else f"{stored} computed in {computed}"
+        return ", ".join([text, *parts])
 
     def describe(self) -> str:
         """What lives where, in a few lines."""

@@ -12,8 +12,9 @@ import torch
 from flexrun.attention.torch_ops import TorchAttention
 from flexrun.disk_weights import plan_disk
 from flexrun.executor import Executor
-from flexrun.loading import find_weights, load_weights
+from flexrun.loading import load_weights
 from flexrun.model import build_model
+from flexrun.model_weights import find_weights
 from flexrun.schedulers import ContinuousScheduler
 from offload.activations import ActivationStore
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine

@@ -21,12 +21,11 @@ from offload.direct_file import file_error
 from offload.errors import OffloadStoreError
 from offload.links import FileExtent
 from offload.prepared_file import PreparedFile
-from offload.prepared_layout import PREPARED_BLOCK
+from offload.prepared_layout import FOLDER, PREPARED_BLOCK, WEIGHTS
 from offload.prepared_writer import (
     CHECKSUMS,
     FORMAT,
     INDEX,
-    WEIGHTS,
     digest_of,
     locked,
     remove_leftovers,
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     from offload.prepared_writer import TensorSource, TypedTensor
-
-FOLDER = "flexrun-prepared"
 
 
 def model_key(fingerprint: bytes, units: Sequence[Sequence[TypedTensor]]) -> str:

@@ -8,7 +8,12 @@ from offload.tiers import CACHE_LINE, padded
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
+FOLDER = "flexrun-prepared"
+"""In the offload directory."""
+WEIGHTS, UNFINISHED = "weights.bin", ".tmp"
+"""A store's largest file, and the end of its directory's name until it is whole."""
 PREPARED_BLOCK = 16 * 2**10
 """Units start on it, requests are multiples of it, and each has a checksum of its own."""
 
@@ -43,6 +48,12 @@ def layout(units: Sequence[Sequence[SizedTensor]]) -> tuple[dict[str, int], int]
 def unit_ends(units: Sequence[Sequence[SizedTensor]]) -> list[int]:
     """Where each unit ends, and the next one starts."""
     return [layout(units[: number + 1])[1] for number in range(len(units))]
+
+
+def unfinished_bytes(directory: Path) -> int:
+    """That stores which are not whole take of the offload directory."""
+    files = directory.glob(f"{FOLDER}/*{UNFINISHED}*/{WEIGHTS}")
+    return sum(file.stat().st_blocks * 512 for file in files)
 
 
 def prepared_bytes(units: Sequence[Sequence[SizedTensor]]) -> int:

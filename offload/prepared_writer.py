@@ -23,7 +23,15 @@ import xxhash
 from offload.direct_file import DirectFile
 from offload.errors import CapacityError
 from offload.prepared_file import as_bytes, block_checksums
-from offload.prepared_layout import PREPARED_BLOCK, SizedTensor, layout, prepared_bytes, unit_ends
+from offload.prepared_layout import (
+    PREPARED_BLOCK,
+    UNFINISHED,
+    WEIGHTS,
+    SizedTensor,
+    layout,
+    prepared_bytes,
+    unit_ends,
+)
 from offload.ram import map_memory
 from offload.tiers import format_size
 
@@ -34,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, CHECKSUMS, INDEX = "weights.bin", "checksums.bin", "index.json"
+CHECKSUMS, INDEX = "checksums.bin", "index.json"
 PROGRESS = "progress.bin"
 """Checksums of the blocks that are on the disk, while there are more to come."""
 FORMAT = 1
@@ -149,7 +157,6 @@ class PreparedFileWriter:
     def finish(self) -> bytes:
         """The checksums of all blocks, once everything is written and kept."""
         assert self._written == self._file.size
-        self._progress.unlink()
         return np.array(self._checksums, dtype="<u8").tobytes()
 
     def _flush(self) -> None:
@@ -179,14 +186,14 @@ def locked(path: Path) -> Iterator[None]:
 def remove_leftovers(home: Path, key: str) -> None:
     """What killed writers of other stores left (we hold the lock), or an older format."""
     unfinished = _unfinished(home, key)
-    for leftover in (*home.glob("*.tmp*"), home / key):
+    for leftover in (*home.glob(f"*{UNFINISHED}*"), home / key):
         if leftover.exists() and leftover != unfinished:
             logger.warning("removing %s, which is not whole or has an older format", leftover)
             shutil.rmtree(leftover)
 
 
 def _unfinished(home: Path, key: str) -> Path:
-    return home / f"{key}.tmp"
+    return home / f"{key}{UNFINISHED}"
 
 
 def write_store(
@@ -212,6 +219,7 @@ def write_store(
         unfinished.mkdir(exist_ok=True)
         _write_files(unfinished, source, units)
         check()
+        (unfinished / PROGRESS).unlink()  # until now a writer that is killed can be continued
         unfinished.rename(home / key)
         _sync(home)
     except Exception:

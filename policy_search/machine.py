@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from offload.prepared_layout import unfinished_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -103,10 +105,13 @@ def offload_dir(given: Path | None) -> Path:
 
 
 def disk_budget(directory: Path | None) -> int:
-    """Free bytes of the disk of the offload directory, which may not exist yet."""
+    """Free bytes of the disk of the offload directory, which may not exist yet.
+
+    With those of a store that was begun there: it is continued, or removed for another one.
+    """
     wanted = offload_dir(directory)
     existing = next(path for path in (wanted, *wanted.parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing).free + unfinished_bytes(wanted)
 
 
 def gpu_budget() -> int | None:

@@ -117,8 +117,9 @@ def memory_of(
             raise CapacityError(
                 f"the model does not fit: {format_size(-free[tier])} are missing on {tier} for "
                 f"{format_size(weights[tier])} of weights and {format_size(working[tier])} of "
-                f"working memory ({BUDGET_FLAG[tier]} is {format_size(limits[tier])})",
-                hint=_remedy(tier, unified, weights[tier]),
+                f"{_other_memory(shape, tier)} "
+                f"({BUDGET_FLAG[tier]} is {format_size(limits[tier])})",
+                hint=_remedy(shape, tier, unified, weights[tier]),
             )
     lazy = (Tier.DEVICE, Tier.HOST) if unified else ()
     room, staging = kv_room(shape, policy, free, context_length, unified=unified, lazy=lazy)
@@ -139,12 +140,19 @@ def memory_of(
             raise CapacityError(
                 f"working memory does not fit on {tier}: {format_size(-result[tier].free)} are "
                 "missing for staging of KV pages and rows of the embedding table",
-                hint=_remedy(tier, unified, weights[tier]),
+                hint=_remedy(shape, tier, unified, weights[tier]),
             )
     return result
 
 
-def _remedy(tier: Tier, unified: bool, weights: int) -> str:
+def _other_memory(shape: ModelShape, tier: Tier) -> str:
+    store = tier is Tier.DISK and shape.always_prepared
+    return "the prepared store of quantized weights" if store else "working memory"
+
+
+def _remedy(shape: ModelShape, tier: Tier, unified: bool, weights: int) -> str:
+    if tier is Tier.DISK and shape.always_prepared:
+        return "raise --disk-space, or choose a larger disk with --offload-dir"
     if tier is Tier.DISK:
         others = "--device-memory" if unified else "--device-memory or --host-memory"
         return f"raise --disk-space, or {others}"

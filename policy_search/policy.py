@@ -99,7 +99,8 @@ class Policy:
             if value is not None and value < 1:
                 raise PolicyError(f"{name} must be at least 1, not {value}")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
+            value = getattr(self, name)
+            if value not in choices or type(value) is not type(choices[0]):
                 raise PolicyError(f"{name} must be one of {', '.join(map(str, choices))}")
         try:
             re.compile(self.keep)
@@ -190,7 +191,7 @@ def _checked(name: str, value: Any) -> Any:
             raise PolicyError(f'policy field {name} must be a split such as "device=20,host=80"')
         return Split.parse(value)
     if name in CHOICES:
-        if value not in CHOICES[name]:
+        if value not in CHOICES[name] or type(value) is not type(CHOICES[name][0]):
             choices = ", ".join(map(str, CHOICES[name]))
             raise PolicyError(f"policy field {name} must be one of {choices}")
         return value

@@ -79,7 +79,7 @@ def test_the_kernel_quantizes_like_the_reference(spec, columns, numbers):
 
 @every_spec
 def test_better_than_rounding_between_the_ends(spec):
-    """In every group; and that rounding itself is as a loop over groups does it."""
+    """Over all groups; and that rounding itself is as a loop over groups does it."""
     values, spec = draw(64, 576), replace(spec, numbers="float16")
     packed = cpu.quantize(values, spec)
     simple = groupwise.quantize_minmax(values, spec)
@@ -139,6 +139,25 @@ def test_values_that_are_not_numbers_are_refused(quantize, bad):
         values[2, at] = bad
         with pytest.raises(QuantizationError, match="infinite"):
             quantize(values, GroupFormat())
+
+
+@pytest.mark.parametrize("quantize", [cpu.quantize, groupwise.quantize])
+def test_values_whose_squares_are_infinite_are_refused(quantize):
+    """No error of theirs could be told from another."""
+    values = draw(5, 128)
+    values[1, 70] = 3e19
+    with pytest.raises(QuantizationError, match="too large"):
+        quantize(values, GroupFormat())
+
+
+def test_plain_operations_expand_a_few_rows_at_a_time(monkeypatch):
+    """The same values; a whole matrix would take many times its size."""
+    spec, values = GroupFormat(), draw(37, 130)
+    packed = groupwise.quantize(values, spec)
+    monkeypatch.setattr(groupwise, "_EXPANDED_AT_A_TIME", 1000)
+    out = torch.empty(37, 130)
+    groupwise.expand_into(packed, spec, out)
+    assert torch.equal(out, expanded(packed, spec, 130))
 
 
 @pytest.mark.parametrize("quantize", [cpu.quantize, groupwise.quantize])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from compression.selection import Quantization, experts_of
 from compression.spec import GroupFormat
+from tests.families import FAMILIES, config_of
 
 
 @pytest.mark.parametrize(
@@ -26,9 +31,33 @@ def test_what_is_quantized(name, shape, in_layer, expected):
     for dtype in ("float32", "bfloat16", "float16"):
         spec = None
         if expected is not None:
-            fine = expected == 8 or dtype == "float16"
-            spec = GroupFormat(expected, 32, "float16" if fine else "bfloat16")
+            spec = GroupFormat(expected, 32, "float16" if dtype == "float16" else "bfloat16")
         assert quantization.of(name, shape, dtype, in_layer=in_layer, experts=8) == spec
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_has_its_norms_or_routers_quantized(family):
+    """All that is quantized is multiplied with rows, and no router's scores come out."""
+    more = {"use_qk_norm": True} if family == "cohere" else {}
+    config = config_of(family, **more)
+    experts = experts_of(config.get_text_config().to_dict())
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    chosen = Quantization(weight_bits=4)
+    names = []
+    for module_name, module in model.named_modules():
+        for attribute, values in module._parameters.items():
+            name = f"{module_name}.{attribute}"
+            if values is None or not chosen.of(
+                name, values.shape, "float32", in_layer=True, experts=experts
+            ):
+                continue
+            names.append(name)
+            kind = type(module).__name__
+            assert "norm" not in kind.lower(), name
+            assert not re.search("router|gate$", kind, re.IGNORECASE), name
+            assert values.shape[0] != experts or values.dim() == 3, name
+    assert names
 
 
 def test_nothing_is_quantized_unless_asked_for():

@@ -52,6 +52,17 @@ def test_every_placement(tiny_llama_dir, tiny_reference, weights, kv_cache, micr
     assert max(done.micro_batches) >= micro_batches
 
 
+@pytest.mark.parametrize("weights", SPLITS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_weights(tiny_llama_dir, tmp_path_factory, weights, bits):
+    """Expanded on the GPU: the tokens of the same weights on the CPU."""
+    offload = tmp_path_factory.getbasetemp() / "quantized"
+    chosen = {"weight_bits": bits, "head_bits": 8, "offload_dir": offload}
+    done = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **settings(weights, "device=100", **chosen))
+    on_cpu = settings("device=100", "device=100", **chosen) | {"device": "cpu"}
+    assert done.tokens == run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **on_cpu).tokens
+
+
 @pytest.mark.parametrize("activations", ["host=100", "device=50,host=50"])
 @pytest.mark.parametrize("kv_cache", ["device=100", "host=50,disk=50"])
 def test_activations_that_wait_on_host(tiny_llama_dir, tiny_reference, activations, kv_cache):

@@ -22,7 +22,7 @@ import torch
 from flexrun import LLM, CapacityError, CheckpointError, SamplingParams
 from offload.direct_file import DirectFile
 from offload.errors import OffloadStoreError
-from offload.prepared import FOLDER
+from offload.prepared_layout import FOLDER
 from offload.tiers import LEAVING_BATCHES, MemoryAccount, Tier
 from policy_search.machine import multiplies_bfloat16
 from tests.end_to_end.harness import engine_of, generate

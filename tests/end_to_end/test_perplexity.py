@@ -80,6 +80,26 @@ def test_perplexity_is_that_of_transformers(tiny_llama_dir, tmp_path, device, ch
     assert found.greedy == expected.greedy
 
 
+@pytest.mark.parametrize("where", ["cpu disk=100", "emulated host=100", "emulated disk=100"])
+def test_windows_share_the_staging_of_pages(tiny_llama_dir, tmp_path, where):
+    """More pages than fit into it at a time, for many windows in small chunks or one long one."""
+    device, kv_cache = where.split()
+    tokens = (TEXT * 12)[:2500]
+    for context, chunk in ((400, 32), (1100, None)):
+        values = {
+            "model": str(tiny_llama_dir),
+            "device": device,
+            "dtype": "float32",
+            "attention": "device",
+            "offload_dir": tmp_path,
+        }
+        here, away = (
+            evaluate(engine_config(values | {"kv_cache": each}), tokens, context, 300, chunk)
+            for each in ("device=100", kv_cache)
+        )
+        assert away.nll == pytest.approx(here.nll, rel=1e-6)
+
+
 def test_few_rows_of_logits_are_enough(tiny_llama_dir):
     """A policy with room for few of them makes chunks shorter."""
     values = {
@@ -116,6 +136,7 @@ def test_the_command_prints_one_object(tiny_llama_dir, tmp_path, capsys):
     ("flags", "message"),
     [
         (["--context", "5000"], "longer than the model's context"),
+        (["--context", "1"], "at least two tokens"),
         (["--stride", "512"], "stride must be from 1 to 511"),
         (["--text", "nowhere.txt"], "cannot read nowhere.txt"),
         (["--text-tokens", "1"], "fewer than two tokens"),
@@ -131,6 +152,20 @@ def test_wrong_usage_is_explained(tiny_llama_dir, tmp_path, capsys, flags, messa
     given = ["--model", str(tiny_llama_dir), "--text", str(text), "--device", "cpu"]
     assert cli.main(["eval-ppl", *given, *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_trace_is_written(tiny_llama_dir, tmp_path, capsys):
+    """As by other commands."""
+    text, trace = tmp_path / "text.txt", tmp_path / "trace.json"
+    text.write_text("some text that is long enough")
+    flags = ["--model", str(tiny_llama_dir), "--text", str(text), "--device", "cpu"]
+    assert cli.main(["eval-ppl", *flags, "--context", "8", "--trace", str(trace)]) == 0
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_perplexity_beyond_any_number_is_infinite():
+    """A broken model's, say."""
+    assert Evaluation(nll=7e5, scored=100).perplexity == math.inf
 
 
 def test_numbers_that_are_none_are_an_error(tiny_llama_dir, tmp_path):

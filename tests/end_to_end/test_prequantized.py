@@ -18,8 +18,9 @@ from compression.spec import GroupFormat
 from flexrun import LLM, cli
 from flexrun.disk_weights import plan_disk
 from flexrun.errors import FlexrunError
-from flexrun.loading import find_weights, model_shape
+from flexrun.loading import model_shape
 from flexrun.model import build_model, load_config
+from flexrun.model_weights import find_weights
 from offload.checkpoint import Checkpoint
 from policy_search.model_config import ModelConfig
 from policy_search.shape_from_config import shape_from_config

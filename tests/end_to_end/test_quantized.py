@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,13 @@ from compression import groupwise
 from compression.expansion import quantize
 from compression.spec import GroupFormat
 from flexrun import LLM, cli
+from flexrun.errors import CapacityError, UsageError
 from offload.placement import TensorSpec
-from offload.prepared import FOLDER
+from offload.prepared_layout import FOLDER
 from offload.tiers import Split, Tier
+from policy_search.__main__ import main as plan_command
+from policy_search.errors import PolicyError
+from policy_search.policy import Policy
 from tests.end_to_end.harness import SPLITS, engine_of, generate, run_to_the_end
 from tests.end_to_end.reference import greedy_tokens, ragged_prompts
 from tests.end_to_end.test_bytes import counted, placeable, streamed_bytes
@@ -31,10 +36,6 @@ LEAST = 4096
 """Values of a matrix that is quantized."""
 
 
-def format_of(bits: int) -> GroupFormat:
-    return GroupFormat(bits, 64, "float16" if bits == 8 else "bfloat16")
-
-
 def expanded_copy(source: Path, target: Path, layers: int, head: int, keep: str = "-") -> Path:
     """The checkpoint with what is quantized rounded to what its codes stand for, in float32."""
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -42,7 +43,7 @@ def expanded_copy(source: Path, target: Path, layers: int, head: int, keep: str 
         bits = layers if ".layers." in name else head
         if values.dim() < 2 or values.numel() < LEAST or bits == 16 or keep in name:
             continue
-        spec, columns = format_of(bits), values.shape[-1]
+        spec, columns = GroupFormat(bits, 64), values.shape[-1]
         rows = values.detach().reshape(-1, columns)
         expanded = groupwise.expand(quantize(rows, spec), spec, columns, torch.float32)
         assert not torch.equal(expanded, rows)
@@ -167,14 +168,97 @@ def test_what_is_kept_stays_as_it_is(tiny_llama_dir, tmp_path):
     """`keep` is searched in names; a store of other choices is another one."""
     chosen = settings("cpu", "disk=100", tmp_path / "offload", weight_bits=4)
     tokens = {}
-    for keep in ("-", "down_proj"):
-        copy = expanded_copy(tiny_llama_dir, tmp_path / f"copy{keep}", 4, 16, keep)
+    for keep in ("", "down_proj"):
+        copy = expanded_copy(tiny_llama_dir, tmp_path / f"copy{keep}", 4, 16, keep or "-")
         with LLM(tiny_llama_dir, **chosen, keep=keep) as llm:
             tokens[keep] = generate(llm, PROMPTS, NEW_TOKENS).tokens
         assert tokens[keep] == greedy_tokens(copy, PROMPTS, NEW_TOKENS, [0])
-    assert tokens["-"] != tokens["down_proj"]
+    assert tokens[""] != tokens["down_proj"]
     stores = [path for path in (tmp_path / "offload" / FOLDER).iterdir() if path.is_dir()]
     assert len(stores) == 2
+
+
+def test_a_name_that_is_nowhere_is_refused(tiny_llama_dir, tmp_path):
+    """A slip in `keep` would quantize what should stay as it is."""
+    chosen = settings("cpu", "device=100", tmp_path, weight_bits=4)
+    with pytest.raises(UsageError, match=r"'dwon_proj' is found in no tensor's name"):
+        LLM(tiny_llama_dir, **chosen, keep="dwon_proj")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Commands:
+    """Runs commands in this process on one model."""
+
+    def __init__(self, model: Path, directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.flags = ["--model", str(model), "--offload-dir", str(directory / "offload")]
+        self.input, self.output = directory / "prompts.jsonl", directory / "results.jsonl"
+        lines = [json.dumps({"prompt_token_ids": prompt}) for prompt in PROMPTS]
+        self.input.write_text("\n".join(lines) + "\n")
+        self._capsys = capsys
+        self.stdout = self.stderr = ""
+
+    def __call__(self, command: str, *more: str) -> int:
+        code = cli.main([command, *self.flags, *more])
+        self.stdout, self.stderr = self._capsys.readouterr()
+        return code
+
+    def generate(self, *more: str) -> int:
+        files = ["--input", str(self.input), "--output", str(self.output)]
+        machine = ["--device", "cpu", "--dtype", "float32", "--max-tokens", str(NEW_TOKENS)]
+        return self("generate", *files, *machine, *more)
+
+    def tokens(self) -> list[list[int]]:
+        lines = [json.loads(line) for line in self.output.read_text().splitlines()]
+        return [each["token_ids"] for each in sorted(lines, key=lambda each: each["index"])]
+
+
+@pytest.fixture
+def commands(tiny_llama_dir, tmp_path, capsys) -> Commands:
+    return Commands(tiny_llama_dir, tmp_path, capsys)
+
+
+def test_the_command_line_prepares_plans_and_generates(commands, reference, tmp_path):
+    """A plan with bits, the store it needs, and a job under it, which says what is quantized."""
+    bits = ["--weight-bits", "4", "--head-bits", "8"]
+    plan = tmp_path / "plan.json"
+    model = commands.flags[:2]
+    assert plan_command([*model, *bits, "--unified", "--dtype", "float32", "-o", str(plan)]) == 0
+    policy = json.loads(plan.read_text())
+    assert (policy["weight_bits"], policy["head_bits"]) == (4, 8)
+    assert commands("prepare", *bits, "--dtype", "float32") == 0
+    assert "prepared in" in commands.stdout
+    assert commands.generate("--policy", str(plan)) == 0
+    assert "in 4 bits, head in 8" in commands.stderr
+    assert commands.tokens() == reference
+
+
+def test_a_job_is_not_continued_with_other_bits(commands):
+    """The file that remembers the job names what differs; nothing is lost."""
+    assert commands.generate("--weight-bits", "4") == 0
+    before = commands.output.read_bytes()
+    for more in ([], ["--weight-bits", "8"], ["--weight-bits", "4", "--keep", "down_proj"]):
+        assert commands.generate(*more) == 2
+        assert "--weight-bits" in commands.stderr or "--keep" in commands.stderr
+    assert commands.output.read_bytes() == before
+    assert commands.generate("--weight-bits", "4") == 0
+
+
+@pytest.mark.parametrize("bits", [4.0, "4", 3, True])
+def test_bits_that_are_none_are_refused(tiny_llama_dir, tmp_path, bits):
+    """As a setting, and in a policy's file."""
+    with pytest.raises(UsageError, match="weight_bits must be one of 16, 8, 4"):
+        LLM(tiny_llama_dir, weight_bits=bits)
+    with pytest.raises(PolicyError, match="weight_bits must be one of 16, 8, 4"):
+        Policy.from_json(json.dumps({"weight_bits": bits}))
+
+
+def test_a_disk_that_is_too_small_is_named(tiny_llama_dir, tmp_path):
+    """The store takes its bytes wherever weights live, so only more disk helps."""
+    chosen = settings("cpu", "device=100", tmp_path, weight_bits=4, disk_space=10_000)
+    del chosen["kv_cache"]  # so that there is a plan to be made
+    with pytest.raises(CapacityError, match="the prepared store of quantized weights") as caught:
+        LLM(tiny_llama_dir, **chosen)
+    assert "--device-memory" not in str(caught.value.hint)
 
 
 def test_values_that_are_no_numbers_are_named(tiny_llama_dir, tmp_path, capsys):

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from flexrun import LLM
-from offload.prepared import FOLDER
+from offload.prepared_layout import FOLDER
 from offload.tiers import Split, Tier
 from policy_search import machine
 from tests.end_to_end.harness import SPLITS, Run, engine_of, generate

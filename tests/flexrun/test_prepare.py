@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from flexrun import cli
 from flexrun.errors import UnsupportedModelError
-from offload.prepared import FOLDER, find_prepared
+from offload.prepared import find_prepared
+from offload.prepared_layout import FOLDER
 
 
 class Command:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from offload.prepared import FOLDER, PreparedStore
+from offload.prepared import PreparedStore
+from offload.prepared_layout import FOLDER
 from offload.ram import map_memory
 from offload.tiers import padded
 

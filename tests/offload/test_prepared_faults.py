@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,10 @@ import pytest
 import torch
 
 from offload.errors import CapacityError, CheckpointError, OffloadStoreError
-from offload.prepared import FOLDER, PreparedStore, find_prepared, prepare
-from offload.prepared_layout import PREPARED_BLOCK
-from offload.prepared_writer import PROGRESS, WEIGHTS
+from offload.prepared import PreparedStore, find_prepared, prepare
+from offload.prepared_layout import FOLDER, PREPARED_BLOCK, WEIGHTS, unfinished_bytes
+from offload.prepared_writer import PROGRESS
+from policy_search.machine import disk_budget
 from tests.offload.prepared_parts import (
     KEY,
     Source,
@@ -236,6 +238,32 @@ def test_an_interrupted_writer_is_continued(tmp_path, units, whole):
     assert source.loaded == sum(len(unit) for unit in units[1:])
     store.close()
     assert files_of(store) == whole
+
+
+def test_a_whole_store_that_is_interrupted_is_not_written_again(tmp_path, units, whole):
+    """After the last unit, before the store has its name."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, KEY, Source(units), units, interrupt)
+    source = Source(units)
+    store = prepare(tmp_path, KEY, source, units)
+    assert source.loaded == 0
+    store.close()
+    assert files_of(store) == whole
+
+
+def test_a_begun_store_counts_as_free(tmp_path):
+    """Its place is reserved already: a job that continues it needs no other."""
+    kill_in_the_middle(tmp_path)
+    reserved = (tmp_path / FOLDER / f"{KEY}.tmp" / WEIGHTS).stat().st_blocks * 512
+    assert unfinished_bytes(tmp_path) == reserved > 0
+    free = shutil.disk_usage(tmp_path).free
+    assert disk_budget(tmp_path) == pytest.approx(free + reserved, abs=16 * 2**20)
+    prepare(tmp_path, "another", Source(make_units()), make_units()).close()
+    assert unfinished_bytes(tmp_path) == 0
 
 
 def test_what_another_store_left_is_removed(tmp_path, units):

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig
 
 from compression.selection import Quantization
 from flexrun.disk_weights import plan_disk
-from flexrun.loading import NOTHING_QUANTIZED, find_weights, model_shape
+from flexrun.loading import model_shape
 from flexrun.model import build_model, load_config
+from flexrun.model_weights import NOTHING_QUANTIZED, find_weights
 from offload.checkpoint import Checkpoint
 from offload.errors import CheckpointError
 from policy_search.errors import PolicyError

@@ -9,11 +9,12 @@ import triton.language as tl
 @triton.jit
 def expand_kernel(
     packed, numbers, out, columns, row_bytes, code_bytes,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One row and BLOCK of its groups. numbers: the rows as scales and centres are typed.
 
-    A row's last group may be shorter; byte i of n values has the values i and i + ceil(n / 2).
+    Unless all are WHOLE, a row's last group may be shorter; byte i of n values has the values i and
+    i + ceil(n / 2).
     """
     row = tl.program_id(0).to(tl.int64)
     groups = (columns + GROUP - 1) // GROUP
@@ -23,23 +24,24 @@ def expand_kernel(
     scale = tl.load(numbers + first + group, mask=there, other=0.0).to(tl.float32)[:, None]
     centre = tl.load(numbers + first + groups + group, mask=there, other=0.0).to(tl.float32)
     centre = centre[:, None]
-    count = tl.where(there, tl.minimum(GROUP, columns - group * GROUP), 0)[:, None]
-    into = out + row * columns + (group * GROUP)[:, None]
+    group = group[:, None]
+    there = there[:, None]
+    into = out + row * columns + group * GROUP
+    codes = packed + row * row_bytes + group * (GROUP * BITS // 8)
     kind = out.dtype.element_ty
+    count = tl.minimum(GROUP, columns - group * GROUP)
     if BITS == 8:
         at = tl.arange(0, GROUP)[None, :]
-        codes = tl.load(
-            packed + row * row_bytes + (group * GROUP)[:, None] + at, mask=at < count, other=0
-        )
-        values = (codes.to(tl.int32) - 128).to(tl.float32) * scale + centre
-        tl.store(into + at, values.to(kind), mask=at < count)
+        held = there if WHOLE else there & (at < count)
+        values = (tl.load(codes + at, mask=held, other=0).to(tl.int32) - 128).to(tl.float32)
+        tl.store(into + at, (values * scale + centre).to(kind), mask=held)
     else:
         at = tl.arange(0, GROUP // 2)[None, :]
-        half = (count + 1) // 2
-        both = tl.load(
-            packed + row * row_bytes + (group * (GROUP // 2))[:, None] + at, mask=at < half, other=0
-        ).to(tl.int32)
+        half = GROUP // 2 if WHOLE else (count + 1) // 2
+        held = there if WHOLE else there & (at < half)
+        both = tl.load(codes + at, mask=held, other=0).to(tl.int32)
         low = ((both & 15) - 8).to(tl.float32) * scale + centre
         high = ((both >> 4) - 8).to(tl.float32) * scale + centre
-        tl.store(into + at, low.to(kind), mask=at < half)
-        tl.store(into + half + at, high.to(kind), mask=at < count - half)
+        tl.store(into + at, low.to(kind), mask=held)
+        held = there if WHOLE else there & (at < count - half)
+        tl.store(into + half + at, high.to(kind), mask=held)

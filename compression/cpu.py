@@ -12,6 +12,7 @@ import torch
 from compression import groupwise
 from compression.crew import Crew
 from compression.errors import QuantizationError
+from compression.expand_cpu import FLOAT8
 from compression.kernels_cpu import (
     EXPAND_BFLOAT16,
     EXPAND_FLOAT32,
@@ -62,7 +63,7 @@ def _run(callback: Any, packed: torch.Tensor, values: torch.Tensor, spec: GroupF
     assert values.is_contiguous()
     threads = torch.get_num_threads()
     shares = max(1, min(_SHARES * threads, -(-rows // LANES), packed.nbytes // _SHARE_BYTES))
-    half = int(spec.numbers == "float16")
+    half = FLOAT8 if spec.float8 else int(spec.numbers == "float16")
     sizes = [0, shares, 0, rows, columns, spec.bits, spec.group, half]
     job = np.array([*sizes, packed.data_ptr(), values.data_ptr()], np.int64)
     _crew(threads).run(

@@ -7,13 +7,17 @@ from typing import Any
 import numpy as np
 
 from compression.compiled import part
-from compression.number_bits import F, number
+from compression.number_bits import F, joined, number, widened_half
+
+FLOAT8 = 2
+"""Instead of whether numbers are float16."""
 
 
 def expansion(stored: Any) -> Any:
     """The kernel that expands rows to what `stored` makes of float32."""
     expand_32, expand_64, expand_128 = (_known_length(half, stored) for half in (16, 32, 64))
     expand_any, expand_bytes = _any_length(stored), _whole_bytes(stored)
+    expand_floats = _floats(stored)
 
     @part
     def _expand_rows(
@@ -25,10 +29,14 @@ def expansion(stored: Any) -> Any:
         for row in range(packed.shape[0]):
             of_row = numbers[row, first:]
             for each in range(groups):
-                scale, centre = number(of_row[each], half), number(of_row[groups + each], half)
                 at = each * group
                 count = min(group, columns - at)
                 codes, into = packed[row, at * bits // 8 :], out[row, at:]
+                if half == FLOAT8:
+                    scale = joined(of_row[2 * each], of_row[2 * each + 1])
+                    expand_floats(codes, scale, count, into)
+                    continue
+                scale, centre = number(of_row[each], half), number(of_row[groups + each], half)
                 if bits == 8:
                     expand_bytes(codes, scale, centre, count, into)
                 elif count == 64:
@@ -41,6 +49,23 @@ def expansion(stored: Any) -> Any:
                     expand_any(codes, scale, centre, count, into)
 
     return _expand_rows
+
+
+def _floats(stored: Any) -> Any:
+    """For `count` codes that are floats of 8 bits.
+
+    As a float16 such a code is 2^8 too small: its exponent is counted from 7 and not from 15.
+    """
+
+    @part
+    def _expand(codes: Any, scale: Any, count: Any, out: Any) -> None:
+        for i in range(count):
+            code = np.int32(codes[i])
+            sign, size = code & np.int32(0x80), code & np.int32(0x7F)
+            half = np.uint16(sign << np.int32(8) | size << np.int32(7))
+            out[i] = stored(widened_half(half) * F(256) * scale)
+
+    return _expand
 
 
 def _known_length(half: int, stored: Any) -> Any:

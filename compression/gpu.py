@@ -36,7 +36,7 @@ def expand_with_triton(packed: torch.Tensor, spec: GroupFormat, out: torch.Tenso
     blocks = triton.cdiv(spec.groups(columns), _GROUPS_PER_PROGRAM)
     expand_kernel[(rows, blocks)](
         packed,
-        packed.view(-1).view(getattr(torch, spec.numbers)),
+        packed.view(-1).view(torch.int16 if spec.float8 else getattr(torch, spec.numbers)),
         out,
         columns,
         spec.row_bytes(columns),
@@ -45,6 +45,7 @@ def expand_with_triton(packed: torch.Tensor, spec: GroupFormat, out: torch.Tenso
         GROUP=spec.group,
         BLOCK=_GROUPS_PER_PROGRAM,
         WHOLE=columns % spec.group == 0,
+        FLOAT8=spec.float8,
     )
 
 
@@ -65,7 +66,7 @@ def _works(spec: GroupFormat, dtype: torch.dtype, device: torch.device) -> bool:
 
 def _is_right(spec: GroupFormat, dtype: torch.dtype, device: torch.device, more: int) -> bool:
     values = torch.randn(5, 3 * spec.group + more, generator=torch.Generator().manual_seed(0))
-    packed = groupwise.quantize_minmax(values, spec).to(device)
+    packed = groupwise.any_rows(values, spec).to(device)
     expected = groupwise.expand(packed, spec, values.shape[1], dtype)
     found = torch.empty_like(expected)
     expand_with_triton(packed, spec, found)

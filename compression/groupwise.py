@@ -161,6 +161,21 @@ def pack(
     return torch.cat([*pieces, gap, *numbers], dim=1)
 
 
+def pack_float8(floats: torch.Tensor, scale: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
+    """Rows of float8_e4m3fn [rows, columns] and scales [rows, groups], as they are stored."""
+    codes = floats.contiguous().view(torch.uint8)
+    gap = codes.new_zeros(len(codes), spec.code_bytes(codes.shape[1]) - codes.shape[1])
+    return torch.cat([codes, gap, scale.float().contiguous().view(torch.uint8)], dim=1)
+
+
+def any_rows(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
+    """Packed rows of any format, to try a kernel with; values [rows, columns] are about 1."""
+    if not spec.float8:
+        return quantize_minmax(values, spec)
+    scale = values[:, : spec.groups(values.shape[1])].abs() + 0.1
+    return pack_float8(values.to(torch.float8_e4m3fn), scale, spec)
+
+
 def _in_halves(codes: torch.Tensor) -> torch.Tensor:
     """Codes of 4 bits of one group [rows, n] as [rows, ceil(n / 2)]."""
     half = -(-codes.shape[1] // 2)
@@ -172,6 +187,10 @@ def expand(
     packed: torch.Tensor, spec: GroupFormat, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Values [rows, columns] of type `dtype` from packed rows. Computed in float32."""
+    if spec.float8:
+        floats = packed[:, :columns].contiguous().view(torch.float8_e4m3fn).float()
+        scale = packed[:, spec.code_bytes(columns) :].contiguous().view(torch.float32)
+        return (floats * scale.repeat_interleave(spec.group, 1)[:, :columns]).to(dtype)
     codes, scale, centre = unpack(packed, spec, columns)
     values = codes.float() - spec.zero_code
     each = [

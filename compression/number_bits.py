@@ -35,7 +35,7 @@ def bits_of(_: Any, value: Any) -> Any:
 
 
 @operation
-def _widened_half(_: Any, bits: Any) -> Any:
+def widened_half(_: Any, bits: Any) -> Any:
     """float32 from the bits of a float16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -64,10 +64,16 @@ def bfloat16_of(value: Any) -> Any:
 @part
 def number(bits: Any, half: Any) -> Any:
     """A scale or a centre, from its bits; `half` says that they are a float16's."""
-    return _widened_half(bits) if half else float_of(U(bits) << U(16))
+    return widened_half(bits) if half else float_of(U(bits) << U(16))
 
 
 @part
 def number_bits(value: Any, half: Any) -> Any:
     """Bits of the nearest one."""
     return _half_of(value) if half else bfloat16_of(value)
+
+
+@part
+def joined(low: Any, high: Any) -> Any:
+    """The float32 with these two halves of its bits."""
+    return float_of(U(low) | U(high) << U(16))

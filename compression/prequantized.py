@@ -1,4 +1,4 @@
-"""Checkpoints that come quantized to 4 bits: which, and what their tensors mean (no torch).
+"""Checkpoints that come quantized: which are known, and what their tensors mean (no torch).
 
 Layouts, eight codes in an int32, the first in the lowest bits, where nothing else is said:
 
@@ -9,7 +9,11 @@ Layouts, eight codes in an int32, the first in the lowest bits, where nothing el
     compressed-tensors  weight_packed [out, in / 8], weight_scale [out, groups], and if zeros are
                         not all 8, weight_zero_point [out / 8, groups]; weight_shape [2]
 
-A value is scale * (code - zero).
+A value is scale * (code - zero). Codes that are floats of 8 bits, a byte each, are multiplied with
+a scale, which is that of a block of 128 by 128, of an output, or of the matrix:
+
+    fp8                 weight [out, in], weight_scale_inv [out / 128, in / 128], or [] or [1]
+    compressed-tensors  (float-quantized) weight [out, in], weight_scale [out, 1], [1] or []
 """
 
 from __future__ import annotations
@@ -33,9 +37,11 @@ _PARTS = {
         "weight_shape",
         "weight_g_idx",
     ),
+    "fp8": ("weight", "weight_scale_inv"),
+    "float-quantized": ("weight", "weight_scale"),
 }
 """Ends of the names of what a matrix is stored as; the first is there for each."""
-USE_ANOTHER = "use the unquantized checkpoint, or one in GPTQ, AWQ or compressed-tensors W4A16"
+USE_ANOTHER = "use the unquantized checkpoint, or one in GPTQ, AWQ, FP8 or compressed-tensors W4A16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +58,12 @@ class Prequantized:
         """See `_PARTS`."""
         return _PARTS[self.method]
 
+    def has(self, part: str, dtype: str) -> bool:
+        """Whether a tensor with this end of its name, of this type, belongs to a quantized one."""
+        return part in self.parts and (
+            not self.spec.float8 or part != "weight" or "float8" in dtype
+        )
+
     @property
     def codes(self) -> str:
         """The part that every quantized matrix has."""
@@ -60,6 +72,8 @@ class Prequantized:
     def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
         """Outputs and inputs of a matrix whose codes have the shape `stored`."""
         first, second = stored
+        if self.spec.float8:
+            return first, second
         shapes = {
             "gptq": (second, 8 * first),
             "awq": (8 * second, first),
@@ -75,6 +89,8 @@ def prequantized(settings: Mapping[str, Any]) -> Prequantized:
     """
     method = settings.get("quant_method", "unnamed")
     method = str(getattr(method, "value", method))
+    if method == "fp8" or settings.get("format") == "float-quantized":
+        return _of_float8(method, settings)
     if method == "compressed-tensors":
         bits, group = _of_compressed_tensors(settings)
     elif method in ("gptq", "awq"):
@@ -91,6 +107,18 @@ def prequantized(settings: Mapping[str, Any]) -> Prequantized:
         )
     older = method == "gptq" and settings.get("checkpoint_format", "gptq") != "gptq_v2"
     return Prequantized(method, GroupFormat(4, group, "float16"), zero_offset=int(older))
+
+
+def _of_float8(method: str, settings: Mapping[str, Any]) -> Prequantized:
+    block = settings.get("weight_block_size")
+    if block not in (None, [128, 128], (128, 128)):
+        raise QuantizationError(
+            f"method {method} with blocks of {block} is not supported",
+            hint="blocks of 128 by 128, or one scale for an output or a matrix, are",
+        )
+    return Prequantized(
+        "fp8" if method == "fp8" else "float-quantized", GroupFormat(8, 128, "float32")
+    )
 
 
 def _of_compressed_tensors(settings: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compression.errors import QuantizationError
-from compression.groupwise import pack
+from compression.groupwise import pack, pack_float8
 from compression.prequantized import USE_ANOTHER
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def rows(scheme: Prequantized, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """A matrix as rows of `scheme.spec`: uint8 [outputs, row bytes]. Raises `QuantizationError`."""
+    if scheme.spec.float8:
+        return _float8_rows(scheme, *(parts[name] for name in scheme.parts))
     codes, zeros, scale = _by_output(scheme, parts)
     outputs, inputs = codes.shape
     groups = scheme.spec.groups(inputs)
@@ -35,6 +37,25 @@ def rows(scheme: Prequantized, parts: Mapping[str, torch.Tensor]) -> torch.Tenso
     scale = scale.float()
     centre = scale * (8 - (zeros + scheme.zero_offset).float())
     return pack(codes, scale, centre, scheme.spec)
+
+
+def _float8_rows(scheme: Prequantized, floats: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    spec, (outputs, inputs) = scheme.spec, floats.shape
+    if floats.dtype != torch.float8_e4m3fn:
+        raise QuantizationError(f"codes of type {floats.dtype} are not supported", hint=USE_ANOTHER)
+    if not (torch.isfinite(floats.float()).all() and torch.isfinite(scale.float()).all()):
+        raise QuantizationError("some values are infinite or not numbers")
+    groups = spec.groups(inputs)
+    blocks = -(-outputs // spec.group), groups
+    if scale.numel() == 1:
+        scale = scale.view(1, 1)
+    elif tuple(scale.shape) == blocks:
+        scale = scale.repeat_interleave(spec.group, 0)[:outputs]
+    elif tuple(scale.shape) != (outputs, 1):
+        raise QuantizationError(
+            f"scales of {tuple(scale.shape)} do not belong to {outputs} outputs of {inputs} inputs"
+        )
+    return pack_float8(floats, scale.expand(outputs, groups), spec)
 
 
 def _by_output(

@@ -37,13 +37,21 @@ class GroupFormat:
     bits: int = 4
     group: int = 64
     numbers: str = "bfloat16"
-    """Type of scales and centres: bfloat16, or float16 for what is float16 anyway."""
+    """Type of scales and centres: bfloat16, or float16 for what is float16 anyway; float32 is that
+    of the one number of a group whose codes are floats of 8 bits (1 of sign, 4 of exponent, 3 of
+    mantissa): value = scale * code.
+    """
 
     def __post_init__(self) -> None:
         if self.bits not in CODE_BITS or self.group not in GROUPS:
             raise ValueError(f"no format has {self.bits} bits in groups of {self.group}")
-        if BITS.get(self.numbers) != 16:
-            raise ValueError(f"scales are bfloat16 or float16, not {self.numbers}")
+        if BITS.get(self.numbers) != 16 and (self.numbers, self.bits) != ("float32", 8):
+            raise ValueError(f"no format of {self.bits} bits has scales of type {self.numbers}")
+
+    @property
+    def float8(self) -> bool:
+        """Codes are floats themselves."""
+        return self.numbers == "float32"
 
     @property
     def most_code(self) -> int:

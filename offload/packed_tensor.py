@@ -85,7 +85,7 @@ def join_parts(
     others: list[StoredTensor | PackedTensor] = []
     for tensor in stored:
         module, _, name = tensor.key.rpartition(".")
-        if name in scheme.parts:
+        if scheme.has(name, str(tensor.dtype)):
             parts.setdefault(module, {})[name] = tensor
         else:
             others.append(tensor)

@@ -116,7 +116,8 @@ def _tensors(
     else:
         shapes = shapes_by_formula(config)
         if scheme is not None:  # which matrices it left alone is not known
-            quantization = replace(quantization, weight_bits=4, group=scheme.spec.group)
+            bits, group = scheme.spec.bits, scheme.spec.group
+            quantization = replace(quantization, weight_bits=bits, group=group)
     specs = _specs(config, shapes, config.number("num_hidden_layers"), dtype)
     formats = _formats(config, specs, shapes, dtype, quantization)
     if scheme is not None:
@@ -239,7 +240,7 @@ def _matrices(
     """Name, shape, and whether it comes quantized, of every tensor; its parts are one."""
     for name, tensor in stored.items():
         module, _, part = name.rpartition(".")
-        if scheme is not None and part in scheme.parts:
+        if scheme is not None and scheme.has(part, tensor.dtype):
             if part == scheme.codes and len(tensor.shape) == 2:
                 yield f"{module}.weight", scheme.shape((tensor.shape[0], tensor.shape[1])), True
         else:

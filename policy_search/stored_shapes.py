@@ -16,7 +16,14 @@ Shapes = dict[str, tuple[int, ...]]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _DOWNLOAD_AGAIN = "download or copy the checkpoint again; this copy is incomplete"
-_TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
+_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8",
+    "I32": "int32",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,9 @@ def _config_groups(symmetric: bool) -> dict[str, Any]:
 
 
 _PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"]}
-FORMATS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
+FLOAT8 = {"fp8": "weight_scale_inv", "float-quantized": "weight_scale"}
+"""Formats whose codes are floats, and what their scales are called."""
+FORMATS: dict[str, tuple[Callable[..., dict[str, Any]] | None, dict[str, Any]]] = {
     "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False}),
     "gptq_v2": (
         gptq_v2,
@@ -95,8 +97,32 @@ FORMATS: dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Any]]] = {
     ),
     "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}),
     "compressed": (compressed, {**_PACKED, "config_groups": _config_groups(False)}),
+    "fp8": (None, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
+    "float-quantized": (
+        None,
+        {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float"}}},
+        },
+    ),
     "symmetric": (compressed_symmetric, {**_PACKED, "config_groups": _config_groups(True)}),
 }
+
+
+def _float8(
+    key: str, values: torch.Tensor, part: str, dense: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The matrix in floats of 8 bits: one scale, as it is smaller than a block, or one an output."""
+    scale = values.abs().max() / 400
+    if part == "weight_scale":
+        scale = values.abs().amax(1, keepdim=True) / 300
+    floats = (values / scale).to(torch.float8_e4m3fn)
+    dense[key] = floats.float() * scale
+    blocks = scale.view(-1, 1)[:1].expand(*(-(-size // 128) for size in values.shape))
+    module = key.removesuffix(".weight")
+    stored = scale if part == "weight_scale" else blocks.contiguous()
+    return {key: floats, f"{module}.{part}": stored}
 
 
 def write_foreign(source: Path, target: Path, name: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -111,6 +137,9 @@ def write_foreign(source: Path, target: Path, name: str, seed: int = 0) -> dict[
             stored[key] = values.half()
             dense[key] = stored[key].float()
             continue
+        if name in FLOAT8:
+            stored |= _float8(key, values, FLOAT8[name], dense)
+            continue
         outputs, inputs = values.shape
         groups = inputs // GROUP
         codes = [[draw.randrange(16) for _ in range(inputs)] for _ in range(outputs)]
@@ -120,6 +149,7 @@ def write_foreign(source: Path, target: Path, name: str, seed: int = 0) -> dict[
         scales = torch.rand(outputs, groups, generator=torch.Generator().manual_seed(len(key)))
         scales = (scales * 0.03 + 0.01).half()
         module = key.removesuffix(".weight")
+        assert write is not None
         stored |= {f"{module}.{part}": t for part, t in write(codes, zeros, scales).items()}
         each = [zero for row in zeros for zero in row for _ in range(GROUP)]
         offsets = torch.tensor(codes) - torch.tensor(each).view(outputs, inputs)

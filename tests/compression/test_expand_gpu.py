@@ -31,6 +31,17 @@ def test_rows_are_those_of_the_reference(bits, group, columns, numbers):
             assert torch.equal(out.cpu(), expected)
 
 
+@pytest.mark.parametrize("columns", [3, 127, 128, 128 * 17 + 50])
+def test_floats_of_8_bits(columns):
+    """With a scale of 32 bits for each group."""
+    spec = GroupFormat(8, 128, "float32")
+    values = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns))
+    packed = groupwise.any_rows(values, spec)
+    out = torch.full(values.shape, torch.nan, device=DEVICE)
+    gpu.expand_with_triton(packed.to(DEVICE), spec, out)
+    assert torch.equal(out.cpu(), groupwise.expand(packed, spec, columns, torch.float32))
+
+
 def test_a_kernel_that_fails_is_replaced(monkeypatch, caplog):
     """By plain operations, with a warning: once, for each format."""
     spec = GroupFormat(4, 64)

@@ -60,9 +60,8 @@ class Prequantized:
 
     def has(self, part: str, dtype: str) -> bool:
         """Whether a tensor with this end of its name, of this type, belongs to a quantized one."""
-        return part in self.parts and (
-            not self.spec.float8 or part != "weight" or "float8" in dtype
-        )
+        plain = self.spec.float8 and part == "weight" and "float8" not in dtype
+        return part in self.parts and not plain
 
     @property
     def codes(self) -> str:

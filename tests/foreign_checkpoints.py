@@ -113,7 +113,7 @@ FORMATS: dict[str, tuple[Callable[..., dict[str, Any]] | None, dict[str, Any]]] 
 def _float8(
     key: str, values: torch.Tensor, part: str, dense: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The matrix in floats of 8 bits: one scale, as it is smaller than a block, or one an output."""
+    """The matrix in floats of 8 bits: with one scale, as it is a single block, or one an output."""
     scale = values.abs().max() / 400
     if part == "weight_scale":
         scale = values.abs().amax(1, keepdim=True) / 300

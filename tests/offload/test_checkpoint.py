@@ -285,8 +285,8 @@ def test_other_formats_are_refused_with_the_way_out(tmp_path: Path, llama_meta):
 
 def test_quantized_checkpoint_is_refused(llama_dir: Path, llama_meta):
     """A config with a quantization method is refused with the method's name."""
-    llama_meta.config.quantization_config = {"quant_method": "fp8"}
-    with pytest.raises(CheckpointError, match="method fp8"):
+    llama_meta.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(CheckpointError, match="method bitsandbytes"):
         Checkpoint(llama_dir, llama_meta, torch.float32)
 
 

@@ -1,1 +1,1 @@
-"""How values are stored: element formats and their exact byte counts."""
+"""How values are stored: element formats, their exact byte counts, and group quantization."""

@@ -1,7 +1,7 @@
 """Entry points of group quantization on the CPU: jobs whose rows are shared among threads.
 
-A job is a table of int64: next share, shares, finished shares, rows, columns, bits, group, whether
-scales and centres are float16 (or bfloat16), and the addresses of packed rows and of values.
+A job is a table of int64: next share, shares, finished shares, rows, columns, bits, group, the type
+of scales (0 bfloat16, 1 float16, `FLOAT8` float32), and the addresses of packed rows and of values.
 """
 
 from __future__ import annotations

@@ -32,17 +32,11 @@ def _short_measurements():
         yield
 
 
-LONGEST = ("test_readme_commands_run", "test_chosen_policies")
-"""Tests that take most of a minute each."""
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="run the tests marked slow as well")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # The longest first, so that no process is left with one of them at the end.
-    items.sort(key=lambda item: not item.name.startswith(LONGEST))
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not _has_cuda():
         for item in gpu_tests:

@@ -1,7 +1,11 @@
-"""What the command says and leaves behind when something is wrong: real runs in real processes."""
+"""What the command says and leaves behind when something is wrong.
+
+What is killed, limited or disturbed is a process of its own.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -9,12 +13,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from flexrun import cli
 from tests.end_to_end.reference import ragged_prompts
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -63,6 +71,14 @@ class Job:
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
         )
 
+    def run_here(self, *flags: str) -> subprocess.CompletedProcess[str]:
+        """The same in this process: most of a short run is the import of libraries."""
+        stdout, stderr = io.StringIO(), io.StringIO()
+        words = self.command(*flags)[len(GENERATE) - 1 :]
+        with redirect_stdout(stdout), redirect_stderr(stderr):
+            code = cli.main(words)
+        return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
+
     def start_until(self, results: int, *flags: str) -> subprocess.Popen[str]:
         """A running process that has written this many results and is not done yet."""
         process = subprocess.Popen(
@@ -97,7 +113,7 @@ def job(tmp_path, tiny_llama_dir) -> Job:
 def whole(tmp_path_factory, tiny_llama_dir) -> list[bytes]:
     """The lines that an undisturbed run writes, by index."""
     job = Job(tmp_path_factory.mktemp("whole"), tiny_llama_dir)
-    done = job.run("--device", "cpu")
+    done = job.run_here("--device", "cpu")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["requests"], summary["failed"], summary["skipped"]) == (24, 0, 0)
@@ -108,7 +124,7 @@ def whole(tmp_path_factory, tiny_llama_dir) -> list[bytes]:
 def whole_float16(tmp_path_factory, tiny_llama_dir) -> list[bytes]:
     """The lines of a run with weights rounded to float16 in memory."""
     job = Job(tmp_path_factory.mktemp("whole16"), tiny_llama_dir)
-    done = job.run("--device", "cpu", "--dtype", "float16", "--weights", "device=100")
+    done = job.run_here("--device", "cpu", "--dtype", "float16", "--weights", "device=100")
     assert done.returncode == 0, done.stderr
     return by_index(job.lines())
 
@@ -137,14 +153,14 @@ def assert_refused(job: Job, done: subprocess.CompletedProcess[str], *words: str
 def test_a_missing_model(job):
     """A directory that does not exist is named."""
     job.model = job.directory / "no" / "model"
-    assert_refused(job, job.run(), "there is no model at", str(job.model))
+    assert_refused(job, job.run_here(), "there is no model at", str(job.model))
 
 
 def test_truncated_weights(job):
     """A safetensors file that ends too early is named, before any sweep."""
     weights = copied_model(job)
     os.truncate(weights, weights.stat().st_size - 1000)
-    assert_refused(job, job.run(), str(weights), "truncated")
+    assert_refused(job, job.run_here(), str(weights), "truncated")
 
 
 def test_a_corrupt_header(job):
@@ -153,7 +169,7 @@ def test_a_corrupt_header(job):
     with weights.open("r+b") as file:
         file.seek(8)
         file.write(b"\xff" * 40)
-    assert_refused(job, job.run(), str(weights), "header")
+    assert_refused(job, job.run_here(), str(weights), "header")
 
 
 @pytest.mark.parametrize(
@@ -167,13 +183,15 @@ def test_a_corrupt_header(job):
 def test_a_budget_that_is_too_small(job, tier, flags):
     """A model that does not fit is refused with what is missing, where, and the flag that helps."""
     flag = {"device": "--device-memory", "host": "--host-memory", "disk": "--disk-space"}[tier]
-    done = job.run(*flags, "--micro-batch", "16", "--max-rows", "16", "--kv-cache", "device=100")
+    done = job.run_here(
+        *flags, "--micro-batch", "16", "--max-rows", "16", "--kv-cache", "device=100"
+    )
     assert_refused(job, done, f"on {tier}", "missing", "KiB", flag)
 
 
 def test_weights_read_in_place_take_no_disk(job, whole):
     """A checkpoint that can be read as it is needs no budget, and no directory to write to."""
-    done = job.run("--device", "cpu", "--weights", "disk=100", "--disk-space", "0")
+    done = job.run_here("--device", "cpu", "--weights", "disk=100", "--disk-space", "0")
     assert done.returncode == 0, done.stderr
     assert by_index(job.lines()) == whole
     assert not job.offload.exists()
@@ -208,7 +226,7 @@ def test_a_disk_that_is_too_small(job):
 def test_an_offload_directory_that_cannot_be_written(job):
     """A directory that cannot be made is refused, and named."""
     below_a_file = str(job.input / "directory")
-    done = job.run("--device", "cpu", *PREPARE, "--offload-dir", below_a_file)
+    done = job.run_here("--device", "cpu", *PREPARE, "--offload-dir", below_a_file)
     assert_refused(job, done, f"preparing weights in {below_a_file}", "--offload-dir")
 
 
@@ -242,7 +260,7 @@ def test_a_preparation_killed_in_the_middle(job, whole_float16):
     weights = job.offload / "flexrun-prepared" / store / "weights.bin"
     written = weights.stat().st_mtime_ns
     job.output = job.directory / "again.jsonl"
-    done = job.run("--device", "cpu", *PREPARE)
+    done = job.run_here("--device", "cpu", *PREPARE)
     assert done.returncode == 0, done.stderr
     assert by_index(job.lines()) == whole_float16
     assert weights.stat().st_mtime_ns == written
@@ -250,7 +268,7 @@ def test_a_preparation_killed_in_the_middle(job, whole_float16):
 
 def test_a_damaged_store(job):
     """A store in which one byte changed is an error that says what to delete."""
-    assert job.run("--device", "cpu", *PREPARE).returncode == 0
+    assert job.run_here("--device", "cpu", *PREPARE).returncode == 0
     (store,) = (job.offload / "flexrun-prepared").glob("*/weights.bin")
     with store.open("r+b") as file:
         file.seek(100_000)
@@ -258,7 +276,7 @@ def test_a_damaged_store(job):
         file.seek(100_000)
         file.write(bytes([byte ^ 1]))
     job.output = job.directory / "again.jsonl"
-    done = job.run("--device", "cpu", *PREPARE)
+    done = job.run_here("--device", "cpu", *PREPARE)
     assert done.returncode in (1, 2)
     assert f"{store} is damaged" in done.stderr
     assert f"delete {store.parent}" in done.stderr
@@ -298,7 +316,7 @@ def assert_the_rest_is_done(job: Job, whole: list[bytes], *flags: str) -> None:
     """A second run keeps what is finished, byte for byte, and completes the job."""
     kept = job.lines()
     assert len(kept) < 24
-    done = job.run(*flags)
+    done = job.run_here(*flags)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["requests"], summary["skipped"]) == (24 - len(kept), len(kept))
@@ -354,7 +372,7 @@ def test_results_that_the_disk_does_not_take(job, whole):
     assert "Traceback" not in done.stderr
     finished = len(job.lines())
     assert 0 < finished < 24
-    done = job.run("--device", "cpu")
+    done = job.run_here("--device", "cpu")
     assert done.returncode == 0
     assert f"continuing: {finished} requests are finished" in done.stderr
     assert by_index(job.lines()) == whole
@@ -368,7 +386,9 @@ def test_a_job_killed_in_the_middle_continues(job, whole):
     assert process.returncode == -signal.SIGKILL, "it was over before it could be killed"
     kept = [line for line in job.lines() if line.endswith(b"\n")]
     assert 5 <= len(kept) < 24
-    done = job.run("--device", "cpu", "--weights", "device=50,disk=50", "--num-micro-batches", "2")
+    done = job.run_here(
+        "--device", "cpu", "--weights", "device=50,disk=50", "--num-micro-batches", "2"
+    )
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["requests"], summary["skipped"]) == (24 - len(kept), len(kept))

@@ -84,7 +84,7 @@ def test_perplexity_is_that_of_transformers(tiny_llama_dir, tmp_path, device, ch
 def test_windows_share_the_staging_of_pages(tiny_llama_dir, tmp_path, where):
     """More pages than fit into it at a time, for many windows in small chunks or one long one."""
     device, kv_cache = where.split()
-    tokens = (TEXT * 12)[:2500]
+    tokens = (TEXT * 12)[:1500]
     for context, chunk in ((400, 32), (1100, None)):
         values = {
             "model": str(tiny_llama_dir),

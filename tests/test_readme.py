@@ -36,6 +36,7 @@ def test_readme_commands_run(tmp_path: Path, smollm2_dir: Path):
     blocks = TESTED_BLOCK.findall(README.read_text(encoding="utf-8"))
     assert blocks, "no bash block of README.md is marked <!-- test -->"
     environment = {
+        "OMP_NUM_THREADS": "1",  # another test has the other core
         "MODEL": str(smollm2_dir),
         "FLEXRUN_OFFLOAD_DIR": str(tmp_path / "offload"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

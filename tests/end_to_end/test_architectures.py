@@ -16,6 +16,8 @@ from flexrun.twin import random_twin
 from flexrun.twin_config import twin_config
 from tests.families import FAMILIES, config_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NEW_TOKENS = 44
 LENGTHS = (5, 40, 1, 18, 29)
 """Prompts: ragged, and with their completions far beyond the twins' sliding window of 8."""

@@ -11,6 +11,9 @@ from flexrun.tokenizer import Tokenizer
 from tests.end_to_end.harness import SPLITS, cached_reference, run
 from tests.end_to_end.reference import ragged_prompts
 
+# A second thread would wait for those of the tests beside this one.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHOSEN = [
     ("cpu", "disk=100", "device=100", 3),
     ("cpu", "device=25,host=50,disk=25", "device=50,host=50", 1),

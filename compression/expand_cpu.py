@@ -15,7 +15,6 @@ FLOAT8 = 2
 
 def expansion(stored: Any) -> Any:
     """The kernel that expands rows to what `stored` makes of float32."""
-    expand_32, expand_64, expand_128 = (_known_length(half, stored) for half in (16, 32, 64))
     expand_any, expand_bytes = _any_length(stored), _whole_bytes(stored)
     expand_floats = _floats(stored)
 
@@ -39,12 +38,12 @@ def expansion(stored: Any) -> Any:
                 scale, centre = number(of_row[each], half), number(of_row[groups + each], half)
                 if bits == 8:
                     expand_bytes(codes, scale, centre, count, into)
-                elif count == 64:
-                    expand_64(codes, scale, centre, into)
+                elif count == 64:  # loops of known length become vectors with nothing around them
+                    expand_any(codes, scale, centre, 64, into)
                 elif count == 32:
-                    expand_32(codes, scale, centre, into)
+                    expand_any(codes, scale, centre, 32, into)
                 elif count == 128:
-                    expand_128(codes, scale, centre, into)
+                    expand_any(codes, scale, centre, 128, into)
                 else:
                     expand_any(codes, scale, centre, count, into)
 
@@ -68,23 +67,8 @@ def _floats(stored: Any) -> Any:
     return _expand
 
 
-def _known_length(half: int, stored: Any) -> Any:
-    """For twice as many codes of 4 bits: such loops become vectors without anything around them."""
-
-    @part
-    def _expand(codes: Any, scale: Any, centre: Any, out: Any) -> None:
-        for i in range(half):
-            low = np.int32(codes[i]) & np.int32(15)
-            out[i] = stored(F(low - np.int32(8)) * scale + centre)
-        for i in range(half):
-            high = np.int32(codes[i]) >> np.int32(4)
-            out[i + half] = stored(F(high - np.int32(8)) * scale + centre)
-
-    return _expand
-
-
 def _any_length(stored: Any) -> Any:
-    """For the end of a row, of `count` codes of 4 bits."""
+    """For `count` codes of 4 bits."""
 
     @part
     def _expand(codes: Any, scale: Any, centre: Any, count: Any, out: Any) -> None:

@@ -13,7 +13,7 @@ from offload.kv_disk import DiskPages
 from offload.kv_host import HostPages
 from offload.kv_staging import StagedPages, Visit
 from offload.links import Link
-from offload.paged_kv import PagedKV, page_elements
+from offload.paged_kv import KVFormat, PagedKV
 from offload.raw_speed import RawCopy
 from offload.tiers import REQUEST_BYTES, TURNS, Tier
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from compression.spec import GroupFormat
     from offload.backend import DeviceBackend
     from offload.kv_batches import Span
     from offload.kv_hosted import HostedRows
@@ -45,15 +46,19 @@ class KVCache:
         staging_pages: int,
         gathered_tokens: int = 16384,
         directory: Path | None = None,
+        groups: GroupFormat | None = None,
     ) -> None:
-        """`staging_pages` per staged tier and turn; the file of DISK pages lies in `directory`."""
+        """`staging_pages` per staged tier and turn; the file of DISK pages lies in `directory`.
+
+        With `groups` pages are stored in few bits, once they are full.
+        """
         self._shapes = shapes
-        self._dtype = dtype
         self._pools = pools
         self._backend = backend
         self._transfers = transfers
-        elements = sum(page_elements(shape, pools.page_tokens) for shape in shapes)
-        self._page_bytes = elements * dtype.itemsize
+        self._format = KVFormat(dtype, groups)
+        tokens = pools.page_tokens
+        self._page_bytes = sum(self._format.page_bytes(shape, tokens) for shape in shapes)
         """Of one page in all layers."""
         self._homes: list[tuple[Tier, torch.Tensor]] = []
         self._layers: dict[Tier, list[PagedKV]] = {}
@@ -95,7 +100,15 @@ class KVCache:
     def _add_staged(self, pages: int, directory: Path | None) -> None:
         tokens, capacity, swap = self._pools.page_tokens, self._pools.capacity, self._pools.swap
         pages = 0 if swap is Tier.DISK else pages  # nobody attends to pages on the swap tier
-        common = (self._shapes, tokens, pages, self._allocate, self._backend, self._transfers)
+        common = (
+            self._shapes,
+            self._format,
+            tokens,
+            pages,
+            self._allocate,
+            self._backend,
+            self._transfers,
+        )
         if capacity.get(Tier.HOST) and not (self._backend.unified or swap is Tier.HOST):
             self._staged[Tier.HOST] = HostPages(self._layers[Tier.HOST], *common)
         if on_disk := capacity.get(Tier.DISK):
@@ -103,11 +116,11 @@ class KVCache:
             tails = self._pools.tails
             self._staged[Tier.DISK] = DiskPages(directory, on_disk, tails, *common)
 
-    def _allocate(self, tier: Tier, elements: int, what: str) -> torch.Tensor:
-        home = self._backend.allocate(tier, elements * self._dtype.itemsize, what)
+    def _allocate(self, tier: Tier, cells: torch.dtype, count: int, what: str) -> torch.Tensor:
+        home = self._backend.allocate(tier, count * cells.itemsize, what)
         self._homes.append((tier, home))
         # Slots that hold no token yet are read and weighted with zero: they must not hold NaN.
-        return home.zero_().view(self._dtype)
+        return home.zero_().view(cells)
 
     def erase(self, sequence: int) -> None:
         """Zero the pages of a sequence whose values may not be numbers, before others get them."""
@@ -135,12 +148,12 @@ class KVCache:
 
     def _pool(self, tier: Tier, pages: int, shape: LayerShape) -> PagedKV:
         tokens = self._pools.page_tokens
-        elements = pages * page_elements(shape, tokens)
+        count, cells = pages * self._format.page(shape, tokens), self._format.cells
         if tier in self._backend.lazy:
-            data = self._backend.reserve(elements * self._dtype.itemsize).view(self._dtype)
+            data = self._backend.reserve(count * cells.itemsize).view(cells)
         else:
-            data = self._allocate(tier, elements, "the KV cache")
-        return PagedKV.of(data, shape, tokens)
+            data = self._allocate(tier, cells, count, "the KV cache")
+        return PagedKV.of(data, shape, tokens, self._format)
 
     def raw_copies(self) -> list[tuple[Link, list[RawCopy]]]:
         """Copies that show what the link from HOST can do; only before the first sweep."""

@@ -12,7 +12,7 @@ from offload.disk_layout import kv_file_layout
 from offload.kv_moves import Run
 from offload.kv_staging import StagedPages, Visit
 from offload.links import FileExtent, SomeRows
-from offload.paged_kv import PagedKV, page_elements
+from offload.paged_kv import PagedKV
 from offload.tiers import DISK_BLOCK, Tier
 from offload.transfer import URGENT
 
@@ -38,17 +38,19 @@ class DiskPages(StagedPages):
     def __init__(self, directory: Path, pages: int, tails: int, *arguments: Any) -> None:
         """`pages` on disk, and the unfinished pages of up to `tails` sequences."""
         super().__init__(*arguments)
-        sizes = [page_elements(shape, self._page_tokens) for shape in self._shapes]
-        itemsize = self.stagings[0].device.element_size()
-        self._page_bytes = [elements * itemsize for elements in sizes]
+        form, tokens = self._format, self._page_tokens
+        self._page_bytes = [form.page_bytes(shape, tokens) for shape in self._shapes]
         ram = Tier.DEVICE if self._backend.unified else Tier.HOST
         self._tails = [
             PagedKV.of(
-                self._allocate(ram, tails * elements, "KV pages that are not full"),
+                self._allocate(
+                    ram, form.cells, tails * form.page(shape, tokens), "KV pages that are not full"
+                ),
                 shape,
-                self._page_tokens,
+                tokens,
+                form,
             )
-            for elements, shape in zip(sizes, self._shapes)
+            for shape in self._shapes
         ]
         self._starts, self.nbytes = kv_file_layout(self._page_bytes, pages)
         self._backend.account.charge(Tier.DISK, self.nbytes, "the KV cache")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from offload.links import Link, ScatteredRows, TensorRows
-from offload.paged_kv import PagedKV, page_elements
+from offload.paged_kv import PagedKV
 from offload.tiers import TURNS, Tier
 from offload.transfer import URGENT
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from offload.backend import DeviceBackend
     from offload.kv_layout import KVGroup
-    from offload.paged_kv import LayerShape
+    from offload.paged_kv import KVFormat, LayerShape
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
 
@@ -61,31 +61,37 @@ class StagedPages(ABC):
     def __init__(
         self,
         shapes: Sequence[LayerShape],
+        form: KVFormat,
         page_tokens: int,
         pages: int,
-        allocate: Callable[[Tier, int, str], torch.Tensor],
+        allocate: Callable[[Tier, torch.dtype, int, str], torch.Tensor],
         backend: DeviceBackend,
         transfers: TransferEngine,
     ) -> None:
-        """`pages` fit into one staging; `allocate(tier, elements, what)` gives memory."""
+        """`pages` fit into one staging; `allocate(tier, type, cells, what)` gives memory."""
         self._allocate = allocate
         self._shapes = shapes
+        self._format = form
         self._page_tokens = page_tokens
         self._backend = backend
         self._transfers = transfers
-        elements = pages * max(page_elements(shape, page_tokens) for shape in shapes)
+        cells = pages * max(form.page(shape, page_tokens) for shape in shapes)
         what = "staging for KV pages"
-        self.stagings = [Staging(allocate(Tier.DEVICE, elements, what)) for _ in range(TURNS)]
+        self.stagings = [
+            Staging(allocate(Tier.DEVICE, form.cells, cells, what)) for _ in range(TURNS)
+        ]
         for staging in () if backend.unified else self.stagings:
-            staging.pinned_in = allocate(Tier.HOST, elements, what)
-            staging.pinned_out = allocate(Tier.HOST, elements, what)
+            staging.pinned_in = allocate(Tier.HOST, form.cells, cells, what)
+            staging.pinned_out = allocate(Tier.HOST, form.cells, cells, what)
 
     def pool(self, layer: int, turn: int) -> PagedKV:
         """What attention reads: staging as pages of a layer."""
         shape, staging = self._shapes[layer], self.stagings[turn]
         sizes = (shape.kv_heads, shape.key_dim, shape.value_dim)
         if sizes not in staging.pools:
-            staging.pools[sizes] = PagedKV.of(staging.device, shape, self._page_tokens)
+            staging.pools[sizes] = PagedKV.of(
+                staging.device, shape, self._page_tokens, self._format
+            )
         return staging.pools[sizes]
 
     @abstractmethod

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+
+from compression.expansion import expand
+
+if TYPE_CHECKING:
+    from compression.spec import GroupFormat
 
 
 class LayerShape(Protocol):
@@ -20,33 +25,80 @@ class LayerShape(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class KVFormat:
+    """How keys and values are stored: as rows of cells, one for each token and head."""
+
+    dtype: torch.dtype
+    """That they are computed with, …"""
+    groups: GroupFormat | None = None
+    """… and stored with, unless in groups of few bits, whose rows are bytes."""
+
+    @property
+    def cells(self) -> torch.dtype:
+        """Type of a cell."""
+        return self.dtype if self.groups is None else torch.uint8
+
+    def row(self, dim: int) -> int:
+        """Cells of the `dim` values of one token and head."""
+        return dim if self.groups is None else self.groups.row_bytes(dim)
+
+    def page(self, shape: LayerShape, page_tokens: int) -> int:
+        """Cells of one page of a layer of `shape`."""
+        row = self.row(shape.key_dim) + self.row(shape.value_dim)
+        return page_tokens * shape.kv_heads * row
+
+    def page_bytes(self, shape: LayerShape, page_tokens: int) -> int:
+        """Bytes of the same."""
+        return self.page(shape, page_tokens) * self.cells.itemsize
+
+
+@dataclass(frozen=True, slots=True)
 class PagedKV:
     """Keys and values of one layer in one pool.
 
-    `keys` [pages, kv_heads, page_tokens, key_dim] and `values` [pages, kv_heads, page_tokens,
-    value_dim] are views of the same pages: a page's keys come first, then its values. Within a page
-    one head's tokens are neighbours, so that gathered pages are ready for a batched product.
+    `keys` [pages, kv_heads, page_tokens, cells of a key] and `values` likewise are views of the
+    same pages: a page's keys come first, then its values. Within a page one head's tokens are
+    neighbours, so that gathered pages are ready for a batched product. Unless they are stored in
+    groups of few bits, the cells are the `key_dim` and `value_dim` values themselves.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     raw: torch.Tensor
-    """[pages, elements of one page]."""
+    """[pages, cells of one page]."""
     table: torch.Tensor | None
-    """If keys and values are of one size: [rows, dim], each of one token's keys or values of one
+    """If keys and values are of one size: [rows, cells], each of one token's keys or values of one
     head, in the order in which they lie there."""
+    format: KVFormat
+    key_dim: int
+    value_dim: int
 
     @classmethod
-    def of(cls, data: torch.Tensor, shape: LayerShape, page_tokens: int) -> PagedKV:
+    def of(
+        cls, data: torch.Tensor, shape: LayerShape, page_tokens: int, form: KVFormat | None = None
+    ) -> PagedKV:
         """As many pages of a layer of `shape` as fit into `data` (flat, contiguous)."""
         assert data.is_contiguous()  # kernels are given its address
-        size = page_elements(shape, page_tokens)
+        form = form or KVFormat(data.dtype)
+        assert data.dtype == form.cells
+        size = form.page(shape, page_tokens)
         raw = data[: data.numel() // size * size].view(-1, size)
-        split = page_tokens * shape.kv_heads * shape.key_dim
-        keys = raw[:, :split].unflatten(1, (shape.kv_heads, page_tokens, shape.key_dim))
-        values = raw[:, split:].unflatten(1, (shape.kv_heads, page_tokens, shape.value_dim))
-        alike = shape.key_dim == shape.value_dim
-        return cls(keys, values, raw, raw.view(-1, shape.key_dim) if alike else None)
+        key, value = form.row(shape.key_dim), form.row(shape.value_dim)
+        split = page_tokens * shape.kv_heads * key
+        keys = raw[:, :split].unflatten(1, (shape.kv_heads, page_tokens, key))
+        values = raw[:, split:].unflatten(1, (shape.kv_heads, page_tokens, value))
+        table = raw.view(-1, key) if shape.key_dim == shape.value_dim else None
+        return cls(keys, values, raw, table, form, shape.key_dim, shape.value_dim)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads that have keys and values."""
+        return self.keys.shape[1]
+
+    @property
+    def page_tokens(self) -> int:
+        """Positions of a page."""
+        return self.keys.shape[2]
 
     @property
     def page_bytes(self) -> int:
@@ -58,9 +110,25 @@ class PagedKV:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of B page tables: [B, P] -> two of [B, kv_heads, P * page_tokens, dim].
 
-        `memo` keeps the row numbers for the other layers that read the same pages.
+        They are expanded if they are stored in few bits. `memo` keeps the row numbers for the other
+        layers that read the same pages.
         """
-        memo = {} if memo is None else memo
+        keys, values = self._gather_cells(pages, {} if memo is None else memo)
+        if self.format.groups is None:
+            return keys, values
+        return self._expanded(keys, self.key_dim), self._expanded(values, self.value_dim)
+
+    def _expanded(self, cells: torch.Tensor, dim: int) -> torch.Tensor:
+        """Values [..., dim] of rows [..., bytes]."""
+        assert self.format.groups is not None
+        out = torch.empty(*cells.shape[:-1], dim, dtype=self.format.dtype, device=cells.device)
+        expand(cells.view(-1, cells.shape[-1]), self.format.groups, out.view(-1, dim))
+        return out
+
+    def _gather_cells(
+        self, pages: torch.Tensor, memo: dict[Any, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as they are stored."""
         _, kv_heads, page_tokens, dim = self.keys.shape
         if self.table is None:
             heads = torch.arange(kv_heads, device=pages.device).view(1, -1, 1)
@@ -112,8 +180,3 @@ class TokenSlots:
             first = (self.pages * (2 * kv_heads)).view(-1, 1) + heads
             self._memo[kv_heads] = (first * page_tokens + self.offsets.view(-1, 1)).view(-1)
         return self._memo[kv_heads]
-
-
-def page_elements(shape: LayerShape, page_tokens: int) -> int:
-    """Values in one page of a layer of `shape`."""
-    return page_tokens * shape.kv_heads * (shape.key_dim + shape.value_dim)

@@ -16,7 +16,7 @@ from flexrun.model_trace import AttentionShape
 from flexrun.paused_forward import AttentionOptions
 from offload.kv_layout import build_group
 from offload.kv_moves import SpanPages
-from offload.paged_kv import PagedKV, page_elements
+from offload.paged_kv import KVFormat, PagedKV
 from offload.tiers import Tier
 from tests.flexrun.paged_batches import DEVICE, require_triton
 
@@ -42,7 +42,7 @@ def test_it_passes_its_own_check(dtype: torch.dtype) -> None:
 def test_it_gives_what_torch_gives(window: int | None) -> None:
     """Single rows, few and many rows of prompts, in one micro-batch."""
     torch.manual_seed(0)
-    pool = PagedKV.of(torch.randn(40 * page_elements(SHAPE, 8)), SHAPE, 8)
+    pool = PagedKV.of(torch.randn(40 * KVFormat(torch.float32).page(SHAPE, 8)), SHAPE, 8)
     spans, row = [], 0
     for first, end, rows in ((0, 1, 1), (2, 30, 1), (10, 41, 7), (20, 90, 70)):
         count = -(-end // 8)

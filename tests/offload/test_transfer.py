@@ -15,7 +15,7 @@ from offload.backend_emulated import EmulatedBackend, EmulatedMachine
 from offload.direct_file import DirectFile
 from offload.errors import OffloadStoreError
 from offload.links import FileExtent, FileRows, Link, PageSlots, TensorRows
-from offload.paged_kv import PagedKV, TokenSlots, page_elements
+from offload.paged_kv import KVFormat, PagedKV, TokenSlots
 from offload.ram import map_memory
 from offload.staging import KEPT, StagingBuffers
 from offload.tiers import REQUEST_BYTES, MemoryAccount, Tier
@@ -206,7 +206,7 @@ def test_everything_that_can_be_moved(tmp_path):
         assert source.nbytes == 30
     for dims in ((3, 2), (3, 3)):
         shape = SimpleNamespace(kv_heads=2, key_dim=dims[0], value_dim=dims[1])
-        pool = PagedKV.of(torch.zeros(5 * page_elements(shape, 2)), shape, 2)
+        pool = PagedKV.of(torch.zeros(5 * KVFormat(torch.float32).page(shape, 2)), shape, 2)
         slots = PageSlots(pool, TokenSlots(torch.tensor([4, 0]), torch.tensor([1, 0])))
         keys, values = (torch.rand(2, 2, dim) + 1 for dim in dims)
         packed = pool.pack(keys, values)

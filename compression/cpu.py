@@ -11,7 +11,6 @@ import torch
 
 from compression import groupwise
 from compression.crew import Crew
-from compression.errors import QuantizationError
 from compression.expand_cpu import FLOAT8
 from compression.kernels_cpu import (
     EXPAND_BFLOAT16,
@@ -22,6 +21,8 @@ from compression.kernels_cpu import (
 from compression.vectors import LANES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from compression.spec import GroupFormat
 
 _EXPANSIONS = {torch.float32: EXPAND_FLOAT32, torch.bfloat16: EXPAND_BFLOAT16}
@@ -35,16 +36,26 @@ _SHARES = 4
 
 def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     """As `groupwise.quantize` does it, sums of floats apart. Raises `QuantizationError`."""
+    packed = _quantized(values, spec, groupwise.refuse_unusable)
+    groupwise.refuse_unbounded(packed, spec, values.shape[1])
+    return packed
+
+
+def quantize_unchecked(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
+    """As `groupwise.quantize_any` does it, sums of floats apart."""
+    return _quantized(values, spec, lambda _: None)
+
+
+def _quantized(
+    values: torch.Tensor, spec: GroupFormat, refuse: Callable[[torch.Tensor], None]
+) -> torch.Tensor:
     rows, columns = values.shape
     packed = torch.empty(rows, spec.row_bytes(columns), dtype=torch.uint8)
     step = max(LANES, _VALUES // columns // LANES * LANES)
     for some, target in zip(values.split(step), packed.split(step)):
         floats = some.float().contiguous()
-        groupwise.refuse_unusable(floats)
+        refuse(floats)
         _run(QUANTIZE, target, floats, spec)
-    stored = packed[:, spec.code_bytes(columns) :].contiguous()
-    if not torch.isfinite(stored.view(getattr(torch, spec.numbers))).all():
-        raise QuantizationError(f"some values are too large for scales of type {spec.numbers}")
     return packed
 
 

@@ -17,6 +17,17 @@ def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     return cpu.quantize(values, spec)
 
 
+def quantize_unchecked(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
+    """See `groupwise.quantize_any`; on the device of `values`, for which nothing waits."""
+    if values.device.type == "cpu":
+        from compression import cpu
+
+        return cpu.quantize_unchecked(values, spec)
+    from compression import gpu
+
+    return gpu.quantize(values, spec)
+
+
 def expand(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
     """Fill `out` [rows, columns] from rows [rows, bytes] that `quantize` gave; all contiguous."""
     if out.device.type == "cpu":

@@ -23,11 +23,12 @@ METHOD = 1
 """Raise it when other bytes come out: what was quantized before is not used then."""
 SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 """Of a group's range below its mean, and of that above it: the search begins from all pairs. With 8
-bits from the first: their steps are so fine that nothing is gained by making them finer."""
+bits from the first: their steps are so fine that nothing is gained by making them finer. They are
+at equal distances, which the kernel for GPUs counts on."""
 ROUNDS, POLISH = 2, 6
 """Of rounding and regression, from each pair, and more from the best of them."""
 _EXPANDED_AT_A_TIME = 1 << 20
-_LARGEST = 1e18
+LARGEST = 1e18
 """Of a value: sums of squares are float32."""
 LEAST_SPREAD = 0.25
 """Of codes around their mean, squared and added up: below it they are all the same."""
@@ -39,6 +40,17 @@ def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     Raises `QuantizationError` for values that are not finite or too large for the type of scales.
     """
     refuse_unusable(values)
+    packed = quantize_any(values, spec)
+    refuse_unbounded(packed, spec, values.shape[1])
+    return packed
+
+
+def quantize_any(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
+    """The same without a look at the values, so that nothing waits for a device.
+
+    A group of which a value is not finite gets such a scale or centre, and so do some of those that
+    `quantize` finds too large: nothing that it expands to is finite then.
+    """
     groups, real = _in_groups(values.float(), spec)
     scale, centre = _rounded(*_fit(groups, real, spec), spec)
     codes = _codes(groups, scale, centre, spec).flatten(1)[:, : values.shape[1]]
@@ -48,8 +60,15 @@ def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
 def refuse_unusable(values: torch.Tensor) -> None:
     """Raise `QuantizationError` for NaN, infinities, and values whose squares are infinite."""
     largest = float(values.abs().max()) if values.numel() else 0.0
-    if not largest < _LARGEST:
+    if not largest < LARGEST:
         raise QuantizationError("some values are infinite, not numbers, or too large")
+
+
+def refuse_unbounded(packed: torch.Tensor, spec: GroupFormat, columns: int) -> None:
+    """Raise `QuantizationError` for scales and centres of packed rows that are not finite."""
+    stored = packed[:, spec.code_bytes(columns) :].contiguous()
+    if not torch.isfinite(stored.view(getattr(torch, spec.numbers))).all():
+        raise QuantizationError(f"some values are too large for scales of type {spec.numbers}")
 
 
 def quantize_minmax(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
@@ -68,7 +87,7 @@ def _in_groups(values: torch.Tensor, spec: GroupFormat) -> tuple[torch.Tensor, t
     rows, columns = values.shape
     missing = spec.groups(columns) * spec.group - columns
     padded = torch.cat([values, values[:, -1:].expand(rows, missing)], dim=1)
-    real = (torch.arange(padded.shape[1]) < columns).to(padded)
+    real = (torch.arange(padded.shape[1], device=values.device) < columns).to(padded)
     return padded.unflatten(1, (-1, spec.group)), real.view(1, -1, spec.group)
 
 
@@ -83,7 +102,7 @@ def _between(
 def _codes(
     groups: torch.Tensor, scale: torch.Tensor, centre: torch.Tensor, spec: GroupFormat
 ) -> torch.Tensor:
-    """Of every value the code of the nearest number that has one; float32."""
+    """Of every value the code of the nearest number that has one; float32, of NaN it is NaN."""
     steps = torch.where(scale > 0, 1 / scale, 0)
     nearest = ((groups - centre[..., None]) * steps[..., None]).round()
     return (nearest + spec.zero_code).clamp(0, spec.most_code)
@@ -97,7 +116,8 @@ def _fit(
     mean = (groups * real).sum(-1) / count
     x = groups - mean[..., None]
     total, low, high = (x.square() * real).sum(-1), x.amin(-1), x.amax(-1)
-    best, best_scale, best_centre = torch.full_like(total, torch.inf), low, low
+    best, unknown = torch.full_like(total, torch.inf), torch.full_like(total, torch.nan)
+    best_scale = best_centre = unknown  # and they stay so where no error is finite
     shares = SHARES if spec.bits == 4 else SHARES[:1]
     for below, above in itertools.product(shares, shares):
         first, last = below * low, above * high
@@ -139,12 +159,7 @@ def _rounded(
     scale: torch.Tensor, centre: torch.Tensor, spec: GroupFormat
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = getattr(torch, spec.numbers)
-    rounded = scale.to(dtype).float(), centre.to(dtype).float()
-    if not all(torch.isfinite(each).all() for each in rounded):
-        raise QuantizationError(
-            f"some values are infinite, not numbers, or too large for {spec.numbers}"
-        )
-    return rounded
+    return scale.to(dtype).float(), centre.to(dtype).float()
 
 
 def pack(
@@ -153,7 +168,8 @@ def pack(
     """Rows as they are stored: codes [rows, columns], scale and centre [rows, groups]."""
     dtype = getattr(torch, spec.numbers)
     numbers = [each.to(dtype).contiguous().view(torch.uint8) for each in (scale, centre)]
-    pieces = [codes.to(torch.uint8)]
+    # Which integer a NaN becomes is not defined.
+    pieces = [codes.nan_to_num(0.0).to(torch.uint8)]
     if spec.bits == 4:
         pieces = [_in_halves(each) for each in pieces[0].split(spec.group, 1)]
     used = sum(piece.shape[1] for piece in pieces)

@@ -69,7 +69,8 @@ def number(bits: Any, half: Any) -> Any:
 
 @part
 def number_bits(value: Any, half: Any) -> Any:
-    """Bits of the nearest one."""
+    """Bits of the nearest one; of NaN those of a NaN that no rounding makes a number."""
+    value = value if value == value else F(np.nan)
     return _half_of(value) if half else bfloat16_of(value)
 
 

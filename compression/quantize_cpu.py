@@ -65,7 +65,8 @@ def _fit(x: Any, count: Any, most: Any, numbers: Any) -> None:
         store(x, i * LANES, value)
         low, high = v.smaller(low, value), v.larger(high, value)
         total = v.fma(value, value, total)
-    best, best_scale, best_centre = v.splat(F(np.inf)), low, low
+    best, unknown = v.splat(F(np.inf)), v.splat(F(np.nan))
+    best_scale = best_centre = unknown  # and they stay so where no error is finite
     steps, middle = v.splat(F(1) / F(most)), v.splat(F(0.5))
     for below in _SHARES:
         for above in _SHARES:
@@ -94,7 +95,9 @@ def _write_codes(
     low, high = -F((most + 1) // 2), F(most // 2)
     step = F(1) / scale if scale > 0 else F(0)
     for i in range(count):
-        room[i] = np.int32(min(max(np.rint((x[i] - centre) * step), low), high) - low)
+        code = np.rint((x[i] - centre) * step)
+        code = code if code == code else low  # which integer a NaN becomes is not defined
+        room[i] = np.int32(min(max(code, low), high) - low)
     half = (count + 1) // 2 if bits == 4 else count
     for i in range(half):
         codes[i] = np.uint8(room[i])

@@ -1,4 +1,4 @@
-"""Which of a model's tensors are quantized, and how (no torch)."""
+"""What is quantized of a model's tensors and of its KV cache, and how (no torch)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 PLAIN_BITS = 16
 """Of values that are stored as they are."""
 WEIGHT_BITS = (PLAIN_BITS, 8, 4)
+KV_BITS = (PLAIN_BITS, 4)
 LEAST_VALUES = 4096
 """Of a matrix that is worth it: smaller ones are a few kilobytes of a model."""
 
@@ -40,6 +41,8 @@ class Quantization:
     group: int = 64
     keep: str = ""
     """A regular expression: tensors in whose names it is found stay as they are."""
+    kv_bits: int = PLAIN_BITS
+    """Of keys and values in pages that are full."""
 
     def of(
         self, name: str, shape: Sequence[int], dtype: str, *, in_layer: bool, experts: int
@@ -53,11 +56,20 @@ class Quantization:
         special = (len(shape) == 2 and shape[0] == experts) or _NORM.search(name) is not None
         large = len(shape) in (2, 3) and prod(shape) >= LEAST_VALUES
         kept = bits == PLAIN_BITS or (self.keep != "" and re.search(self.keep, name) is not None)
-        # bfloat16 has the range of all weights, and codes are chosen after it has rounded scales.
-        numbers = "float16" if dtype == "float16" else "bfloat16"
-        return None if kept or special or not large else GroupFormat(bits, self.group, numbers)
+        return None if kept or special or not large else self._format(bits, dtype)
+
+    def kv_groups(self, dtype: str) -> GroupFormat | None:
+        """The format of keys and values that are computed as `dtype`; None if they stay like that.
+
+        Full pages only: the first and the newest of every sequence are as they were computed.
+        """
+        return None if self.kv_bits == PLAIN_BITS else self._format(self.kv_bits, dtype)
 
     @property
     def any(self) -> bool:
-        """Whether anything may be quantized."""
+        """Whether any weight may be quantized; the KV cache does not count."""
         return min(self.weight_bits, self.head_bits) < PLAIN_BITS
+
+    def _format(self, bits: int, dtype: str) -> GroupFormat:
+        # bfloat16 has the range of all values, and codes are chosen after it has rounded scales.
+        return GroupFormat(bits, self.group, "float16" if dtype == "float16" else "bfloat16")

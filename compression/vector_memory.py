@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from compression.compiled import address_of, operation
+from compression.compiled import address_of, operation, part
 from compression.vectors import (
     FLOATS,
     INTS,
@@ -146,6 +146,13 @@ def prefetch(_: Any, array: Any, index: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
+
+
+@part
+def prefetch_all(array: Any, first: Any, count: Any) -> None:
+    """Ask for `count` elements from `first` on."""
+    for i in range(first, first + count, line(array)):
+        prefetch(array, i)
 
 
 @operation

@@ -133,7 +133,7 @@ def _add_prepare(commands: Any) -> None:
     add("--disk-space", "budget, such as 200GiB; default: what is free", metavar="SIZE")
     help_text = "write a copy even of weights that jobs could read where they are"
     parser.add_argument("--copy", action="store_true", help=help_text)
-    add_quantization_flags(parser)
+    add_quantization_flags(parser, kv_cache=False)
 
 
 def _add_job_flags(parser: argparse.ArgumentParser) -> None:

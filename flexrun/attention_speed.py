@@ -64,7 +64,7 @@ def _call(
     attention: CpuAttention, pool: PagedKV, shape: AttentionShape
 ) -> tuple[int, Callable[[], object]]:
     """Bytes of pages, and a call that attends to them."""
-    page_tokens, page_bytes = pool.keys.shape[2], pool.page_bytes
+    page_tokens, page_bytes = pool.page_tokens, pool.page_bytes
     pages = min(len(pool.raw), max(1, MEASURED_BYTES // page_bytes))
     numbers = [range(pages)[row::_ROWS] for row in range(min(_ROWS, pages))]
     spans = [
@@ -75,7 +75,7 @@ def _call(
     assert hosted is not None
     table = hosted.group.paged()
     assert table is not None
-    query = torch.ones(len(spans), shape.query_heads, shape.key_dim, dtype=pool.raw.dtype)
+    query = torch.ones(len(spans), shape.query_heads, shape.key_dim, dtype=pool.format.dtype)
     options = AttentionOptions(scaling=shape.key_dim**-0.5)
     return pages * page_bytes, partial(attention.attend, query, table, pool, options)
 

@@ -13,20 +13,28 @@ import torch
 
 from offload.links import Link
 from offload.tiers import Tier
-from policy_search.cost_model import free_rows, swapping_is_cheaper, weight_seconds
+from policy_search.cost_model import (
+    expansion_seconds,
+    free_rows,
+    swapping_is_cheaper,
+    weight_seconds,
+)
 from policy_search.hardware import Hardware
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from flexrun.scheduler import BatchScheduler
     from offload.backend import DeviceBackend
+    from offload.slabs import Weight
     from offload.weights import WeightStore
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
 
 _MOST_VALUES = 1 << 24
 """Of the matrix that is multiplied with."""
+_MOST_EXPANDED = 32 << 20
+"""Bytes that are expanded: more than caches hold on most machines."""
 _ROWS = {"cpu": 256}
 _MANY_ROWS = 2048
 _REPEATS = 5
@@ -50,14 +58,37 @@ def measured_flops(
         rows, columns = max(1, rows // 2), max(1, columns // 2)
     matrix = torch.ones(columns, hidden_size, dtype=dtype, device=backend.device)
     values = torch.ones(rows, hidden_size, dtype=dtype, device=backend.device)
+    seconds = _median_seconds(backend, lambda: torch.nn.functional.linear(values, matrix))
+    return 2 * rows * columns * hidden_size / seconds
+
+
+def _median_seconds(backend: DeviceBackend, compute: Callable[[], object]) -> float:
+    """Of a few calls, after one that is not counted."""
     seconds = []
     for _ in range(_REPEATS + 1):
         backend.synchronize(backend.record())
         start = time.perf_counter()
-        torch.nn.functional.linear(values, matrix)
+        compute()
         backend.synchronize(backend.record())
         seconds.append(time.perf_counter() - start)
-    return 2 * rows * columns * hidden_size / sorted(seconds[1:])[_REPEATS // 2]
+    return statistics.median(seconds[1:])
+
+
+def measured_expansion(backend: DeviceBackend, weight: Weight, workspace: int) -> float:
+    """Bytes per second, as they are computed with, at which rows like those of `weight` expand.
+
+    `workspace`: see `measured_flops`.
+    """
+    columns, dtype = weight.shape[-1], weight.compute_dtype or weight.dtype
+    rows = weight.shape.numel() // columns
+    stored, expanded = weight.nbytes // rows, columns * dtype.itemsize
+    room = backend.account.available(Tier.DEVICE)
+    most = _MOST_EXPANDED if room is None else min(_MOST_EXPANDED, room + workspace)
+    rows = max(1, min(rows, most // (stored + expanded)))
+    data = torch.zeros(rows * stored, dtype=torch.uint8, device=backend.device)
+    out = torch.empty(rows, columns, dtype=dtype, device=backend.device)
+    seconds = _median_seconds(backend, lambda: weight.fill(out, data))
+    return rows * expanded / seconds
 
 
 def measured_hardware(
@@ -67,15 +98,19 @@ def measured_hardware(
     weights: Mapping[Link, float],
     swap: Mapping[Link, float],
     workspace: int,
+    expanded: Weight | None = None,
 ) -> Hardware:
     """The device's compute, the links' speeds for `weights`, and the one for pages that `swap`.
 
-    `workspace`: see `measured_flops`.
+    `workspace`: see `measured_flops`; `expanded`: a weight that stands for those that are.
     """
     return Hardware(
         host_to_device=weights.get(Link.HOST_TO_DEVICE, math.inf),
         disk_read=weights.get(backend.disk_in, math.inf),
         swap=min(swap.values(), default=math.inf),
+        expansion=math.inf
+        if expanded is None
+        else measured_expansion(backend, expanded, workspace),
         flops=measured_flops(backend, dtype, shape.hidden_size, shape.widest, workspace),
     )
 
@@ -112,16 +147,18 @@ class RowBudget:
         *,
         prompts: bool,
         guess: bool,
+        expansion: float = 0.0,
     ) -> None:
         """A sweep's weights take `seconds`, in which `planned` rows should compute.
 
-        `prompts` take no more than these unless places would stay empty, and `guess`ed tokens fill
-        them.
+        A part of what the device computes is `expansion`, seconds of every sweep. `prompts` take no
+        more than these rows unless places would stay empty, and `guess`ed tokens fill them.
         """
         self._scheduler = scheduler
         self._seconds = seconds
         self._prompts = prompts
         self._guess = guess
+        self._expansion = expansion
         self._guessed = 0
         """Rows that are free in sweeps with guesses."""
         self._before = _Busy(0.0, (), ())
@@ -140,7 +177,7 @@ class RowBudget:
         """
         busy = _Busy(computed, tuple(arriving), tuple(alone))
         before, self._before = self._before, busy
-        seconds = computed - before.computed
+        seconds = computed - before.computed - self._expansion
         bound = self.rows if self._prompts else self._guessed
         if seconds > 0 and rows >= min(bound, self._scheduler.max_rows) // 2:
             longest = (_longest(busy.arriving, before.arriving), _longest(busy.alone, before.alone))
@@ -148,7 +185,8 @@ class RowBudget:
         if len(self._last) == _REMEMBERED:
             of_one, arrived, own = (statistics.median(each) for each in zip(*self._last))
             arrived = arrived or self._seconds
-            self._set(int(arrived / of_one), int(min(arrived, own or arrived) / of_one))
+            free = [each - self._expansion for each in (arrived, min(arrived, own or arrived))]
+            self._set(*(int(each / of_one) for each in free))
 
     def _set(self, rows: int, guessed: int) -> None:
         """`guessed` is for sweeps with guesses: what slows the weights down is not free for them.
@@ -182,4 +220,5 @@ def tune(
     seconds = weight_seconds(store.streamed_bytes, store.disk_bytes, hardware)
     planned = free_rows(shape, hardware, seconds)
     guess = policy.speculation != "off"
-    return RowBudget(scheduler, seconds, planned, prompts=prompts, guess=guess)
+    expansion = expansion_seconds(shape, hardware)
+    return RowBudget(scheduler, seconds, planned, prompts=prompts, guess=guess, expansion=expansion)

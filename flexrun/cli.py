@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compression.selection import PLAIN_BITS
 from flexrun import __version__
 from flexrun.arguments import build_parser, engine_config, flag_of, sampling_params
 from flexrun.batch_job import BatchJob, ProgressBar
@@ -183,12 +184,18 @@ def _fingerprint(job: JobFile, config: EngineConfig) -> dict[str, Any]:
         **sampling,
         "--seed": config.seed,
     }
-    if (found := config.quantization).any:
+    found = config.quantization
+    if found.any:
         fingerprint |= {
             flag_of("weight_bits"): found.weight_bits,
             flag_of("head_bits"): found.head_bits,
             flag_of("group_size"): found.group,
             flag_of("keep"): found.keep,
+        }
+    if found.kv_bits < PLAIN_BITS:
+        fingerprint |= {
+            flag_of("kv_bits"): found.kv_bits,
+            flag_of("group_size"): found.group,
         }
     return json.loads(json.dumps(fingerprint))  # as the sidecar gives it back: tuples are lists
 

@@ -30,7 +30,7 @@ class EngineConfig:
     policy: Policy | None = None
     """None: placed automatically under the budgets."""
     weights: Split | None = None
-    """Overrides the policy's field; so do the next fifteen."""
+    """Overrides the policy's field; so do the next sixteen."""
     kv_cache: Split | None = None
     activations: Split | None = None
     micro_batch_rows: int | None = None
@@ -44,6 +44,7 @@ class EngineConfig:
     preemption: str | None = None
     weight_bits: int | None = None
     head_bits: int | None = None
+    kv_bits: int | None = None
     group_size: int | None = None
     keep: str | None = None
     overlap: bool = True

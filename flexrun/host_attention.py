@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from compression.rotation import rotated
 from flexrun.attention_speed import MEASURED_BYTES, measured_speed
 from offload.links import HostWork, Link
 from offload.paged_kv import PagedKV
@@ -42,9 +43,9 @@ class _Views:
 
     there: torch.Tensor
     sides: list[torch.Tensor]
-    """Its queries, keys and values [rows, heads, dim]."""
+    """Its queries and, if they are stored on HOST, new keys and values [rows, heads, dim]."""
     new: torch.Tensor | None
-    """Its keys and values as `PagedKV.pack` would have them, if they are of one size."""
+    """These as `PagedKV.pack` would have them, if they are of one size."""
     result: torch.Tensor
     into: tuple[torch.Tensor, torch.Tensor]
     """Its outputs and log-sum-exps."""
@@ -60,7 +61,7 @@ class _Turn:
     """Memory of one micro-batch whose rows are on their way."""
 
     there: torch.Tensor
-    """Pinned uint8: queries and new keys and values, as they arrive."""
+    """Pinned uint8: queries, and new keys and values, as they arrive."""
     result: torch.Tensor
     """Pinned float32: outputs, then log-sum-exps."""
     back: torch.Tensor
@@ -69,28 +70,29 @@ class _Turn:
     """What reads `there` and fills `result`."""
     returned: Transfer | None = None
     """What reads `result` and fills `back`."""
-    views: dict[tuple[_Shapes, torch.dtype], _Views] = field(default_factory=dict)
+    views: dict[tuple[_Shapes, int, torch.dtype], _Views] = field(default_factory=dict)
 
-    def of(self, shapes: _Shapes, dtype: torch.dtype) -> _Views:
-        """The memory for rows of these shapes and type."""
-        found = self.views.get((shapes, dtype))
+    def of(self, shapes: _Shapes, dim: int, dtype: torch.dtype) -> _Views:
+        """The memory for rows of these shapes and type, whose results have `dim` values a head."""
+        found = self.views.get((shapes, dim, dtype))
         if found is None:
             if len(self.views) >= MOST_VIEWS:
                 self.views.clear()
-            found = self.views[shapes, dtype] = self._views(shapes, dtype)
+            found = self.views[shapes, dim, dtype] = self._views(shapes, dim, dtype)
         return found
 
-    def _views(self, shapes: _Shapes, dtype: torch.dtype) -> _Views:
+    def _views(self, shapes: _Shapes, dim: int, dtype: torch.dtype) -> _Views:
         sizes = [math.prod(shape) for shape in shapes]
         there = self.there[: sum(sizes) * dtype.itemsize].view(dtype)
         sides = [side.view(shape) for side, shape in zip(there.split(sizes), shapes)]
-        (rows, heads, _), (_, _, dim) = shapes[0], shapes[2]
+        rows, heads, _ = shapes[0]
+        alike = len(shapes) == 3 and shapes[1] == shapes[2]
         split, length = rows * heads * dim, rows * heads * (dim + 1)
         result, back = self.result[:length], self.back[:length]
         return _Views(
             there=there,
             sides=sides,
-            new=there[sizes[0] :].view(-1, dim) if shapes[1] == shapes[2] else None,
+            new=there[sizes[0] :].view(-1, dim) if alike else None,
             result=result,
             into=(result[:split], result[split:]),
             back=back,
@@ -106,6 +108,8 @@ class Pending:
     rows: Rows
     views: _Views
     returned: Transfer
+    turned: bool
+    """What comes back has to be turned: see `KVFormat.rotated`."""
 
 
 class HostAttention:
@@ -173,8 +177,11 @@ class HostAttention:
             return None
         turn = self._turns[self._number % HOSTED_TURNS]
         self._number += 1
-        sent, shapes = _in_one_piece(hosted.rows, query, key, value)
-        views = turn.of(shapes, sent.dtype)
+        pool = self._kv.host_pool(layer)
+        # Only full pages are packed: what is new does not go there yet.
+        sides = (rotated(query),) if pool.format.rotated else (query, key, value)
+        sent, shapes = _in_one_piece(hosted.rows, *sides)
+        views = turn.of(shapes, pool.value_dim, sent.dtype)
         # Also the end of all that computed with what came back when it was this turn before.
         computed = self._backend.record()
         down = self._transfers.submit(
@@ -186,7 +193,6 @@ class HostAttention:
             after=[computed, _unless_failed(turn.work)],
             priority=URGENT,
         )
-        pool = self._kv.host_pool(layer)
         work = partial(self._attend, hosted.group, pool, options, views)
         turn.work = self._transfers.submit_work(
             Link.HOST_ATTENTION,
@@ -204,7 +210,8 @@ class HostAttention:
             priority=URGENT,
         )
         everything = len(hosted.rows) == query.shape[1]
-        return Pending(slice(None) if everything else hosted.rows, views, turn.returned)
+        rows = slice(None) if everything else hosted.rows
+        return Pending(rows, views, turn.returned, pool.format.rotated)
 
     def _attend(
         self,
@@ -218,11 +225,11 @@ class HostAttention:
         As few operations as can be: with each, Python's lock goes to the thread that drives the
         device and has to be waited for.
         """
-        query, key, value = views.sides
-        if len(group.rows) == len(key) and views.new is not None:
+        query, *new = views.sides
+        if len(group.rows) == len(query) and views.new is not None:
             pool.store(group.slots, views.new)
         elif len(group.rows):
-            pool.store(group.slots, pool.pack(key[group.rows], value[group.rows]))
+            pool.store(group.slots, pool.pack(*(side[group.rows] for side in new)))
         spans = group.paged()
         assert spans is not None
         self._attention.attend(query, spans, pool, options, views.into)
@@ -241,7 +248,7 @@ class HostAttention:
         account.charge(Tier.HOST, nbytes, "a test of attention")
         try:
             written = self._backend.reserve(nbytes).fill_(1).view(pool.raw.dtype)
-            pool = PagedKV.of(written, shape, pool.keys.shape[2])
+            pool = PagedKV.of(written, shape, pool.page_tokens, pool.format)
             return measured_speed(self._attention, pool, shape, compute)
         finally:
             account.refund(Tier.HOST, nbytes)
@@ -255,7 +262,8 @@ class HostAttention:
 
         They are the turn's memory: to be computed with before `send` is called for its next one.
         """
-        return pending.rows, pending.views.out, pending.views.lse
+        out = pending.views.out
+        return pending.rows, rotated(out) if pending.turned else out, pending.views.lse
 
     def close(self) -> None:
         """Give memory and threads back."""

@@ -8,7 +8,13 @@ from flexrun.schedulers import SCHEDULERS
 from offload.kv_cache import KVCache
 from offload.pages import PagePools
 from offload.tiers import Tier
-from policy_search.kv_memory import kv_pages, kv_room, leaving_rows_bytes, swap_pages
+from policy_search.kv_memory import (
+    kv_pages,
+    kv_room,
+    leaving_rows_bytes,
+    packing_bytes,
+    swap_pages,
+)
 
 if TYPE_CHECKING:
     import contextlib
@@ -47,16 +53,22 @@ def open_kv(
     free = {tier: backend.account.available(tier) or 0 for tier in Tier}
     room, staging = kv_room(shape, policy, free, context, unified=unified, lazy=backend.lazy)
     pages = kv_pages(shape, policy, room, context)
-    leaving = leaving_rows_bytes(shape, policy, unified=unified)
-    backend.account.charge(Tier.DEVICE, leaving, "new keys and values on their way to HOST")
-    closing.callback(backend.account.refund, Tier.DEVICE, leaving)
+    for nbytes, what in (
+        (leaving_rows_bytes(shape, policy, unified=unified), "new keys and values that leave"),
+        (packing_bytes(shape, policy), "KV pages while they are packed"),
+    ):
+        backend.account.charge(Tier.DEVICE, nbytes, what)
+        closing.callback(backend.account.refund, Tier.DEVICE, nbytes)
     away = (Tier.DISK,) if unified else (Tier.HOST, Tier.DISK)
     limits = {tier: staging for tier in away if pages[tier]}
-    tails = policy.max_sequences if pages[Tier.DISK] else 0
+    groups = policy.quantization.kv_groups(str(dtype).removeprefix("torch."))
+    tails = policy.max_sequences if pages[Tier.DISK] or groups is not None else 0
     swap, count = swap_pages(shape, policy, pages, room, context, unified=unified)
     if swap is not None:
         pages[swap] = count
-    pools = PagePools(pages, policy.page_tokens, limits, tails, swap)
+    pools = PagePools(
+        pages, policy.page_tokens, limits, tails, keeps_recent=groups is not None, swap=swap
+    )
     cache = KVCache(
         model.attention,
         dtype,
@@ -66,6 +78,7 @@ def open_kv(
         staging,
         policy.gathered_tokens,
         directory,
+        groups,
     )
     closing.callback(cache.close)
     scheduler = SCHEDULERS[policy.scheduler](

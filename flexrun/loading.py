@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexrun.disk_weights import open_charged
+from flexrun.model_weights import NOTHING_QUANTIZED
 from offload.embedding import EmbeddingTable
 from offload.packed import pack, unpack
 from offload.placement import TensorSpec, place
@@ -17,11 +18,12 @@ from offload.prepared import PreparedStore
 from offload.slabs import Weight
 from offload.tiers import Split, Tier
 from offload.weights import WeightStore
-from policy_search.model_shape import ModelShape, product_flops
+from policy_search.model_shape import ModelShape, kv_bytes, product_flops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from compression.selection import Quantization
     from flexrun.disk_weights import DiskPlan, TensorSource
     from flexrun.model import Model
     from flexrun.model_weights import ModelWeights
@@ -33,11 +35,19 @@ logger = logging.getLogger(__name__)
 
 
 def model_shape(
-    model: Model, weights: ModelWeights, dtype: torch.dtype, disk: DiskPlan
+    model: Model,
+    weights: ModelWeights,
+    dtype: torch.dtype,
+    disk: DiskPlan,
+    quantization: Quantization = NOTHING_QUANTIZED,
 ) -> ModelShape:
-    """The numbers that planning needs; `dtype` is the one that is computed in."""
+    """The numbers that planning needs; `dtype` is the one that is computed in.
+
+    Of the `quantization`, only the KV cache's counts: `weights` are known.
+    """
     size = dtype.itemsize
-    kv = tuple(s.kv_heads * (s.key_dim + s.value_dim) * size for s in model.attention)
+    groups = quantization.kv_groups(str(dtype).removeprefix("torch."))
+    plain = tuple(kv_bytes(layer, None, size) for layer in model.attention)
     config = model.config.get_text_config()
     # Stacked matrices are experts': each row visits some of them.
     experts_per_row = getattr(config, "num_experts_per_tok", None) or 1
@@ -55,8 +65,9 @@ def model_shape(
         hidden_size=int(config.hidden_size),
         widest=widest,
         vocab_size=model.vocab_size,
-        kv_bytes_per_token=kv,
+        kv_bytes_per_token=tuple(kv_bytes(layer, groups, size) for layer in model.attention),
         value_bytes=size,
+        kv_row_bytes=plain if groups else (),
         query_values=max(s.query_heads * s.key_dim for s in model.attention),
         output_values=max(s.query_heads * (s.value_dim + 1) for s in model.attention),
         flops_per_row=sum(
@@ -64,6 +75,7 @@ def model_shape(
         ),
         head_flops_per_row=2 * int(config.hidden_size) * model.vocab_size,
         expanded_bytes=max(sum(w.expanded_bytes for w in unit) for unit in units),
+        expanded_in_sweep=sum(w.expanded_bytes for unit in units for w in unit),
         prepared_bytes=disk.to_write,
         always_prepared=weights.quantized,
         tensors=tuple(

@@ -48,6 +48,12 @@ class ModelWeights:
         return [[*self.resident, *own], *self.layers, self.head]
 
     @property
+    def most_expanded(self) -> Weight | None:
+        """The largest one of those that are stored in another form than they are computed with."""
+        largest = max(self.all, key=lambda weight: weight.expanded_bytes)
+        return largest if largest.expanded_bytes else None
+
+    @property
     def quantized(self) -> bool:
         """Whether some are; then all are read from a prepared store."""
         return any(weight.spec is not None for weight in self.all)

@@ -66,9 +66,10 @@ class Runtime:
         weights = find_weights(self.model, config.quantization, checkpoint.packed)
         self._offload_directory = offload_directory(config)
         disk = plan_disk(checkpoint, weights.units, self._offload_directory)
-        self.shape = model_shape(self.model, weights, self.dtype, disk)
+        self.shape = model_shape(self.model, weights, self.dtype, disk, config.quantization)
         self.policy = self._choose_policy(config)
         self._finds_row_budget = config.max_rows is None and config.policy is None
+        self._expanded = weights.most_expanded
         activations = workspace(self.shape, self.policy)
         account = self.backend.account
         account.charge(Tier.DEVICE, activations, "working memory for activations")
@@ -96,7 +97,10 @@ class Runtime:
         closing.callback(self.transfers.close)
         self.raw_speeds: dict[Link, float] = {}
         self._budget: RowBudget | None = None
-        self._executor = Executor(
+        self._executor = self._make_executor(closing)
+
+    def _make_executor(self, closing: contextlib.ExitStack) -> Executor:
+        return Executor(
             self.model,
             self.weights.store,
             self.kv_cache,
@@ -157,7 +161,7 @@ class Runtime:
     def _choose_attention(self, closing: contextlib.ExitStack) -> AttentionBackend:
         if self.backend.device.type != "cpu":
             where = self.policy.page_tokens, self.backend.device
-            found = usable(set(self.model.attention), self.dtype, *where)
+            found = usable(set(self.model.attention), self.dtype, *where, self.kv_cache.format)
             return TritonAttention() if found else TorchAttention()
         from flexrun.attention.cpu import CpuAttention  # Numba takes a while to import
 
@@ -193,7 +197,8 @@ class Runtime:
             return Hardware(host_to_device=math.inf)
         swap = raw_speeds(self.backend, self.kv_cache.swap_copies())
         free = workspace(self.shape, self.policy)
-        return measured_hardware(self.backend, self.dtype, self.shape, speeds, swap, free)
+        known = self.backend, self.dtype, self.shape, speeds, swap, free
+        return measured_hardware(*known, self._expanded)
 
     def run(
         self,
@@ -225,6 +230,8 @@ class Runtime:
             parts.append(f"layers in {policy.weight_bits} bits")
         if policy.head_bits < PLAIN_BITS:
             parts.append(f"head in {policy.head_bits}")
+        if policy.kv_bits < PLAIN_BITS:
+            parts.append(f"KV cache in {policy.kv_bits}")
         text = stored if stored == computed else f"{stored} computed in {computed}"
         return ", ".join([text, *parts])
 

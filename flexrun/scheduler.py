@@ -174,8 +174,7 @@ class BatchScheduler:
                 free += progress.shared // self.pools.page_tokens
                 later.append(progress)  # its prompt is being computed
                 continue
-            if progress.computed % self.pools.page_tokens:
-                free -= 1  # a copy of the last page that it shares
+            free -= self.pools.copied_pages(progress.computed)
             span = self._span(progress, sweep.left)
             enough = free >= 0 or not self.running
             if not (enough and self.preemption.pages_for(progress, span.end)):
@@ -270,8 +269,7 @@ class BatchScheduler:
         if there is None:
             return False
         numbers = there.sequence, progress.sequence
-        if self.pools.fork(*numbers, progress.shared, there.computed):
-            progress.computed = progress.shared
+        progress.computed = self.pools.fork(*numbers, progress.shared, there.computed)
         return True
 
     def _promote(self) -> None:

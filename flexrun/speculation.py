@@ -71,6 +71,8 @@ class Speculation:
         if self.pools.tails:
             # A page on DISK is written when it is full: all its tokens have to be right by then.
             most = min(most, -(span.end + 1) % self.pools.page_tokens)
+        if self.pools.keeps_recent and not span.end % self.pools.page_tokens:
+            most = 0  # rows in two pages are attended to like a prompt's
         if self.spares_host:
             pages = self.pools.tables[span.sequence].pages
             most *= all(page.tier is not Tier.HOST for page in pages)

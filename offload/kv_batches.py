@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from offload.kv_hosted import HostedRows, can_be_hosted, hosted_rows, split_spans
 from offload.kv_layout import KVGroup, build_group
 from offload.kv_moves import SpanPages
+from offload.kv_recent import RecentRows, recent_rows, recent_span
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ class KVBatch:
     """What the device attends to: one group per tier, in one order, in which results are merged."""
     hosted: HostedRows | None = None
     """What HOST attends to."""
+    recent: RecentRows | None = None
+    """What happens in the newest pages, if these are apart."""
+
+    @property
+    def attended(self) -> list[KVGroup]:
+        """All that the device attends to."""
+        return self.groups if self.recent is None else [*self.groups, self.recent.group]
 
 
 @dataclass(slots=True)
@@ -66,10 +74,26 @@ class KVPlanner:
             for number, each in enumerate(found):
                 spans = each[Tier.HOST]
                 hosted[number], each[Tier.HOST] = split_spans(spans, share, self.staging_pages)
+        tokens, device = self.pools.page_tokens, self.device
         return [
-            KVBatch(self._groups(by_tier), hosted_rows(spans, self.pools.page_tokens, self.device))
-            for by_tier, spans in zip(found, hosted)
+            KVBatch(self._groups(by_tier), hosted_rows(there, tokens, device), self._recent(spans))
+            for by_tier, there, spans in zip(found, hosted, micro_batches)
         ]
+
+    def _recent(self, spans: Sequence[Span]) -> RecentRows | None:
+        """What `spans` do in the newest pages of their sequences."""
+        if not self.pools.keeps_recent:
+            return None
+        tokens = self.pools.page_tokens
+        tables = [self.pools.tables[span.sequence] for span in spans]
+        places, row = [], 0
+        for span, table in zip(spans, tables):
+            assert table.tail is not None
+            places.append(
+                recent_span(row, span.start, span.start + span.length, tokens, table.tail)
+            )
+            row += span.length
+        return recent_rows(places, [table.pages for table in tables], tokens, self.device)
 
     def _by_tier(self, spans: Sequence[Span]) -> dict[Tier, list[SpanPages]]:
         by_tier: dict[Tier, list[SpanPages]] = {tier: [] for tier in Tier}
@@ -78,9 +102,13 @@ class KVPlanner:
             table = self.pools.tables[span.sequence]
             end = span.start + span.length
             count = self.pools.pages_for(end)
-            newest = table.pages[count - 1].tier
-            for tier, (pages, indices) in table.by_tier(count).items():
-                place = span.start, end, pages, indices, newest is tier, table.tail
+            first, newest = 0, table.pages[count - 1].tier
+            apart = self.pools.keeps_recent
+            if apart:  # the first page, and what was not full
+                first, count = 1, span.start // self.pools.page_tokens
+            for tier, (pages, indices) in table.by_tier(count, first).items():
+                own = newest is tier and not apart
+                place = span.start, end, pages, indices, own, table.tail
                 by_tier[tier].append(SpanPages(row, *place))
             row += span.length
         return by_tier

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from offload.kv_batches import KVBatch, KVPlanner
-from offload.kv_copies import copy_pages, swap_copies
+from offload.kv_copies import PagePlaces, copy_pages, swap_copies
 from offload.kv_disk import DiskPages
 from offload.kv_host import HostPages
+from offload.kv_memory import KVMemory
+from offload.kv_recent import RecentPages
 from offload.kv_staging import StagedPages, Visit
 from offload.links import Link
 from offload.paged_kv import KVFormat, PagedKV
@@ -50,21 +52,19 @@ class KVCache:
     ) -> None:
         """`staging_pages` per staged tier and turn; the file of DISK pages lies in `directory`.
 
-        With `groups` pages are stored in few bits, once they are full.
+        With `groups` full pages are stored in few bits.
         """
-        self._shapes = shapes
         self._pools = pools
         self._backend = backend
         self._transfers = transfers
-        self._format = KVFormat(dtype, groups)
-        tokens = pools.page_tokens
-        self._page_bytes = sum(self._format.page_bytes(shape, tokens) for shape in shapes)
-        """Of one page in all layers."""
-        self._homes: list[tuple[Tier, torch.Tensor]] = []
+        self._memory = KVMemory(shapes, KVFormat(dtype, groups), pools.page_tokens, backend)
         self._layers: dict[Tier, list[PagedKV]] = {}
         """Pages in memory."""
         self._staged: dict[Tier, StagedPages] = {}
         """Those that attention does not read where they are."""
+        self._recent: RecentPages | None = None
+        self._rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        """New keys and values [rows, kv_heads, dim] that are packed once the layer has run."""
         self._batches: list[KVBatch] = []
         self._arriving: dict[tuple[int, int], list[Transfer]] = {}
         """By layer and micro-batch."""
@@ -76,51 +76,41 @@ class KVCache:
         self._last_store: dict[int, list[Transfer]] = {}
         self._earlier_store: dict[int, list[Transfer]] = {}
         """By layer, before this sweep: within one, no sequence reads what another one stores."""
-        pools.on_change = self._charge_pages
+        pools.on_change = self._memory.charge
         try:
-            self._add_pools()
+            for tier, pages in pools.capacity.items():
+                if pages and tier is not Tier.DISK:
+                    self._layers[tier] = self._memory.home(tier, pages)
             self._add_staged(staging_pages, directory)
+            if pools.keeps_recent:
+                self._recent = RecentPages(self._memory, pools.tails)
             self._planner = KVPlanner(
                 pools,
                 backend.device,
                 self._staged.keys(),
                 staging_pages,
                 gathered_tokens,
-                self._page_bytes,
+                self._memory.page_bytes,
             )
         except BaseException:
             self.close()
             raise
 
-    def _add_pools(self) -> None:
-        for tier, pages in self._pools.capacity.items():
-            if pages and tier is not Tier.DISK:
-                self._layers[tier] = [self._pool(tier, pages, shape) for shape in self._shapes]
+    @property
+    def format(self) -> KVFormat:
+        """How pages are stored when they are full."""
+        return self._memory.format
 
     def _add_staged(self, pages: int, directory: Path | None) -> None:
-        tokens, capacity, swap = self._pools.page_tokens, self._pools.capacity, self._pools.swap
+        capacity, swap = self._pools.capacity, self._pools.swap
         pages = 0 if swap is Tier.DISK else pages  # nobody attends to pages on the swap tier
-        common = (
-            self._shapes,
-            self._format,
-            tokens,
-            pages,
-            self._allocate,
-            self._backend,
-            self._transfers,
-        )
+        common = self._memory, pages, self._transfers
         if capacity.get(Tier.HOST) and not (self._backend.unified or swap is Tier.HOST):
             self._staged[Tier.HOST] = HostPages(self._layers[Tier.HOST], *common)
         if on_disk := capacity.get(Tier.DISK):
             assert directory is not None
-            tails = self._pools.tails
+            tails = 0 if self._pools.keeps_recent else self._pools.tails
             self._staged[Tier.DISK] = DiskPages(directory, on_disk, tails, *common)
-
-    def _allocate(self, tier: Tier, cells: torch.dtype, count: int, what: str) -> torch.Tensor:
-        home = self._backend.allocate(tier, count * cells.itemsize, what)
-        self._homes.append((tier, home))
-        # Slots that hold no token yet are read and weighted with zero: they must not hold NaN.
-        return home.zero_().view(cells)
 
     def erase(self, sequence: int) -> None:
         """Zero the pages of a sequence whose values may not be numbers, before others get them."""
@@ -136,24 +126,8 @@ class KVCache:
                 continue
             for pool in self._layers[tier]:
                 pool.raw[torch.tensor(pages, device=pool.raw.device)] = 0
-
-    def _charge_pages(self, tier: Tier, pages: int) -> None:
-        if tier not in self._backend.lazy:
-            return  # the whole pool was charged
-        nbytes = pages * self._page_bytes
-        if nbytes > 0:
-            self._backend.account.charge(tier, nbytes, "the KV cache")
-        else:
-            self._backend.account.refund(tier, -nbytes)
-
-    def _pool(self, tier: Tier, pages: int, shape: LayerShape) -> PagedKV:
-        tokens = self._pools.page_tokens
-        count, cells = pages * self._format.page(shape, tokens), self._format.cells
-        if tier in self._backend.lazy:
-            data = self._backend.reserve(count * cells.itemsize).view(cells)
-        else:
-            data = self._allocate(tier, cells, count, "the KV cache")
-        return PagedKV.of(data, shape, tokens, self._format)
+        if self._recent is not None and table.tail is not None:
+            self._recent.erase(table.tail)
 
     def raw_copies(self) -> list[tuple[Link, list[RawCopy]]]:
         """Copies that show what the link from HOST can do; only before the first sweep."""
@@ -164,7 +138,7 @@ class KVCache:
 
     def swap_copies(self) -> list[tuple[Link, list[RawCopy]]]:
         """Copies that show what the link to the swap tier can do; only before the first sweep."""
-        return swap_copies(self._pools, self._layers, self._disk_pages())
+        return swap_copies(self._pools, self._places())
 
     def begin(self, micro_batches: Sequence[Sequence[Span]]) -> None:
         """Prepare the index tensors of a sweep's micro-batches (each a sequence of spans)."""
@@ -198,13 +172,13 @@ class KVCache:
         if not self._copies:
             return []
         earlier = self._earlier_store.get(layer, ())
-        places = self._copies, layer, self._layers, self._disk_pages()
+        places = self._copies, layer, self._places()
         return copy_pages(*places, self._backend, self._transfers, earlier)
 
-    def _disk_pages(self) -> DiskPages | None:
+    def _places(self) -> PagePlaces:
         disk = self._staged.get(Tier.DISK)
         assert disk is None or isinstance(disk, DiskPages)
-        return disk
+        return PagePlaces(self._layers, disk, self._recent)
 
     def arriving(self, layer: int, number: int) -> list[Transfer]:
         """What `append` will wait for: the pages of a micro-batch that had to move."""
@@ -215,6 +189,9 @@ class KVCache:
         for transfer in self.arriving(layer, number):
             transfer.wait()
         key, value = key.transpose(0, 1), value.transpose(0, 1)  # [rows, kv_heads, dim]
+        recent = self._batches[number].recent
+        if recent is not None and recent.keeps_rows:
+            self._rows[layer, number] = key, value
         for group, pool in self.view(layer, number):
             visit, staged = self._visit(layer, number, group), self._staged.get(group.tier)
             if staged is not None:
@@ -231,16 +208,19 @@ class KVCache:
 
     def view(self, layer: int, number: int) -> list[tuple[KVGroup, PagedKV]]:
         """The rows of a micro-batch by pool, with the pool of `layer`."""
-        turn = self._turn(layer, number)
-        return [
+        turn, batch = self._turn(layer, number), self._batches[number]
+        found = [
             (
                 group,
                 self._staged[group.tier].pool(layer, turn)
                 if group.staged
                 else self._layers[group.tier][layer],
             )
-            for group in self._batches[number].groups
+            for group in batch.groups
         ]
+        if self._recent is not None and batch.recent is not None:
+            found.append((batch.recent.group, self._recent.pools[layer]))
+        return found
 
     def attend_on_host(self, share: Callable[[int], float]) -> None:
         """Let HOST attend to pages there for single rows: see `KVPlanner.host_share`."""
@@ -248,7 +228,7 @@ class KVCache:
 
     def groups(self, number: int) -> list[KVGroup]:
         """What the device does with the pages of a micro-batch."""
-        return self._batches[number].groups
+        return self._batches[number].attended
 
     def hosted(self, number: int) -> HostedRows | None:
         """The rows of a micro-batch that attend to pages on HOST there."""
@@ -277,7 +257,7 @@ class KVCache:
         for group in self._batches[number].groups:
             if group.staged:
                 self._staged[group.tier].release(self._turn(layer, number))
-        stored = self._new.pop((layer, number), [])
+        stored = self._new.pop((layer, number), []) + self._pack(layer, number)
         if stored:
             under_way = []
             for transfer in self._last_store.get(layer, []):
@@ -288,6 +268,23 @@ class KVCache:
             self._last_store[layer] = [*under_way, *stored]
         return stored
 
+    def _pack(self, layer: int, number: int) -> list[Transfer]:
+        """Send pages that are full now to their tiers."""
+        recent = self._batches[number].recent
+        sent: list[Transfer] = []
+        if recent is None or self._recent is None:
+            return sent
+        rows = self._rows.pop((layer, number), None)
+        for pages in recent.full:
+            packed = self._recent.packed(layer, pages, rows)
+            if (staged := self._staged.get(pages.tier)) is not None:
+                visit = self._visit(layer, number, recent.group)
+                sent += staged.keep_pages(visit, packed, pages.numbers)
+            else:
+                self._layers[pages.tier][layer].raw.index_copy_(0, pages.numbers, packed)
+        self._recent.store_late(layer, recent, rows)
+        return sent
+
     def close(self) -> None:
         """Give all memory back, also the pages of sequences that were broken off."""
         for sequence in list(self._pools.tables):
@@ -296,7 +293,9 @@ class KVCache:
         self._pools.settle()
         for staged in self._staged.values():
             staged.close()
-        for tier, home in self._homes:
-            self._backend.free(tier, home)
-        for each in (self._homes, self._layers, self._staged, self._batches, self._arriving):
+        if self._recent is not None:
+            self._recent.close()
+        self._memory.close()
+        for each in (self._layers, self._staged, self._batches, self._arriving):
             each.clear()
+        self._rows.clear()

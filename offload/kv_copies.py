@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from offload.backend import DeviceBackend
     from offload.kv_disk import DiskPages
+    from offload.kv_recent import RecentPages
     from offload.page_table import PageCopy
     from offload.paged_kv import PagedKV
     from offload.pages import PagePools
@@ -24,36 +26,45 @@ if TYPE_CHECKING:
     from offload.transfer_engine import TransferEngine
 
 
-def place(
-    page: Page,
-    layer: int,
-    memory: Mapping[Tier, Sequence[PagedKV]],
-    disk: DiskPages | None,
-    tail: int | None = None,
-) -> torch.Tensor | FileExtent:
-    """Where one layer of a page lies: uint8, or an extent of the file."""
-    if page.tier is not Tier.DISK:
-        return memory[page.tier][layer].raw[page.number].view(torch.uint8)
-    assert disk is not None
-    return disk.page(layer, page.number) if tail is None else disk.tail(layer, tail)
+@dataclass(frozen=True, slots=True)
+class PagePlaces:
+    """Where pages lie."""
+
+    memory: Mapping[Tier, Sequence[PagedKV]]
+    """Pools in memory by layer."""
+    disk: DiskPages | None
+    recent: RecentPages | None = None
+    """Tails where every sequence has one; else only those with pages on DISK have."""
+
+    def of(
+        self, page: Page, layer: int, tail: int | None = None, *, first: bool = False
+    ) -> torch.Tensor | FileExtent:
+        """One layer of a page: uint8, or an extent of the file."""
+        if tail is not None and self.recent is not None:
+            return self.recent.page(layer, tail, first=first)
+        if page.tier is not Tier.DISK:
+            return self.memory[page.tier][layer].raw[page.number].view(torch.uint8)
+        assert self.disk is not None
+        return self.disk.page(layer, page.number) if tail is None else self.disk.tail(layer, tail)
 
 
 def copy_pages(
     copies: Sequence[PageCopy],
     layer: int,
-    memory: Mapping[Tier, Sequence[PagedKV]],
-    disk: DiskPages | None,
+    places: PagePlaces,
     backend: DeviceBackend,
     transfers: TransferEngine,
     after: Sequence[Transfer],
 ) -> list[Transfer]:
     """Copy one layer's pages; what is to read or write them has to wait for the transfers.
 
-    From a separate device pages go to the device or to HOST, not to DISK. `memory` holds the pools
-    in memory by layer; `after` is what still stores rows in this layer.
+    From a separate device pages go to the device or to HOST, not to DISK. `after` is what still
+    stores rows in this layer.
     """
 
     def tier_of(page: Page, tail: int | None) -> Tier:
+        if tail is not None and places.recent is not None:
+            return Tier.DEVICE
         if page.tier is Tier.DISK and tail is None:
             return Tier.DISK
         # A tail is in RAM, and RAM may be the device's own memory.
@@ -61,8 +72,8 @@ def copy_pages(
 
     started = []
     for copy in copies:
-        source = place(copy.source, layer, memory, disk, copy.from_tail)
-        target = place(copy.target, layer, memory, disk, copy.to_tail)
+        source = places.of(copy.source, layer, copy.from_tail, first=copy.first)
+        target = places.of(copy.target, layer, copy.to_tail, first=copy.first)
         way = tier_of(copy.source, copy.from_tail), tier_of(copy.target, copy.to_tail)
         started.append(_copy(source, target, way, backend, transfers, after))
     return [transfer for transfer in started if transfer is not None]
@@ -96,9 +107,7 @@ def _copy(
     return None
 
 
-def swap_copies(
-    pools: PagePools, memory: Mapping[Tier, Sequence[PagedKV]], disk: DiskPages | None
-) -> list[tuple[Link, list[RawCopy]]]:
+def swap_copies(pools: PagePools, places: PagePlaces) -> list[tuple[Link, list[RawCopy]]]:
     """Some pages of the device and places on the swap tier, with the link between them."""
     swap = pools.swap
     if swap is None:
@@ -107,9 +116,7 @@ def swap_copies(
     link = Link.DEVICE_TO_HOST if swap is Tier.HOST else Link.HOST_TO_DISK
 
     def raw(number: int) -> RawCopy:
-        source, target = (
-            place(Page(tier, number), 0, memory, disk) for tier in (Tier.DEVICE, swap)
-        )
+        source, target = (places.of(Page(tier, number), 0) for tier in (Tier.DEVICE, swap))
         return RawCopy(source, target, number)
 
     return [(link, [raw(number) for number in range(count)])]

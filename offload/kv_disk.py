@@ -11,8 +11,8 @@ from offload.direct_file import DirectFile, file_error
 from offload.disk_layout import kv_file_layout
 from offload.kv_moves import Run
 from offload.kv_staging import StagedPages, Visit
-from offload.links import FileExtent, SomeRows
-from offload.paged_kv import PagedKV
+from offload.links import FileExtent, Link, SomeRows
+from offload.ram import map_memory
 from offload.tiers import DISK_BLOCK, Tier
 from offload.transfer import URGENT
 
@@ -38,20 +38,12 @@ class DiskPages(StagedPages):
     def __init__(self, directory: Path, pages: int, tails: int, *arguments: Any) -> None:
         """`pages` on disk, and the unfinished pages of up to `tails` sequences."""
         super().__init__(*arguments)
-        form, tokens = self._format, self._page_tokens
-        self._page_bytes = [form.page_bytes(shape, tokens) for shape in self._shapes]
-        ram = Tier.DEVICE if self._backend.unified else Tier.HOST
-        self._tails = [
-            PagedKV.of(
-                self._allocate(
-                    ram, form.cells, tails * form.page(shape, tokens), "KV pages that are not full"
-                ),
-                shape,
-                tokens,
-                form,
-            )
-            for shape in self._shapes
+        memory = self._memory
+        self._page_bytes = [
+            memory.format.page_bytes(shape, memory.page_tokens) for shape in memory.shapes
         ]
+        ram = Tier.DEVICE if self._backend.unified else Tier.HOST
+        self._tails = memory.pools(ram, tails, "KV pages that are not full") if tails else []
         self._starts, self.nbytes = kv_file_layout(self._page_bytes, pages)
         self._backend.account.charge(Tier.DISK, self.nbytes, "the KV cache")
         try:
@@ -107,6 +99,45 @@ class DiskPages(StagedPages):
         # What comes after `out` comes after all that it waited for.
         staging.kept = [out, *self._write(visit, staging.pinned_out, first, [out])]
         return staging.kept
+
+    def keep_pages(
+        self, visit: Visit, packed: torch.Tensor, numbers: torch.Tensor
+    ) -> list[Transfer]:
+        """As many at a time as staging has room for; straight to the file where RAM is the device's
+        memory.
+        """
+        if self._backend.unified:
+            data = map_memory(packed.nbytes, huge_pages=False)  # direct I/O wants whole blocks
+            data.copy_(packed.view(-1))
+            return [self._write_pages(visit, data, numbers, visit.after)]
+        staging = self.stagings[visit.turn]
+        sent: list[Transfer] = []
+        assert staging.pinned_out is not None
+        room = staging.pinned_out.nbytes // packed.shape[1]
+        for pages, places in zip(packed.split(room), numbers.split(room)):
+            self._make_way()
+            out = self._transfers.submit(
+                Link.DEVICE_TO_HOST,
+                pages.view(-1),
+                staging.pinned_out[: pages.nbytes],
+                kind="kv",
+                after=[self._backend.record(), *staging.kept, *visit.after],
+            )
+            self._leaving.append(out)
+            staging.kept = [out, self._write_pages(visit, staging.pinned_out, places, [out])]
+            sent += staging.kept
+        return sent
+
+    def _write_pages(
+        self, visit: Visit, data: torch.Tensor, numbers: torch.Tensor, after: Sequence[Transfer]
+    ) -> Transfer:
+        """Pages that lie one after another in `data`."""
+        pairs = enumerate(numbers.tolist())
+        copies = [
+            (self._bytes(data, visit.layer, place, 1), self.page(visit.layer, number))
+            for place, number in pairs
+        ]
+        return self._transfers.submit_to_disk(copies, kind="kv", after=after, priority=URGENT)
 
     def _write(
         self, visit: Visit, source: torch.Tensor, first: int, after: Sequence[Transfer]

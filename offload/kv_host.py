@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offload.kv_staging import StagedPages, Visit
-from offload.links import PageSlots
-from offload.tiers import LEAVING_BATCHES, Tier
+from offload.links import PageSlots, SomeRows
+from offload.tiers import Tier
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +25,6 @@ class HostPages(StagedPages):
     def __init__(self, pools: Sequence[PagedKV], *arguments: Any) -> None:
         super().__init__(*arguments)
         self._pools = list(pools)
-        self._leaving: deque[Transfer] = deque()
-        """Copies of new rows, the earliest first, that may still read them on the device."""
 
     def fetch(self, visit: Visit) -> list[Transfer]:
         """Gathered into one copy."""
@@ -37,13 +34,28 @@ class HostPages(StagedPages):
 
     def keep(self, visit: Visit, packed: torch.Tensor) -> list[Transfer]:
         """The new rows, scattered into their pages when they have arrived."""
-        while len(self._leaving) >= LEAVING_BATCHES:
-            self._leaving.popleft().wait()  # or rows of all layers would pile up on the device
+        self._make_way()
         home, staging, slots = self._pools[visit.layer], self.stagings[visit.turn], visit.group.home
         assert slots is not None
         staging.kept = [self._scatter(visit, packed, PageSlots(home, slots, staging.pinned_out))]
         self._leaving += staging.kept
         return staging.kept
+
+    def keep_pages(
+        self, visit: Visit, packed: torch.Tensor, numbers: torch.Tensor
+    ) -> list[Transfer]:
+        """As many at a time as staging has room for."""
+        home, staging = self._pools[visit.layer].raw, self.stagings[visit.turn]
+        assert staging.pinned_out is not None
+        room = staging.pinned_out.nbytes // packed.shape[1]
+        sent = []
+        for pages, places in zip(packed.split(room), numbers.split(room)):
+            self._make_way()
+            target = SomeRows(home, places, torch.arange(len(places)), staging.pinned_out)
+            staging.kept = [self._scatter(visit, pages, target)]
+            self._leaving += staging.kept
+            sent += staging.kept
+        return sent
 
     def erase(self, pages: Sequence[int]) -> None:
         """Slots without a token are read, too, with weight zero."""
@@ -55,4 +67,3 @@ class HostPages(StagedPages):
         """Let go of all memory."""
         super().close()
         self._pools.clear()
-        self._leaving.clear()

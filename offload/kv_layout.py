@@ -126,7 +126,8 @@ class KVGroup:
         """The spans of at least so many rows."""
         key = "chunks", fewest
         if key not in self._memo:
-            self._memo[key] = [self._chunk(s) for s in self.spans if s.count >= fewest]
+            chosen = [s for s in self.spans if s.count >= fewest or s.crosses]
+            self._memo[key] = [self._chunk(span) for span in chosen]
         chunks: list[Chunk] = self._memo[key]
         return chunks
 
@@ -134,7 +135,7 @@ class KVGroup:
         """The spans of fewer rows, or all of them; None where there are none."""
         key = "paged", below
         if key not in self._memo:
-            chosen = [s for s in self.spans if below is None or s.count < below]
+            chosen = [s for s in self.spans if below is None or (s.count < below and not s.crosses)]
             self._memo[key] = _paged_spans(chosen, self.device) if chosen else None
         spans: PagedSpans | None = self._memo[key]
         return spans

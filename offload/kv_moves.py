@@ -25,6 +25,8 @@ class SpanPages:
     newest: bool = True
     """The page of the last position is among them."""
     tail: int | None = None
+    crosses: bool = False
+    """Its rows are in more pages than are in the pool: they are a chunk, however few."""
 
     @property
     def count(self) -> int:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from offload.links import Link, ScatteredRows, TensorRows
 from offload.paged_kv import PagedKV
-from offload.tiers import TURNS, Tier
+from offload.tiers import LEAVING_BATCHES, TURNS, Tier
 from offload.transfer import URGENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     import torch
 
-    from offload.backend import DeviceBackend
     from offload.kv_layout import KVGroup
-    from offload.paged_kv import KVFormat, LayerShape
+    from offload.kv_memory import KVMemory
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
 
@@ -60,22 +60,19 @@ class StagedPages(ABC):
 
     def __init__(
         self,
-        shapes: Sequence[LayerShape],
-        form: KVFormat,
-        page_tokens: int,
+        memory: KVMemory,
         pages: int,
-        allocate: Callable[[Tier, torch.dtype, int, str], torch.Tensor],
-        backend: DeviceBackend,
         transfers: TransferEngine,
     ) -> None:
-        """`pages` fit into one staging; `allocate(tier, type, cells, what)` gives memory."""
-        self._allocate = allocate
-        self._shapes = shapes
-        self._format = form
-        self._page_tokens = page_tokens
-        self._backend = backend
+        """`pages` fit into one staging."""
+        self._memory = memory
+        self._backend = memory.backend
         self._transfers = transfers
-        cells = pages * max(form.page(shape, page_tokens) for shape in shapes)
+        self._leaving: deque[Transfer] = deque()
+        """Copies of new rows or pages, the earliest first, that may still read them on the device.
+        """
+        form, backend, allocate = memory.format, memory.backend, memory.allocate
+        cells = pages * max(form.page(shape, memory.page_tokens) for shape in memory.shapes)
         what = "staging for KV pages"
         self.stagings = [
             Staging(allocate(Tier.DEVICE, form.cells, cells, what)) for _ in range(TURNS)
@@ -86,11 +83,12 @@ class StagedPages(ABC):
 
     def pool(self, layer: int, turn: int) -> PagedKV:
         """What attention reads: staging as pages of a layer."""
-        shape, staging = self._shapes[layer], self.stagings[turn]
+        memory, staging = self._memory, self.stagings[turn]
+        shape = memory.shapes[layer]
         sizes = (shape.kv_heads, shape.key_dim, shape.value_dim)
         if sizes not in staging.pools:
             staging.pools[sizes] = PagedKV.of(
-                staging.device, shape, self._page_tokens, self._format
+                staging.device, shape, memory.page_tokens, memory.format
             )
         return staging.pools[sizes]
 
@@ -110,6 +108,17 @@ class StagedPages(ABC):
     @abstractmethod
     def keep(self, visit: Visit, packed: torch.Tensor) -> list[Transfer]:
         """Send new keys and values, `packed` and already in staging, to the tier."""
+
+    @abstractmethod
+    def keep_pages(
+        self, visit: Visit, packed: torch.Tensor, numbers: torch.Tensor
+    ) -> list[Transfer]:
+        """Send full pages [n, bytes] to `numbers` [n] of the tier; they are not in staging."""
+
+    def _make_way(self) -> None:
+        """Before more leaves the device, let the earliest be gone: all layers' would pile up."""
+        while len(self._leaving) >= LEAVING_BATCHES:
+            self._leaving.popleft().wait()
 
     def release(self, turn: int) -> None:
         """The compute submitted so far is the last that reads what is in staging."""
@@ -158,3 +167,4 @@ class StagedPages(ABC):
     def close(self) -> None:
         """Let go of all memory and files."""
         self.stagings.clear()
+        self._leaving.clear()

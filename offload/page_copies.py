@@ -23,7 +23,9 @@ class PageCopies:
     def add(self, copy: PageCopy) -> None:
         """Make `copy` in the next sweep, if need be from where its source is now."""
         for earlier in self.waiting:
-            if earlier.target == copy.source:  # which is not there yet
+            # What is at a tail is there, unless a copy brings it.
+            chained = copy.from_tail is None or earlier.to_tail is not None
+            if chained and earlier.target == copy.source:  # which is not there yet
                 copy = copy._replace(source=earlier.source, from_tail=earlier.from_tail)
         self.waiting.append(copy)
 

@@ -29,6 +29,8 @@ class PageCopy(NamedTuple):
     """The source is on DISK and not full: what it holds is at this place in RAM. The same for …"""
     to_tail: int | None = None
     """… the target."""
+    first: bool = False
+    """Of two pages at each tail, these are the first ones of their sequences."""
 
 
 @dataclass(slots=True)
@@ -43,13 +45,13 @@ class PageTable:
     room: int = 0
     """Positions that it may have without another page, or a copy of one that others have, too."""
 
-    def by_tier(self, count: int) -> dict[Tier, tuple[list[int], list[int]]]:
-        """Numbers and places of the first `count` pages, for every tier that some are on.
+    def by_tier(self, count: int, first: int = 0) -> dict[Tier, tuple[list[int], list[int]]]:
+        """Numbers and places of pages from `first` to `count`, for every tier that some are on.
 
         The tiers come in one order, whatever the table.
         """
         found: dict[Tier, tuple[list[int], list[int]]] = {tier: ([], []) for tier in Tier}
-        for index, page in enumerate(self.pages[:count]):
+        for index, page in enumerate(self.pages[first:count], first):
             numbers, places = found[page.tier]
             numbers.append(page.number)
             places.append(index)

@@ -38,6 +38,14 @@ class KVFormat:
         """Type of a cell."""
         return self.dtype if self.groups is None else torch.uint8
 
+    @property
+    def rotated(self) -> bool:
+        """Keys and values are stored as `compression.rotation` turns them, all of one pool alike.
+
+        So queries have to be turned for them, and what attention gives has to be turned back.
+        """
+        return self.groups is not None
+
     def row(self, dim: int) -> int:
         """Cells of the `dim` values of one token and head."""
         return dim if self.groups is None else self.groups.row_bytes(dim)

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from offload.page_choice import choose_tiers
 from offload.page_copies import PageCopies
 from offload.page_table import Page, PageCopy, PageTable
 from offload.tiers import Tier
@@ -30,6 +31,9 @@ class PagePools:
     """Most pages of a tier that one sequence, or one micro-batch, may have (staging is finite)."""
     tails: int = 0
     """Sequences that may have pages on DISK: each needs a page in RAM besides."""
+    keeps_recent: bool = False
+    """Pages are packed when they are full. Every sequence needs a tail for its newest page, and its
+    first one, which stays there."""
     swap: Tier | None = None
     """A tier whose pages only sequences that wait have."""
     on_change: Callable[[Tier, int], None] | None = None
@@ -59,11 +63,6 @@ class PagePools:
     def total_free(self) -> int:
         """Pages that no sequence holds and every one may have."""
         return sum([len(free) for tier, free in self._free.items() if tier is not self.swap])
-
-    @property
-    def held(self) -> int:
-        """Pages that sequences hold, or that are about to be read."""
-        return sum(n - len(self._free[tier]) for tier, n in self.capacity.items() if n)
 
     def owners(self, page: Page) -> int:
         """Sequences that `page` belongs to."""
@@ -118,28 +117,13 @@ class PagePools:
         """A tier for each of `count` new pages; None if there are not so many."""
         free = {tier: len(each) for tier, each in self._free.items() if tier is not self.swap}
         if table.tail is None and not self._free_tails:
-            free.pop(Tier.DISK, None)
-        if len(free) == 1 and not self.largest_table:
-            (tier,) = free
-            return [tier] * count if count <= free[tier] else None
-        held = Counter(page.tier for page in table.pages) if count > 0 else Counter()
-        chosen = []
-        for _ in range(count):
-            room = [
-                tier
-                for tier, pages in free.items()
-                if pages and held[tier] < self.largest_table.get(tier, self.capacity[tier])
-            ]
-            if not room:
+            if self.keeps_recent:
                 return None
-            tier = max(room, key=lambda t: free[t] / self.capacity[t])
-            free[tier] -= 1
-            held[tier] += 1
-            chosen.append(tier)
-        return chosen
+            free.pop(Tier.DISK, None)
+        return choose_tiers(table.pages, count, free, self.capacity, self.largest_table)
 
     def _take(self, table: PageTable, tiers: Sequence[Tier]) -> list[Page]:
-        if Tier.DISK in tiers and table.tail is None:
+        if (self.keeps_recent or Tier.DISK in tiers) and table.tail is None:
             table.tail = self._free_tails.pop()
         # Last in, first out: a sequence gets pages that lie next to each other, as they were taken.
         pages = [Page(tier, self._free[tier].pop()) for tier in tiers]
@@ -148,32 +132,48 @@ class PagePools:
         self._report(tiers, 1)
         return pages
 
-    def fork(self, parent: int, child: int, tokens: int, computed: int) -> bool:
+    def fork(self, parent: int, child: int, tokens: int, computed: int) -> int:
         """Let the new sequence `child` begin with the first `tokens` of `computed` positions.
 
         They share pages; a last page that is not full is copied by whoever adds rows to it first.
-        On DISK, where such a page is its owner's tail, the child has a copy from the start. False,
-        and nothing changes, if there is no room for that.
+        Of pages that are at their owner's tail the child has copies from the start. Returns how
+        many positions the child has: none, and nothing changes, if there is no room for that, and
+        only those in full pages if the last one was packed, and its values are not known exactly.
         """
-        origin, table = self.tables[parent], PageTable(tokens=tokens)
+        origin = self.tables[parent]
         assert child not in self.tables
         assert tokens <= computed <= origin.tokens
-        full, count = tokens // self.page_tokens, self.pages_for(tokens)
-        table.pages = origin.pages[:count]
-        if count > full and table.pages[full].tier is Tier.DISK:
-            source = table.pages.pop()
-            if (tiers := self._choose(table, 1)) is None:
-                return False
-            table.pages += self._take(table, tiers)
-            in_file = computed >= (full + 1) * self.page_tokens
+        full = tokens // self.page_tokens
+        stored = computed >= (full + 1) * self.page_tokens
+        if self.keeps_recent and stored and full:
+            tokens = full * self.page_tokens
+        table = PageTable(origin.pages[: self.pages_for(tokens)], tokens=tokens)
+        own = self._at_tails(table, full)
+        if (tiers := self._choose(table, len(own))) is None:
+            return 0
+        self._owners.update(page for index, page in enumerate(table.pages) if index not in own)
+        for index, page in zip(own, self._take(table, tiers)):
+            in_file = stored and not self.keeps_recent
             from_tail = None if in_file else origin.tail
-            to_tail = table.tail if tiers == [Tier.DISK] else None
-            self._copies.add(PageCopy(source, table.pages[full], from_tail, to_tail))
-            count = full
-        self._owners.update(table.pages[:count])
+            to_tail = table.tail if self.keeps_recent or page.tier is Tier.DISK else None
+            copy = PageCopy(table.pages[index], page, from_tail, to_tail, first=index == 0)
+            self._copies.add(copy)
+            table.pages[index] = page
         self.tables[child] = table
         origin.room = 0  # its last page may be the child's, too
-        return True
+        return tokens
+
+    def copied_pages(self, tokens: int) -> int:
+        """Pages of a child with `tokens` positions that hold copies, now or soon."""
+        first = self.keeps_recent and tokens >= self.page_tokens
+        return int(first) + int(tokens % self.page_tokens > 0)
+
+    def _at_tails(self, table: PageTable, full: int) -> list[int]:
+        """Which pages of a child are at its parent's tail; so many are `full`."""
+        partial = [full] if len(table.pages) > full else []
+        if self.keeps_recent:
+            return sorted({0, *partial})
+        return [index for index in partial if table.pages[index].tier is Tier.DISK]
 
     def move(self, wanted: Mapping[Page, Tier]) -> list[Page]:
         """Move full pages to another tier, for all sequences that have them; those that did.
@@ -246,7 +246,8 @@ class PagePools:
         """The sequences that have each of `pages`, if it is full."""
         found: dict[Page, list[int]] = {}
         for sequence, table in self.tables.items():
-            for page in table.pages[: table.tokens // self.page_tokens]:
+            first = int(self.keeps_recent)  # nobody reads that where it would be
+            for page in table.pages[first : table.tokens // self.page_tokens]:
                 if page in pages:
                     found.setdefault(page, []).append(sequence)
         return {page: those for page, those in found.items() if len(those) == self._owners[page]}

@@ -46,6 +46,8 @@ HOSTED_TURNS = BROKEN_OFF + 1
 LEAVING_BATCHES = 6
 """Micro-batches whose new keys and values of one layer may be on their way from device to HOST: so
 many that neither has to wait for the other where the link and compute take the same time."""
+PACKED_PAGES = 64
+"""Full pages of one layer that are packed into few bits at a time."""
 
 
 def padded(nbytes: int, unit: int) -> int:

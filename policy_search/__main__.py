@@ -18,12 +18,11 @@ from compression.errors import FlexrunError
 from offload.tiers import Tier
 from policy_search.automatic import automatic_policy
 from policy_search.errors import PolicyError
-from policy_search.flags import Parser, add_quantization_flags, count, size
+from policy_search.flags import Parser, add_quantization_flags, count, quantized_policy, size
 from policy_search.machine import disk_budget, gpu_budget, host_budget
 from policy_search.memory import default_max_rows, memory_of
 from policy_search.model_config import ModelConfig
 from policy_search.plan_text import command_line, plan_text
-from policy_search.policy import QUANTIZATION, Policy
 from policy_search.shape_from_config import shape_from_config
 from policy_search.simulate_command import add_simulate_flags, run_simulate
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from policy_search.memory import TierMemory
+    from policy_search.policy import Policy
 
 DONE, BAD_USAGE = 0, 2
 
@@ -97,8 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     limits, unified = budgets(arguments)
     config = ModelConfig.load(_directory(arguments.model))
     stored, computed = config.types(arguments.dtype, unified=unified)
-    bits = {name: getattr(arguments, name) for name in QUANTIZATION}
-    quantized = Policy(**{name: value for name, value in bits.items() if value is not None})
+    quantized = quantized_policy(arguments)
     shape = shape_from_config(config, stored, computed, quantized.quantization)
     rows = default_max_rows(shape, limits[Tier.DEVICE])
     base = replace(quantized, max_rows=rows).with_batch(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from offload.errors import CapacityError
 from offload.tiers import STAGING_BUFFERS, Split, Tier, format_size, staging_buffer_bytes
-from policy_search.kv_memory import LAZY_FILL
+from policy_search.kv_memory import LAZY_FILL, batch_flags, packed_working
 from policy_search.memory import memory_of, workspace
 from policy_search.policy import DEFAULT_DEPTH
 
@@ -74,7 +74,7 @@ def automatic_policy(
         return everything
     raise shortage or CapacityError(
         f"working memory does not fit on device: {format_size(-room)} is missing",
-        hint="raise --device-memory, or lower --micro-batch and --max-rows",
+        hint=f"raise --device-memory, or lower {batch_flags(shape)}",
     )
 
 
@@ -122,6 +122,7 @@ class _Planner:
         """
         ring = self.shape.working_bytes(self.base.depth) + self.shape.expanded_bytes
         fixed = workspace(self.shape, self.base) + ring + self.shape.resident_bytes
+        fixed += packed_working(self.shape, self.base, unified=self.unified)
         rows = self.base.max_rows * self.shape.hidden_size * self.shape.value_bytes
         host = 0 if self.unified else max(0, self.limits[Tier.HOST] - rows)
         disk = self.limits[Tier.DISK]

@@ -88,6 +88,11 @@ def compute_seconds(shape: ModelShape, hardware: Hardware, rows: int, positions:
     return flops / hardware.flops
 
 
+def expansion_seconds(shape: ModelShape, hardware: Hardware) -> float:
+    """Of the device in every sweep, whatever its rows: weights become what is computed with."""
+    return shape.expanded_in_sweep / hardware.expansion
+
+
 def swapping_is_cheaper(shape: ModelShape, hardware: Hardware, tokens: int) -> bool:
     """Whether `tokens` positions move to another tier and back in less time than they compute.
 
@@ -101,6 +106,8 @@ def free_rows(shape: ModelShape, hardware: Hardware, seconds: float) -> float:
     """Rows that compute in the `seconds` that a sweep's weights need to arrive: they cost nothing.
 
     Sarathi's token budget with the roles changed: there prefill is what a decode batch has room for
-    beside its reads of the weights, here beside their way to the device.
+    beside its reads of the weights, here beside their way to the device. Expanding the weights
+    takes a part of that time.
     """
-    return seconds * hardware.flops / shape.flops_per_row
+    left = max(0.0, seconds - expansion_seconds(shape, hardware))
+    return left * hardware.flops / shape.flops_per_row

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from compression.errors import FlexrunError
 from offload.tiers import parse_size
 from policy_search.errors import PolicyError
-from policy_search.policy import CHOICES
+from policy_search.policy import CHOICES, QUANTIZATION, Policy
 from policy_search.workload import WORKLOADS, Workload
 
 
@@ -35,17 +35,30 @@ def count(text: str) -> int:
     return int(text)
 
 
-def add_quantization_flags(parser: argparse.ArgumentParser) -> None:
-    """The fields of a policy that say what is quantized, None where they are not given."""
-    text = "Store weights in fewer bits, which changes results: off unless asked for."
+def add_quantization_flags(parser: argparse.ArgumentParser, *, kv_cache: bool = True) -> None:
+    """The fields of a policy that say what is quantized, None where they are not given.
+
+    Commands that have no `kv_cache` do not take its bits.
+    """
+    what = "weights or the KV cache" if kv_cache else "weights"
+    text = f"Store {what} in fewer bits, which changes results: off unless asked for."
     add = parser.add_argument_group("quantization", text).add_argument
     bits: dict[str, Any] = {"type": int, "choices": CHOICES["weight_bits"]}
     add("--weight-bits", **bits, help="of the matrices of layers; 4 and 8 in groups (16)")
     add("--head-bits", **bits, help="of the output head and the embedding table (16)")
+    if kv_cache:
+        text = "of keys and values, but for each sequence's first and newest page; 4 in groups (16)"
+        add("--kv-bits", type=int, choices=CHOICES["kv_bits"], help=text)
     sizes = CHOICES["group_size"]
     add("--group-size", type=int, choices=sizes, help="values that share a scale (64)")
     text = "do not quantize tensors in whose names this is found"
     add("--keep", metavar="REGEX", help=text)
+
+
+def quantized_policy(arguments: argparse.Namespace) -> Policy:
+    """The default policy with what `add_quantization_flags` read. Raises `PolicyError`."""
+    given = {name: getattr(arguments, name) for name in QUANTIZATION}
+    return Policy(**{name: value for name, value in given.items() if value is not None})
 
 
 def add_workload_flags(group: argparse._ActionsContainer, requests: int) -> None:

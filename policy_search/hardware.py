@@ -21,5 +21,7 @@ class Hardware:
     """Bytes of weights that arrive from disk."""
     swap: float = math.inf
     """Of KV pages, one by one, on their way to the tier of sequences that wait."""
+    expansion: float = math.inf
+    """Bytes of weights as they are computed with, from those that are stored in another way."""
     flops: float = math.inf
     """Of matrix products on the device, with rows enough to be limited by compute."""

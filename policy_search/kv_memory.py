@@ -12,6 +12,7 @@ from offload.tiers import (
     DISK_BLOCK,
     HOSTED_TURNS,
     LEAVING_BATCHES,
+    PACKED_PAGES,
     Tier,
     format_size,
 )
@@ -51,11 +52,12 @@ def kv_room(
     if staged := _staged_tiers(policy, unified):
         layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
         whole_sequence = -(-context_length // policy.page_tokens)
-        free_here = room[Tier.DEVICE] - _hosted_working(shape, policy, unified)[Tier.DEVICE]
+        free_here = room[Tier.DEVICE] - packed_working(shape, policy, unified=unified)
+        free_here -= _hosted_working(shape, policy, unified)[Tier.DEVICE]
         most = max(0, free_here) // (4 * staged) // layer_page_bytes
         staging = max(1, min(whole_sequence, most))
-        for tier, nbytes in kv_working(shape, policy, staging, unified).items():
-            room[tier] -= nbytes
+    for tier, nbytes in kv_working(shape, policy, staging, unified).items():
+        room[tier] -= nbytes
     # The file of pages on DISK is reserved whole; results are written to that disk, too.
     for tier in (*lazy, Tier.DISK):
         room[tier] = int(room[tier] * LAZY_FILL)
@@ -67,19 +69,49 @@ def _staged_tiers(policy: Policy, unified: bool) -> int:
 
 
 def kv_working(shape: ModelShape, policy: Policy, staging: int, unified: bool) -> dict[Tier, int]:
-    """What moving KV takes: staging of so many pages, new rows that leave, and for DISK pages that
-    are not full. Of those there is one for every sequence.
+    """What KV takes besides pages: staging of so many of them, new rows that leave, what packed
+    pages need, and otherwise, for DISK, pages that are not full. Of those there is one for every
+    sequence.
     """
     buffers = _staged_tiers(policy, unified) * staging
     buffers *= max(shape.kv_bytes_per_token) * policy.page_tokens
     working = {Tier.DEVICE: 2 * buffers, Tier.HOST: 0 if unified else 4 * buffers}
-    working[Tier.DEVICE] += leaving_rows_bytes(shape, policy, unified=unified)
+    if shape.kv_packed:
+        working[Tier.DEVICE] += packed_working(shape, policy, unified=unified)
+    else:
+        working[Tier.DEVICE] += leaving_rows_bytes(shape, policy, unified=unified)
     for tier, nbytes in _hosted_working(shape, policy, unified).items():
         working[tier] += nbytes
-    if policy.kv_cache.disk:
+    if policy.kv_cache.disk and not shape.kv_packed:
         tails = policy.max_sequences * policy.page_tokens * shape.kv_token_bytes
         working[Tier.DEVICE if unified else Tier.HOST] += tails
     return working
+
+
+def packed_working(shape: ModelShape, policy: Policy, *, unified: bool) -> int:
+    """What packed pages need on DEVICE, also for those on other tiers; 0 where none is packed."""
+    if not shape.kv_packed:
+        return 0
+    leaving = leaving_rows_bytes(shape, policy, unified=unified)
+    return recent_pages_bytes(shape, policy) + packing_bytes(shape, policy) + leaving
+
+
+def recent_pages_bytes(shape: ModelShape, policy: Policy) -> int:
+    """Of every sequence's first page and its newest one, which is packed when it is full."""
+    if not shape.kv_packed:
+        return 0
+    return 2 * policy.max_sequences * policy.page_tokens * sum(shape.kv_rows)
+
+
+def packing_bytes(shape: ModelShape, policy: Policy) -> int:
+    """Of packing `PACKED_PAGES`: their values as they are gathered, in float32, which takes up to
+    twice as much, and as one more copy, then their codes.
+    """
+    if not shape.kv_packed:
+        return 0
+    layers = zip(shape.kv_rows, shape.kv_bytes_per_token)
+    token_bytes = max(4 * row + packed for row, packed in layers)
+    return PACKED_PAGES * policy.page_tokens * token_bytes
 
 
 def _hosted_working(shape: ModelShape, policy: Policy, unified: bool) -> dict[Tier, int]:
@@ -102,23 +134,37 @@ def hosted_rows(policy: Policy, *, unified: bool) -> int:
 def hosted_row_bytes(shape: ModelShape) -> dict[Tier, int]:
     """Bytes of one row's way to attention on HOST: query, key and value there, float32 back."""
     back = 4 * shape.output_values
-    there = shape.query_values * shape.value_bytes + max(shape.kv_bytes_per_token)
-    return {Tier.DEVICE: back, Tier.HOST: back + there}
+    return {Tier.DEVICE: back, Tier.HOST: back + _sent_row_bytes(shape)}
+
+
+def _sent_row_bytes(shape: ModelShape) -> int:
+    """Of its query, key and value; where pages are packed, the last two stay on DEVICE."""
+    new = 0 if shape.kv_packed else max(shape.kv_rows)
+    return shape.query_values * shape.value_bytes + new
 
 
 def broken_off_bytes(shape: ModelShape, policy: Policy) -> int:
     """On DEVICE while micro-batches wait inside attention: their rows' queries, keys and values,
     what they send to HOST, and results in float32, their own and what merging makes of them.
     """
-    there = shape.query_values * shape.value_bytes + max(shape.kv_bytes_per_token)
-    return BROKEN_OFF * policy.micro_batch_rows * (2 * there + 2 * 4 * shape.output_values)
+    own = shape.query_values * shape.value_bytes + max(shape.kv_rows)
+    results = 2 * 4 * shape.output_values
+    return BROKEN_OFF * policy.micro_batch_rows * (own + _sent_row_bytes(shape) + results)
 
 
 def leaving_rows_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> int:
-    """New keys and values that are on DEVICE until they have arrived on HOST."""
-    if unified or not policy.kv_cache.host:
+    """New keys and values that are on DEVICE until they have arrived on HOST.
+
+    Packed ones leave as whole pages, to HOST or DISK.
+    """
+    if unified:
         return 0
-    return LEAVING_BATCHES * policy.micro_batch_rows * max(shape.kv_bytes_per_token)
+    if shape.kv_packed:
+        away = policy.kv_cache.host or policy.kv_cache.disk
+        tokens = PACKED_PAGES * policy.page_tokens if away else 0
+    else:
+        tokens = policy.micro_batch_rows if policy.kv_cache.host else 0
+    return LEAVING_BATCHES * tokens * max(shape.kv_bytes_per_token)
 
 
 def kv_file_bytes(shape: ModelShape, policy: Policy, pages: int) -> int:
@@ -150,9 +196,16 @@ def kv_pages(
                 f"no room for the KV cache on {tier}: one page of {policy.page_tokens} tokens "
                 f"needs {format_size(page_bytes)}, {format_size(max(0, room[tier]))} is left",
                 hint=f"raise {BUDGET_FLAG[tier]}, move the KV cache (--kv-cache) or "
-                "weights (--weights) to another tier, or lower --micro-batch and --max-rows",
+                f"weights (--weights) to another tier, or lower {batch_flags(shape)}",
             )
     return pages
+
+
+def batch_flags(shape: ModelShape) -> str:
+    """What to lower where working memory is short, in words."""
+    if shape.kv_packed:  # two pages of every sequence are on DEVICE
+        return "--micro-batch, --max-rows and --max-sequences"
+    return "--micro-batch and --max-rows"
 
 
 def swap_pages(

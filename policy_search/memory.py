@@ -21,6 +21,7 @@ from offload.tiers import (
 )
 from offload.tiers import padded as round_up
 from policy_search.kv_memory import (
+    batch_flags,
     embedding_rows,
     hosted_rows,
     kv_file_bytes,
@@ -139,7 +140,7 @@ def memory_of(
         if result[tier].free < 0:
             raise CapacityError(
                 f"working memory does not fit on {tier}: {format_size(-result[tier].free)} are "
-                "missing for staging of KV pages and rows of the embedding table",
+                f"missing for {_kv_memory(shape)} and rows of the embedding table",
                 hint=_remedy(shape, tier, unified, weights[tier]),
             )
     return result
@@ -150,6 +151,11 @@ def _other_memory(shape: ModelShape, tier: Tier) -> str:
     return "the prepared store of quantized weights" if store else "working memory"
 
 
+def _kv_memory(shape: ModelShape) -> str:
+    newest = ", first and newest pages of all sequences" if shape.kv_packed else ""
+    return f"staging of KV pages{newest}"
+
+
 def _remedy(shape: ModelShape, tier: Tier, unified: bool, weights: int) -> str:
     if tier is Tier.DISK and shape.always_prepared:
         return "raise --disk-space, or choose a larger disk with --offload-dir"
@@ -158,7 +164,7 @@ def _remedy(shape: ModelShape, tier: Tier, unified: bool, weights: int) -> str:
         return f"raise --disk-space, or {others}"
     slower = "--disk-space" if tier is Tier.HOST or unified else "--host-memory"
     move = f", or {slower} to move weights there" if weights else ""
-    return f"raise {BUDGET_FLAG[tier]}{move}, or lower --micro-batch and --max-rows"
+    return f"raise {BUDGET_FLAG[tier]}{move}, or lower {batch_flags(shape)}"
 
 
 def _weights(

@@ -127,11 +127,6 @@ class ModelConfig:
         return self.number("v_head_dim") if self.optional("kv_lora_rank") else self.head_dim
 
     @property
-    def kv_values(self) -> int:
-        """Values of one token's keys and values in one layer."""
-        return self.kv_heads * (self.key_dim + self.value_dim)
-
-    @property
     def experts_per_row(self) -> int:
         """Experts that each row visits; 1 for a dense model."""
         return self.optional("num_experts_per_tok") or 1

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from compression.spec import GroupFormat
     from offload.placement import TensorSpec
+
+
+class KVLayer(Protocol):
+    """What one layer keeps of a token."""
+
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def key_dim(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
+
+
+def kv_bytes(layer: KVLayer, groups: GroupFormat | None, value_bytes: int) -> int:
+    """Of one token's keys and values in `layer`: in `groups` of few bits, or as computed."""
+    if groups is None:
+        return layer.kv_heads * (layer.key_dim + layer.value_dim) * value_bytes
+    return layer.kv_heads * (groups.row_bytes(layer.key_dim) + groups.row_bytes(layer.value_dim))
 
 
 def product_flops(shape: Sequence[int], experts_per_row: int) -> int:
@@ -34,9 +53,12 @@ class ModelShape:
     """Most values per row that one operation inside a layer produces (usually the feed-forward)."""
     vocab_size: int
     kv_bytes_per_token: tuple[int, ...]
-    """Keys and values of one token, per layer."""
+    """Keys and values of one token in stored pages, per layer."""
     value_bytes: int
-    """Bytes of one activation value, and of one key or value."""
+    """Bytes of one activation value, and of one key or value as it is computed."""
+    kv_row_bytes: tuple[int, ...] = ()
+    """Keys and values of one token as they are computed, per layer, if pages store them in fewer
+    bits; empty: as in pages."""
     query_values: int = 0
     """Of one row in the widest layer, over all its query heads."""
     output_values: int = 0
@@ -47,6 +69,8 @@ class ModelShape:
     """Of a row that needs logits, besides."""
     expanded_bytes: int = 0
     """Of the largest unit in the type that is computed in, if weights are stored in another one."""
+    expanded_in_sweep: int = 0
+    """The same of all units: each is expanded once a sweep."""
     prepared_bytes: int = 0
     """That weights on DISK take of the offload directory: all of them, or none where the files
     that are there can be read as they are."""
@@ -77,8 +101,18 @@ class ModelShape:
 
     @property
     def kv_token_bytes(self) -> int:
-        """Keys and values of one token in all layers."""
+        """Keys and values of one token in stored pages, in all layers."""
         return sum(self.kv_bytes_per_token)
+
+    @property
+    def kv_packed(self) -> bool:
+        """Whether full pages store keys and values in fewer bits than they are computed with."""
+        return bool(self.kv_row_bytes)
+
+    @property
+    def kv_rows(self) -> tuple[int, ...]:
+        """Keys and values of one token as they are computed, per layer."""
+        return self.kv_row_bytes or self.kv_bytes_per_token
 
     @property
     def attention_flops(self) -> int:
@@ -95,12 +129,14 @@ class ModelShape:
         A running micro-batch holds its residual stream, the inputs and outputs of the widest
         operation (gate, up and their product) and, in the head, logits in the model's type and in
         float32; every waiting micro-batch holds its residual stream and position embeddings.
-        Attention copies one layer's keys and values of `gathered_tokens` positions at a time.
+        Attention copies one layer's keys and values of `gathered_tokens` positions at a time, and
+        expands them if they are packed.
         """
         layer = micro_batch_rows * (4 * self.hidden_size + 3 * self.widest) * self.value_bytes
         head = logit_rows * self.vocab_size * (self.value_bytes + 4)
         waiting = max_rows * 3 * self.hidden_size * self.value_bytes
-        gathered = gathered_tokens * max(self.kv_bytes_per_token)
+        copies = zip(self.kv_bytes_per_token, self.kv_row_bytes or (0,) * self.num_layers)
+        gathered = gathered_tokens * max(stored + expanded for stored, expanded in copies)
         return max(layer + gathered, head) + waiting
 
     def working_bytes(self, depth: int) -> int:

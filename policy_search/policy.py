@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from compression.selection import PLAIN_BITS, WEIGHT_BITS, Quantization
-from compression.spec import GROUPS
+from compression.selection import KV_BITS, PLAIN_BITS, WEIGHT_BITS, Quantization
+from compression.spec import GROUPS, GroupFormat
 from offload.tiers import Split
 from policy_search.errors import PolicyError
 
@@ -30,10 +30,11 @@ CHOICES: dict[str, tuple[str, ...] | tuple[int, ...]] = {
     "preemption": ("auto", "swap", "recompute"),
     "weight_bits": WEIGHT_BITS,
     "head_bits": WEIGHT_BITS,
+    "kv_bits": KV_BITS,
     "group_size": GROUPS,
 }
 """What the fields may be that are one of a few words or numbers."""
-QUANTIZATION = ("weight_bits", "head_bits", "group_size", "keep")
+QUANTIZATION = ("weight_bits", "head_bits", "kv_bits", "group_size", "keep")
 """The fields that change results."""
 _TYPES: dict[str, tuple[type, str]] = {
     "overlap": (bool, "true or false"),
@@ -88,8 +89,10 @@ class Policy:
     """Of the large matrices of decoder layers: fewer than 16 are quantized in groups."""
     head_bits: int = PLAIN_BITS
     """Of the output head and the embedding table."""
+    kv_bits: int = PLAIN_BITS
+    """Of keys and values in full pages; a sequence's first one stays as it is computed."""
     group_size: int = 64
-    """Neighbours of a quantized matrix that share a scale."""
+    """Neighbours of a quantized matrix, key or value that share a scale."""
     keep: str = ""
     """A regular expression: tensors in whose names it is found are not quantized."""
 
@@ -127,7 +130,17 @@ class Policy:
     @property
     def quantization(self) -> Quantization:
         """What is quantized, and how."""
-        return Quantization(self.weight_bits, self.head_bits, self.group_size, self.keep)
+        return Quantization(
+            weight_bits=self.weight_bits,
+            head_bits=self.head_bits,
+            group=self.group_size,
+            keep=self.keep,
+            kv_bits=self.kv_bits,
+        )
+
+    def kv_groups(self, dtype_name: str) -> GroupFormat | None:
+        """How full pages store keys and values that are computed as `dtype_name`; None: plain."""
+        return self.quantization.kv_groups(dtype_name)
 
     @property
     def depth(self) -> int:

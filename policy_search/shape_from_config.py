@@ -13,7 +13,7 @@ from offload.placement import TensorSpec
 from offload.prepared_layout import PREPARED_BLOCK, layout
 from offload.tiers import CACHE_LINE, DISK_BLOCK, padded
 from policy_search.errors import PolicyError
-from policy_search.model_shape import ModelShape, product_flops
+from policy_search.model_shape import ModelShape, kv_bytes, product_flops
 from policy_search.stored_shapes import stored_tensors
 from policy_search.weight_formula import shapes_by_formula
 
@@ -66,6 +66,9 @@ def shape_from_config(
     shapes, specs, formats = _tensors(config, stored, dtype, quantization)
     specs, to_write = _on_disk(specs, {} if formats else stored, dtype)
     layers = config.number("num_hidden_layers")
+    value_bytes, groups = nbytes((1,), computed), quantization.kv_groups(computed)
+    in_other_form = [t for t in specs if computed != dtype or t.name in formats]
+    expanded = _bytes_by_unit(in_other_form, shapes, computed)
     by_unit = [sum(t.nbytes for t in specs if t.unit == unit) for unit in range(layers + 1)]
     if not all(by_unit):
         raise PolicyError(
@@ -84,8 +87,9 @@ def shape_from_config(
             if len(shape) > 1
         ),
         vocab_size=config.number("vocab_size"),
-        kv_bytes_per_token=(nbytes((config.kv_values,), computed),) * layers,
-        value_bytes=nbytes((1,), computed),
+        kv_bytes_per_token=(kv_bytes(config, groups, value_bytes),) * layers,
+        value_bytes=value_bytes,
+        kv_row_bytes=(kv_bytes(config, None, value_bytes),) * layers if groups else (),
         query_values=config.number("num_attention_heads") * config.key_dim,
         output_values=config.number("num_attention_heads") * (config.value_dim + 1),
         flops_per_row=sum(
@@ -94,9 +98,8 @@ def shape_from_config(
             if 0 <= t.unit < layers
         ),
         head_flops_per_row=2 * config.number("hidden_size") * config.number("vocab_size"),
-        expanded_bytes=_largest_unit(
-            [t for t in specs if computed != dtype or t.name in formats], shapes, computed
-        ),
+        expanded_bytes=max(expanded.values(), default=0),
+        expanded_in_sweep=sum(expanded.values()),
         prepared_bytes=to_write,
         always_prepared=bool(formats),
         tensors=tuple(tensor for tensor in specs if tensor.unit != _RESIDENT),
@@ -127,14 +130,14 @@ def _tensors(
     return shapes, specs, formats
 
 
-def _largest_unit(specs: Sequence[TensorSpec], shapes: Shapes, dtype: str) -> int:
-    """Bytes of the largest unit's tensors in the type that is computed in."""
+def _bytes_by_unit(specs: Sequence[TensorSpec], shapes: Shapes, dtype: str) -> dict[int, int]:
+    """Bytes of tensors in the type that is computed in."""
     units: dict[int, int] = {}
     for spec in specs:
         if spec.unit >= 0:
             expanded = padded(nbytes(shapes[spec.name], dtype), CACHE_LINE)
             units[spec.unit] = units.get(spec.unit, 0) + expanded
-    return max(units.values(), default=0)
+    return units
 
 
 def _formats(

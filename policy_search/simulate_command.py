@@ -9,9 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from offload.pages import PagePools
 from offload.tiers import Tier, format_size
-from policy_search.cost_model import compute_seconds, free_rows, weight_seconds
+from policy_search.cost_model import (
+    compute_seconds,
+    expansion_seconds,
+    free_rows,
+    weight_seconds,
+)
 from policy_search.errors import PolicyError
-from policy_search.flags import add_workload_flags, count, size, workload
+from policy_search.flags import (
+    add_quantization_flags,
+    add_workload_flags,
+    count,
+    quantized_policy,
+    size,
+    workload,
+)
 from policy_search.hardware import Hardware
 from policy_search.model_config import ModelConfig
 from policy_search.policy import CHOICES, Policy
@@ -23,6 +35,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping, Sequence
 
+    from compression.selection import Quantization
     from policy_search.model_shape import ModelShape
     from policy_search.simulator import Scheduler, Simulation
 
@@ -57,8 +70,11 @@ def add_simulate_flags(parser: argparse.ArgumentParser) -> None:
     add("--streamed", **nbytes, help="weights that travel in every sweep; default: all of them")
     add("--link", default=25 * 10**9, **nbytes, help="per second, to the device (25GB)")
     text = "of products on the device (%(default)s)"
+    text_of = "per second, of quantized weights that are expanded (500GB)"
+    add("--expansion", default=500 * 10**9, **nbytes, help=text_of)
     add("--tflops", type=float, default=100.0, metavar="TFLOP/S", help=text)
     add("--json", action="store_true", help="print one JSON object instead of text")
+    add_quantization_flags(parser)
 
 
 def run_simulate(
@@ -66,25 +82,31 @@ def run_simulate(
 ) -> int:
     """Simulate a job and print what happened. Raises `FlexrunError`."""
     job = workload(arguments)
-    for name, least in {"link": 1, "tflops": 1e-6}.items():
+    for name, least in {"link": 1, "expansion": 1, "tflops": 1e-6}.items():
         if not getattr(arguments, name) >= least:
             raise PolicyError(
                 f"--{name} must be at least {least:g}, not {getattr(arguments, name)}"
             )
-    shape = _shape(arguments.model)
+    shape = _shape(arguments.model, quantized_policy(arguments).quantization)
     streamed = shape.weight_bytes if arguments.streamed is None else arguments.streamed
-    hardware = Hardware(host_to_device=arguments.link, flops=arguments.tflops * 1e12)
+    hardware = Hardware(
+        host_to_device=arguments.link,
+        expansion=arguments.expansion,
+        flops=arguments.tflops * 1e12,
+    )
     arriving = weight_seconds(streamed, 0, hardware)
+    expanding = expansion_seconds(shape, hardware)
     max_rows = arguments.max_rows or max(
         arguments.max_sequences + 1, int(free_rows(shape, hardware, arriving))
     )
 
     def seconds(rows: int, positions: int) -> float:
-        return max(arriving, compute_seconds(shape, hardware, rows, positions))
+        return max(arriving, expanding + compute_seconds(shape, hardware, rows, positions))
 
     lengths, most = job.lengths(), job.max_tokens
+    pools = _pools(arguments, [each.prompt + (most or each.output) for each in lengths])
     scheduler = schedulers[arguments.scheduler](
-        _pools(arguments, [each.prompt + (most or each.output) for each in lengths]),
+        pools,
         max_rows=max_rows,
         max_sequences=arguments.max_sequences,
         micro_batch_rows=Policy().micro_batch_rows,
@@ -92,16 +114,19 @@ def run_simulate(
     )
     result = simulate(scheduler, lengths, seconds, max_tokens=most)
     report = asdict(result) | {"max_rows": max_rows, "sweep_weight_seconds": arriving}
+    kv_tokens = pools.capacity[Tier.DEVICE] * pools.page_tokens
+    report["kv_bytes"] = kv_tokens * shape.kv_token_bytes
     print(json.dumps(report) if arguments.json else _text(arguments, report, result, streamed))
     return 0
 
 
-def _shape(model: Path | None) -> ModelShape:
+def _shape(model: Path | None, quantization: Quantization) -> ModelShape:
     if model is None:
-        return shape_from_config(ModelConfig(Path("Llama-2-13B"), LLAMA_2_13B), "float16")
+        config = ModelConfig(Path("Llama-2-13B"), LLAMA_2_13B)
+        return shape_from_config(config, "float16", None, quantization)
     config = ModelConfig.load(model.expanduser())
     stored, computed = config.types("auto", unified=False)
-    return shape_from_config(config, stored, computed)
+    return shape_from_config(config, stored, computed, quantization)
 
 
 def _pools(arguments: argparse.Namespace, most_tokens: Sequence[int]) -> PagePools:
@@ -130,5 +155,6 @@ def _text(
         f"with {format_size(streamed)} of weights in {report['sweep_weight_seconds']:.3f} s or more"
         f"\njob:       {result.makespan_seconds:.0f} s, {result.tokens_per_second:.1f} tokens/s\n"
         f"slots:     {result.slot_utilization:.1%} of {arguments.max_sequences} in use\n"
-        f"KV pages:  {result.kv_utilization:.1%} filled, {result.preemptions} preemptions"
+        f"KV pages:  {format_size(report['kv_bytes'])}, {result.kv_utilization:.1%} filled, "
+        f"{result.preemptions} preemptions"
     )

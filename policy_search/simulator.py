@@ -79,7 +79,7 @@ def simulate(
         pools.take_copies()
         sweep_rows = positions = 0
         places += len(running)
-        slots += pools.held
+        slots += sum(count - pools.free_pages(tier) for tier, count in pools.capacity.items())
         stored += sum([table.tokens for table in pools.tables.values()])
         scheduler.commit(plan)
         for sequence, start, length, wants_logits, _ in spans:

@@ -125,6 +125,10 @@ def table(model: Path, given: argparse.Namespace) -> dict[str, Evaluation]:
             model, given, weight_bits=4, head_bits=8, **group, **offload
         )
         rows["8 bits"] = measure(model, given, weight_bits=8, **group, **offload)
+        rows["KV cache 4 bits"] = measure(model, given, kv_bits=4, **group)
+        rows["4 bits, KV cache 4"] = measure(
+            model, given, weight_bits=4, kv_bits=4, **group, **offload
+        )
     return rows
 
 
@@ -140,7 +144,7 @@ def show(rows: dict[str, Evaluation]) -> str:
             f"{found.perplexity / base.perplexity - 1:+.2%}",
             f"{same / found.scored:.1%}",
         ])  # fmt: skip
-    return markdown(["weights", "perplexity", "increase", "same next token"], lines)
+    return markdown(["stored", "perplexity", "increase", "same next token"], lines)
 
 
 def verdict(found: dict[str, list[float]]) -> dict[str, Any]:
@@ -170,7 +174,8 @@ def read_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--text-tokens", type=int, default=65536, help="of the held-out text (%(default)s)")
     add("--context", type=int, default=256, help="tokens of a window (%(default)s)")
-    add("--chunk", type=int, default=None, help="rows of a window computed together")
+    text = "rows of a window computed together: later ones see packed pages (%(default)s)"
+    add("--chunk", type=int, default=32, help=text)
     add("--group-size", type=int, default=64)
     add("--groupings", type=int, default=6, help="that methods are compared over (%(default)s)")
     add("--models", nargs="+", default=["trained", "demo"], choices=["trained", "demo"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flexrun.attention.kernel_gpu import LN_2, find_tile
+from flexrun.attention.parts_gpu import LN_2, find_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

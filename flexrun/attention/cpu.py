@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from compression.code_vectors import MULTIPLIES_WORDS
 from compression.vectors import LANES, MULTIPLIES_PAIRS
 from flexrun.attention.interface import AttentionBackend
 from flexrun.attention.team import Job, Team
@@ -59,9 +60,8 @@ class CpuAttention(AttentionBackend):
         left alone.
         """
         rows, heads, _ = query.shape
-        value_dim = pool.values.shape[-1]
         out, lse = into or (
-            torch.zeros(rows, heads, value_dim, dtype=torch.float32),
+            torch.zeros(rows, heads, pool.value_dim, dtype=torch.float32),
             torch.full((rows, heads), -torch.inf, dtype=torch.float32),
         )
         job = self._job(query, spans, pool, options)
@@ -72,8 +72,10 @@ class CpuAttention(AttentionBackend):
         self, query: torch.Tensor, spans: PagedSpans, pool: PagedKV, options: AttentionOptions
     ) -> Job:
         """Made once for the layers that are alike: beside other threads Python is slow."""
-        (rows, heads, dim), (_, kv_heads, page_tokens, _) = query.shape, pool.keys.shape
-        sizes = kv_heads, heads // kv_heads, page_tokens, dim, pool.values.shape[-1]
+        (rows, heads, dim), kv_heads = query.shape, pool.kv_heads
+        assert dim == pool.key_dim
+        heads_of_each = heads // kv_heads
+        sizes = kv_heads, heads_of_each, pool.page_tokens, dim, pool.value_dim, *_packing(pool)
         window, chunk = options.sliding_window or 0, options.chunk or 0
         masks = window, chunk, options.softcap or 0.0, options.scaling
         key = "job", sizes, masks, rows, self._threads
@@ -92,12 +94,24 @@ class CpuAttention(AttentionBackend):
         self._team.close()
 
 
+def _packing(pool: PagedKV) -> tuple[int, int]:
+    """Values that share a scale, and whether scales are float16; zeros for plain pages."""
+    if (groups := pool.format.groups) is None:
+        return 0, 0
+    assert groups.bits == 4
+    # Of a key's last codes sixteen bytes are loaded, however few they are: values follow.
+    last = -(-(pool.key_dim % groups.group or groups.group) // 2) % LANES or LANES
+    assert last + last % 2 + 4 + pool.values[0].numel() >= LANES
+    return groups.group, int(groups.numbers == "float16")
+
+
 def _as_queries(query: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """Of the type and in the order that the kernel multiplies with; query [n, H, D]."""
+    as_they_are = {torch.bfloat16: MULTIPLIES_PAIRS, torch.uint8: MULTIPLIES_WORDS}
+    if query.dtype == torch.bfloat16 and as_they_are.get(stored):
+        return query.contiguous()
     if stored != torch.bfloat16:
         return (query if query.dtype == torch.float32 else query.float()).contiguous()
-    if query.dtype == torch.bfloat16 and MULTIPLIES_PAIRS:
-        return query.contiguous()
     whole = query.shape[-1] // (2 * LANES) * (2 * LANES)
     split = torch.empty(query.shape, dtype=torch.float32)
     pairs = query[..., :whole].unflatten(-1, (-1, LANES, 2))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexrun.attention.tiles_gpu import Heads, Tiles, plan_tiles
+from flexrun.attention.tiles_gpu import Heads, Tiles, next_power, plan_tiles
 
 if TYPE_CHECKING:
     from flexrun.paused_forward import AttentionOptions
@@ -48,11 +48,12 @@ def paged_attention(
     `num_splits` overrides how many pieces the keys are cut into.
     """
     rows, count, key_dim = query.shape
-    _, kv_heads, page_tokens, value_dim = pool.values.shape
+    value_dim, groups = pool.value_dim, pool.format.groups
     assert query.stride(2) == 1
-    assert pool.keys.stride()[1:] == (page_tokens * key_dim, key_dim, 1)
-    assert pool.values.stride()[1:] == (page_tokens * value_dim, value_dim, 1)
+    for side in (pool.keys, pool.values):
+        assert side.stride()[1:] == (pool.page_tokens * side.shape[3], side.shape[3], 1)
     assert options.scaling > 0
+    assert groups is None or groups.bits == 4
     num_spans = len(spans.first_row)
     # Where each row is known to be in a span, the kernel writes all of them.
     covered = num_spans * spans.most_rows == rows and 1 in (num_spans, spans.most_rows)
@@ -60,7 +61,8 @@ def paged_attention(
     out = make(rows, count, value_dim, dtype=torch.float32, device=query.device)
     lse = out.new_full((rows, count), -math.inf)
     if rows and num_spans and len(spans.pages):
-        heads = Heads(count, kv_heads, key_dim, value_dim, query.element_size())
+        sizes = count, pool.kv_heads, key_dim, value_dim, query.element_size()
+        heads = Heads(*sizes, packed=groups.group if groups else 0)
         with torch.cuda.device_of(query):
             _, hopper = _device(query.device)
             for tiles in plan_tiles(heads, rows, num_spans, spans.most_rows, hopper):
@@ -86,7 +88,7 @@ class _Call:
         reach = self._reach()
         total = tiles.count * reach
         if not tiles.flat:
-            total = min(total, len(self.spans.pages) * self._page_tokens)
+            total = min(total, len(self.spans.pages) * self.pool.page_tokens)
         processors, _ = _device(self.query.device)
         splits, piece = tiles.split(kv_heads, processors, reach, total, forced)
         if splits == 1:
@@ -98,16 +100,12 @@ class _Call:
         self._attend(part_out, part_lse, splits, piece)
         self._combine(part_out, part_lse, out, lse)
 
-    @property
-    def _page_tokens(self) -> int:
-        return self.pool.keys.shape[2]
-
     def _reach(self) -> int:
         """A bound of the keys of one tile, in whole pages."""
-        keys = self.spans.most_pages * self._page_tokens
+        keys = self.spans.most_pages * self.pool.page_tokens
         for limit in (self.options.sliding_window, self.options.chunk):
             if limit is not None:  # the pages at both ends may stick out
-                keys = min(keys, self.tiles.rows + limit + 2 * self._page_tokens)
+                keys = min(keys, self.tiles.rows + limit + 2 * self.pool.page_tokens)
         return max(1, keys)
 
     def _common(self) -> dict[str, Any]:
@@ -115,19 +113,17 @@ class _Call:
             "num_spans": len(self.spans.first_row),
             "V": self.heads.value_dim,
             "HEADS": self.heads.count,
-            "BLOCK_V": self.heads.block_v,
             "TILE_ROWS": self.tiles.rows,
             "LEAST_ROWS": self.tiles.least_rows,
             "FLAT": self.tiles.flat,
         }
 
     def _attend(self, out: torch.Tensor, lse: torch.Tensor, splits: int, piece: int) -> None:
-        from flexrun.attention.kernel_gpu import INTERPRETED, attention_kernel
-
+        kernel, special = self._packed() if self.heads.packed else self._plain()
         spans, options, blocks = self.spans, self.options, self.tiles.blocks
         grid = (self.tiles.count, self.heads.kv_heads)
         factor, inner = _factors(options)
-        attention_kernel[(*(grid if self.tiles.flat else grid[::-1]), splits)](
+        kernel[(*(grid if self.tiles.flat else grid[::-1]), splits)](
             self.query,
             self.pool.keys,
             self.pool.values,
@@ -148,19 +144,52 @@ class _Call:
             value_page=self.pool.values.stride(0),
             D=self.heads.key_dim,
             G=self.heads.group,
-            PAGE_TOKENS=self._page_tokens,
+            PAGE_TOKENS=self.pool.page_tokens,
             BLOCK_M=blocks.rows,
             BLOCK_N=blocks.keys,
-            BLOCK_D=self.heads.block_d,
             WINDOW=options.sliding_window or 0,
             CHUNK=options.chunk or 0,
             CAPPED=options.softcap is not None,
             SPLIT=splits > 1,
-            UPCAST=INTERPRETED,  # it takes the product of bfloat16 matrices for one of integers
             num_warps=blocks.warps,
             num_stages=blocks.stages,
+            **special,
             **self._common(),
         )
+
+    def _plain(self) -> tuple[Any, dict[str, Any]]:
+        """The kernel for pages that hold keys and values as they are, and what only it takes."""
+        from flexrun.attention.kernel_gpu import INTERPRETED, attention_kernel
+
+        # The interpreter takes the product of bfloat16 matrices for one of integers.
+        blocks = {"BLOCK_D": self.heads.block_d, "BLOCK_V": self.heads.block_v}
+        return attention_kernel, blocks | {"UPCAST": INTERPRETED}
+
+    def _packed(self) -> tuple[Any, dict[str, Any]]:
+        """The kernel for pages of packed rows, and what only it takes."""
+        from flexrun.attention.kernel_gpu import INTERPRETED
+        from flexrun.attention.packed_gpu import packed_kernel
+
+        assert self.pool.format.groups is not None
+        numbers = self.pool.format.groups.numbers
+        kind = getattr(torch, numbers)
+        sides = self.pool.keys, self.pool.values
+        if all(part % 4 == 0 for side in sides for part in (side.data_ptr(), *side.stride()[:3])):
+            kind = torch.int32
+        key_groups, key_half = self.heads.groups(self.heads.key_dim)
+        value_groups, value_half = self.heads.groups(self.heads.value_dim)
+        return packed_kernel, {
+            "key_numbers": sides[0].view(kind),
+            "value_numbers": sides[1].view(kind),
+            "nibble": 15,
+            "FLOAT16": numbers == "float16",
+            "GROUP": self.heads.packed,
+            "KEY_GROUPS": key_groups,
+            "KEY_HALF": key_half,
+            "VALUE_GROUPS": value_groups,
+            "VALUE_HALF": value_half,
+            "UPCAST": INTERPRETED,
+        }
 
     def _combine(
         self, part_out: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
@@ -176,6 +205,7 @@ class _Call:
             lse,
             *rows,
             splits=splits,
+            BLOCK_V=max(16, next_power(self.heads.value_dim)),
             BLOCK_SPLITS=COMBINED,
             **self._common(),
         )

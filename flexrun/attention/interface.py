@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from compression.rotation import rotated
 from flexrun.attention.prefill import attend_chunk
 from flexrun.attention.state import AttentionState
 
@@ -55,13 +56,19 @@ class AttentionBackend(ABC):
         micro-batch; every row sees the positions of its own sequence up to itself.
         """
         heads, rows, _ = query.shape
-        state = AttentionState(rows, heads, value.shape[-1], query.device)
+        found, turned = (
+            AttentionState(rows, heads, value.shape[-1], query.device) for _ in range(2)
+        )
+        any_turned = any(pool.format.rotated for _, pool in groups)
+        turned_query = rotated(query) if any_turned else query
         for group, pool in groups:
+            state, asked = (turned, turned_query) if pool.format.rotated else (found, query)
             for chunk in group.chunks(self.chunk_rows):
-                attend_chunk(state, query, key, value, chunk, pool, options)
-            for part in self.few_rows(query, group, pool, options):
+                attend_chunk(state, asked, key, value, chunk, pool, options)
+            for part in self.few_rows(asked, group, pool, options):
                 state.add(*part)
-        return state
+        found.add_rotated(turned)
+        return found
 
     @abstractmethod
     def few_rows(

@@ -36,7 +36,7 @@ def choose(
     beyond the span's last one repeat it, and their states are to be thrown away. Returns first and
     last slot that any of them sees, and whether some see less.
     """
-    kv_heads, group, tokens, dim, _ = sizes
+    kv_heads, group, tokens, dim = sizes[:4]
     window, chunk = masks[0], masks[1]
     r, g = block // group, block % group
     low, high = tokens, 0

@@ -47,7 +47,7 @@ def attend_chunk(
         own = key[:, chunk.rows], value[:, chunk.rows]
         at = torch.arange(chunk.start, chunk.end, device=query.device)
         _add(state, chunk, _attend(rows, *own, at, chunk, options, own=True))
-    tokens = pool.keys.shape[2]
+    tokens = pool.page_tokens
     slots = torch.arange(tokens, device=query.device)
     step = max(1, GATHERED // tokens)
     seen_from = bisect_left(chunk.table, _lowest_seen(chunk.start, options) // tokens)

@@ -6,6 +6,8 @@ from typing import TypeAlias
 
 import torch
 
+from compression.rotation import rotated
+
 Rows: TypeAlias = "torch.Tensor | slice"
 
 
@@ -42,6 +44,11 @@ class AttentionState:
         if self._mark(rows):
             out, lse = merge(self._out[rows], self._lse[rows], out, lse)
         self._out[rows], self._lse[rows] = out, lse
+
+    def add_rotated(self, other: AttentionState) -> None:
+        """Merge what is known over keys and values that are stored turned: see `KVFormat`."""
+        if other._out is not None and other._lse is not None:
+            self.add(slice(None), rotated(other._out, torch.float32), other._lse)
 
     def _mark(self, rows: Rows) -> bool:
         """Note that `rows` have a part; whether some may have had one before."""

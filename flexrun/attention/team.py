@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numba import carray, types
 
-from compression import compiled, vector_memory, vectors
+from compression import code_vectors, compiled, number_bits, vector_memory, vectors
+from compression.code_vectors import MULTIPLIES_WORDS
 from compression.compiled import (
     cached_kernel,
     callback,
@@ -22,16 +23,19 @@ from compression.compiled import (
 )
 from compression.crew import Crew
 from compression.vectors import MULTIPLIES_PAIRS
-from flexrun.attention.kernel_cpu import attend_share
+from flexrun.attention.kernel_cpu import attend_plain
+from flexrun.attention.packed_cpu import attend_packed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _floats, _ints = pointer_to(types.float32), pointer_to(types.int64)
 _uint16s, _int16s = pointer_to(types.uint16), pointer_to(types.int16)
-_FINISHED = 25
+_bytes = pointer_to(types.uint8)
+_FINISHED, _JOB = 25, 28
 """Place of the number of shares that are done in a job, a table of int64: next share, shares, K, G,
-T, D, V, window, chunk, spans, entries, most states of a span, rows, cells; eleven addresses; this.
+T, D, V, window, chunk, spans, entries, most states of a span, rows, cells; eleven addresses; this;
+of packed pages the values that share a scale, and whether scales are float16. How many that are.
 """
 
 
@@ -47,7 +51,7 @@ class Job:
 
     def __init__(
         self,
-        sizes: tuple[int, int, int, int, int],
+        sizes: tuple[int, ...],
         masks: tuple[int, int, float, float],
         spans: Any,
         pages: Any,
@@ -56,17 +60,18 @@ class Job:
         most_rows: int,
         shares: int,
     ) -> None:
-        """`most_rows`: of one span."""
+        """`sizes`: seven, the last two 0 for plain pages; `most_rows`: of one span."""
         self.spans, self.shares = spans, shares
         self.heads, self.value_dim = sizes[0] * sizes[1], sizes[4]
         self.states = most_rows * self.heads
         """Of one part."""
         numbers = len(spans) - 1, len(pages), self.states, rows
-        counts = [0, shares, *sizes, *masks[:2], *numbers, 0]
+        counts = [0, shares, *sizes[:5], *masks[:2], *numbers, 0]
         factors = np.array(masks[2:], np.float32)
         self._kept = [factors, spans, pages, indices]  # the table has addresses only
         first, *others = (each.ctypes.data for each in self._kept)
-        self.table = np.array([*counts, 0, first, 0, 0, 0, *others, 0, 0, 0, 0], np.int64)
+        places = 0, first, 0, 0, 0, *others, 0, 0, 0
+        self.table = np.array([*counts, *places, 0, *sizes[5:]], np.int64)
         self.address = ctypes.cast(self.table.ctypes.data, ctypes.POINTER(ctypes.c_int64))
 
     def point_to(
@@ -85,36 +90,44 @@ class Job:
         table[_QUERY], table[_OUT], table[_LSE] = (each.data_ptr() for each in (query, out, lse))
 
 
-@kernel
-def _take_shares(job: Any, queries: Any, pool: Any) -> None:
-    """Shares of `job`, a table of numbers and addresses, until none is left.
+def _taking(attend_share: Any) -> Any:
+    """The kernel that takes shares, each for `attend_share`."""
 
-    queries, pool: two of the addresses, as pointers to what is there.
-    """
-    shares, entries, states, rows = job[1], job[10], job[11], job[12]
-    sizes = (job[2], job[3], job[4], job[5], job[6])
-    heads = sizes[0] * sizes[1]
-    factors = carray(_floats(job[15]), 2)
-    masks = job[7], job[8], factors[0], factors[1]
-    query = carray(queries, rows * heads * sizes[3])
-    cells = carray(pool, job[13])
-    out = carray(_floats(job[17]), rows * heads * sizes[4])
-    lse = carray(_floats(job[18]), rows * heads)
-    spans = carray(_ints(job[19]), (job[9] + 1, 4))
-    pages, indices = carray(_ints(job[20]), entries), carray(_ints(job[21]), entries)
-    part_span = carray(_ints(job[22]), (shares, 2))
-    part_out = carray(_floats(job[23]), (shares, 2, states * sizes[4]))
-    part_lse = carray(_floats(job[24]), (shares, 2, states))
-    while True:
-        number = count_up(job, 0)
-        if number >= shares:
-            return
-        first, last = entries * number // shares, entries * (number + 1) // shares
-        attend_share(
-            query, cells, sizes, masks, spans, pages, indices, first, last, out, lse,
-            part_span[number], part_out[number], part_lse[number],
-        )  # fmt: skip
-        count_up(job, _FINISHED)
+    @kernel
+    def take_shares(job: Any, queries: Any, pool: Any) -> None:
+        """Shares of `job`, a table of numbers and addresses, until none is left.
+
+        queries, pool: two of the addresses, as pointers to what is there.
+        """
+        shares, entries, states, rows = job[1], job[10], job[11], job[12]
+        sizes = (job[2], job[3], job[4], job[5], job[6], job[26], job[27])
+        heads = sizes[0] * sizes[1]
+        factors = carray(_floats(job[15]), 2)
+        masks = job[7], job[8], factors[0], factors[1]
+        query = carray(queries, rows * heads * sizes[3])
+        cells = carray(pool, job[13])
+        out = carray(_floats(job[17]), rows * heads * sizes[4])
+        lse = carray(_floats(job[18]), rows * heads)
+        spans = carray(_ints(job[19]), (job[9] + 1, 4))
+        pages, indices = carray(_ints(job[20]), entries), carray(_ints(job[21]), entries)
+        part_span = carray(_ints(job[22]), (shares, 2))
+        part_out = carray(_floats(job[23]), (shares, 2, states * sizes[4]))
+        part_lse = carray(_floats(job[24]), (shares, 2, states))
+        while True:
+            number = count_up(job, 0)
+            if number >= shares:
+                return
+            first, last = entries * number // shares, entries * (number + 1) // shares
+            attend_share(
+                query, cells, sizes, masks, spans, pages, indices, first, last, out, lse,
+                part_span[number], part_out[number], part_lse[number],
+            )  # fmt: skip
+            count_up(job, _FINISHED)
+
+    return take_shares
+
+
+_take_plain, _take_packed = _taking(attend_plain), _taking(attend_packed)
 
 
 @cached_kernel
@@ -151,39 +164,56 @@ def _callbacks(stamp: int) -> dict[tuple[torch.dtype, torch.dtype], Any]:
     @callback
     def on_bfloat16(data: Any) -> None:
         compiled_from(stamp)
-        job = carray(data, _FINISHED + 1)
-        _take_shares(job, _floats(job[16]), _uint16s(job[14]))
+        job = carray(data, _JOB)
+        _take_plain(job, _floats(job[16]), _uint16s(job[14]))
 
     @callback
     def on_float16(data: Any) -> None:
         compiled_from(stamp)
-        job = carray(data, _FINISHED + 1)
-        _take_shares(job, _floats(job[16]), _int16s(job[14]))
+        job = carray(data, _JOB)
+        _take_plain(job, _floats(job[16]), _int16s(job[14]))
 
     @callback
     def on_float32(data: Any) -> None:
         compiled_from(stamp)
-        job = carray(data, _FINISHED + 1)
-        _take_shares(job, _floats(job[16]), _floats(job[14]))
+        job = carray(data, _JOB)
+        _take_plain(job, _floats(job[16]), _floats(job[14]))
+
+    @callback
+    def on_packed(data: Any) -> None:
+        compiled_from(stamp)
+        job = carray(data, _JOB)
+        _take_packed(job, _floats(job[16]), _bytes(job[14]))
 
     found = {
         (torch.float32, torch.bfloat16): on_bfloat16,
         (torch.float32, torch.float16): on_float16,
         (torch.float32, torch.float32): on_float32,
+        (torch.float32, torch.uint8): on_packed,
     }
     if MULTIPLIES_PAIRS:
 
         @callback
         def on_pairs(data: Any) -> None:
             compiled_from(stamp)
-            job = carray(data, _FINISHED + 1)
-            _take_shares(job, _uint16s(job[16]), _uint16s(job[14]))
+            job = carray(data, _JOB)
+            _take_plain(job, _uint16s(job[16]), _uint16s(job[14]))
 
         found[torch.bfloat16, torch.bfloat16] = on_pairs
+    if MULTIPLIES_WORDS:
+
+        @callback
+        def on_packed_words(data: Any) -> None:
+            compiled_from(stamp)
+            job = carray(data, _JOB)
+            _take_packed(job, _uint16s(job[16]), _bytes(job[14]))
+
+        found[torch.bfloat16, torch.uint8] = on_packed_words
     return found
 
 
-_CALLBACKS = _callbacks(stamp_of(Path(__file__).parent, compiled, vectors, vector_memory))
+_CALLED = compiled, vectors, vector_memory, code_vectors, number_bits
+_CALLBACKS = _callbacks(stamp_of(Path(__file__).parent, *_CALLED))
 
 
 class Team:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 STAGES = 5
 """Of a decode's pipeline: keys wait for their page's number, so that three hold one tile ahead."""
@@ -27,6 +28,8 @@ class Heads:
     value_dim: int
     element_size: int
     """Bytes of a number of the query: products are made in its type."""
+    packed: int = 0
+    """Values that share a scale, where keys and values are in groups of 4 bits."""
 
     @property
     def group(self) -> int:
@@ -36,12 +39,20 @@ class Heads:
     @property
     def block_d(self) -> int:
         """Size of a key as the kernel holds it."""
-        return max(16, next_power(self.key_dim))
+        return self._block(self.key_dim)
 
     @property
     def block_v(self) -> int:
         """Size of a value as the kernel holds it."""
-        return max(16, next_power(self.value_dim))
+        return self._block(self.value_dim)
+
+    def groups(self, dim: int) -> tuple[int, int]:
+        """Groups of a packed row of `dim` values, and bytes of one, as the kernel holds them."""
+        groups = next_power(-(-dim // self.packed))
+        return groups, max(16, next_power(-(-min(dim, self.packed) // 2)))
+
+    def _block(self, dim: int) -> int:
+        return 2 * prod(self.groups(dim)) if self.packed else max(16, next_power(dim))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +121,13 @@ def plan_tiles(
 
 
 def _small_blocks(heads: Heads) -> Blocks:
-    """For decoding: tiles of 16 KB of keys and values, so that a few programs fit side by side."""
-    row = (heads.block_d + heads.block_v) * heads.element_size
-    keys = min(128, max(16, next_power(16384 // row + 1) // 2))  # rounded down to a power of two
+    """For decoding: tiles of 16 KB of keys and values, so that a few programs fit side by side.
+
+    Up to twice the keys if they are packed: they are small, but are expanded in registers.
+    """
+    row = (heads.block_d + heads.block_v) * heads.element_size // (2 if heads.packed else 1)
+    most = 64 if heads.packed else 128
+    keys = min(most, max(16, next_power(16384 // row + 1) // 2))  # rounded down to a power of two
     rows = max(16, next_power(heads.group))  # tensor cores take no fewer than 16
     return Blocks(rows, keys, warps=4 if rows <= 64 else 8, stages=STAGES)
 
@@ -133,6 +148,11 @@ def _large_blocks(heads: Heads, most_rows: int, hopper: bool) -> Blocks:
         rows, keys = 64, 32
     elif widest <= 64:
         warps = 4
+    if heads.packed and hopper:
+        keys = min(keys, 32 if wide else 64)
+    elif heads.packed:  # every warp expands all keys: its part of a product is in its registers
+        rows, keys = min(rows, 64), min(keys, 32)
+        warps = 8 if wide or rows < 64 else 4
     fewer = max(16, next_power(most_rows * heads.group))
     if fewer < rows:
         rows, keys, warps = fewer, min(keys, 32 if wide else 64), 4

@@ -43,7 +43,7 @@ def decode(
     rows = query[:, batch.rows].transpose(0, 1).unsqueeze(2)  # [B, H, 1, D]
     reach = (options.sliding_window, options.chunk)
     if reach not in batch.memo:
-        slots = torch.arange(pool.keys.shape[2], device=query.device)
+        slots = torch.arange(pool.page_tokens, device=query.device)
         positions = (batch.indices.unsqueeze(2) * len(slots) + slots).flatten(1).unsqueeze(1)
         batch.memo[reach] = visible((batch.lengths - 1).view(-1, 1, 1), positions, options)
     seen = batch.memo[reach]

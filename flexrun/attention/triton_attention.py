@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING
 
 import torch
 
+from compression.groupwise import quantize_minmax
 from flexrun.attention.gpu import paged_attention, triton_available
 from flexrun.attention.interface import AttentionBackend
 from flexrun.attention.reference import masked_attention, visible
 from flexrun.paused_forward import AttentionOptions
 from offload.kv_layout import build_group
 from offload.kv_moves import SpanPages
-from offload.paged_kv import PagedKV
+from offload.paged_kv import KVFormat, PagedKV
 from offload.tiers import Tier
 
 if TYPE_CHECKING:
@@ -44,18 +46,26 @@ class TritonAttention(AttentionBackend):
 
 
 def usable(
-    shapes: set[AttentionShape], dtype: torch.dtype, page_tokens: int, device: torch.device
+    shapes: set[AttentionShape],
+    dtype: torch.dtype,
+    page_tokens: int,
+    device: torch.device,
+    form: KVFormat | None = None,
 ) -> bool:
-    """Whether the kernel runs on this device, and gives what plain operations give.
+    """Whether the kernels run on this device, and give what plain operations give.
 
     Every shape of layer is tried once, on random pages: a kernel that a driver or a version of
-    Triton miscompiles must not go unnoticed. Says why not in a warning.
+    Triton miscompiles must not go unnoticed. Says why not in a warning. If pages have the `form` of
+    few bits, plain ones are tried, too: new tokens are in such.
     """
     if not triton_available():
         return False
-    for shape in sorted(shapes, key=str):
+    forms = [KVFormat(dtype)]
+    if form is not None and form.groups is not None:
+        forms.append(form)
+    for shape, tried in itertools.product(sorted(shapes, key=str), forms):
         try:
-            error = _largest_error(shape, dtype, page_tokens, device)
+            error = _largest_error(shape, tried, page_tokens, device)
         except Exception as failure:  # whatever a compiler may raise
             logger.warning("the Triton attention kernel does not run here: %s", failure)
             return False
@@ -65,15 +75,27 @@ def usable(
     return True
 
 
+def _random_pool(
+    shape: AttentionShape, form: KVFormat, page_tokens: int, own: torch.Generator
+) -> PagedKV:
+    """Seven pages."""
+    size = 7 * form.page(shape, page_tokens)
+    pool = PagedKV.of(
+        torch.empty(size, dtype=form.cells, device=own.device), shape, page_tokens, form
+    )
+    for side, dim in ((pool.keys, pool.key_dim), (pool.values, pool.value_dim)):
+        made = torch.randn(*side.shape[:3], dim, generator=own, device=own.device)
+        if form.groups is not None:
+            made = quantize_minmax(made.view(-1, dim), form.groups).view(side.shape)
+        side.copy_(made)
+    return pool
+
+
 def _largest_error(
-    shape: AttentionShape, dtype: torch.dtype, page_tokens: int, device: torch.device
+    shape: AttentionShape, form: KVFormat, page_tokens: int, device: torch.device
 ) -> float:
     own = torch.Generator(device).manual_seed(0)
-    sizes = (shape.kv_heads, page_tokens)
-    width = shape.kv_heads * page_tokens * (shape.key_dim + shape.value_dim)
-    data = torch.randn(7 * width, generator=own, device=device).to(dtype)
-    pool = PagedKV.of(data, shape, page_tokens)
-    assert pool.keys.shape[1:3] == sizes
+    pool = _random_pool(shape, form, page_tokens, own)
     ends, rows = (2 * page_tokens + 1, 4 * page_tokens - 1), (1, 5)
     spans = [
         SpanPages(0, ends[0] - rows[0], ends[0], [5, 0, 3], [0, 1, 2]),
@@ -82,7 +104,7 @@ def _largest_error(
     table = build_group(spans, page_tokens, device, Tier.DEVICE, staged=False).paged()
     assert table is not None
     query = torch.randn(sum(rows), shape.query_heads, shape.key_dim, generator=own, device=device)
-    query = query.to(dtype)
+    query = query.to(form.dtype)
     options = AttentionOptions(scaling=shape.key_dim**-0.5, sliding_window=page_tokens + 2)
     found, _ = paged_attention(query, pool, table, options)
     errors = []

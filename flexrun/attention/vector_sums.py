@@ -39,17 +39,29 @@ def _added(builder: Any, a: Any, b: Any, lanes: list[list[int]]) -> Any:
     return builder.fadd(*(_pick(builder, a, b, each) for each in lanes))
 
 
+def _by_row(builder: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    ab, cd = _added(builder, a, b, _PAIRS), _added(builder, c, d, _PAIRS)
+    sums = _added(builder, ab, cd, _PAIRS)
+    return _pick(builder, sums, sums, [4 * q + t for t in range(4) for q in range(4)])
+
+
+@operation
+def by_row(_: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Sixteen sums from four vectors of `fold`: the four of `a`, then those of `b`, …"""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _by_row(builder, *arguments)
+
+    return vector(vector, vector, vector, vector), generate
+
+
 @operation
 def store_scores(_: Any, array: Any, index: Any, a: Any, b: Any, c: Any, d: Any, scale: Any) -> Any:
-    """Sixteen elements from four vectors of `fold`: the sums of `a`, times scale, then of `b`, …"""
+    """Put these sums, times scale, into sixteen elements."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at = address_of(context, builder, signature.args[0], *arguments[:2])
-        a, b, c, d = arguments[2:6]
-        ab, cd = _added(builder, a, b, _PAIRS), _added(builder, c, d, _PAIRS)
-        sums = _added(builder, ab, cd, _PAIRS)
-        turned = _pick(builder, sums, sums, [4 * q + t for t in range(4) for q in range(4)])
-        scaled = builder.fmul(turned, arguments[6])
+        scaled = builder.fmul(_by_row(builder, *arguments[2:6]), arguments[6])
         builder.store(scaled, builder.bitcast(at, FLOATS.as_pointer()), align=4)
         return context.get_dummy_value()
 

@@ -1,4 +1,4 @@
-"""Which tensors of a model are quantized."""
+"""What is quantized of a model's tensors and of its KV cache."""
 
 from __future__ import annotations
 
@@ -64,8 +64,19 @@ def test_nothing_is_quantized_unless_asked_for():
     """Sixteen bits are the values as they are."""
     plain = Quantization()
     assert not plain.any
+    assert plain.kv_groups("bfloat16") is None
     assert plain.of("model.layers.0.up", (999, 999), "float16", in_layer=True, experts=0) is None
     assert plain.of("lm_head", (999, 999), "float16", in_layer=False, experts=0) is None
+
+
+def test_keys_and_values_are_no_weights():
+    """Their format follows from the type that is computed in, and no weight is quantized."""
+    chosen = Quantization(kv_bits=4, group=32)
+    assert chosen.kv_groups("float16") == GroupFormat(4, 32, "float16")
+    assert chosen.kv_groups("bfloat16") == GroupFormat(4, 32, "bfloat16")
+    assert chosen.kv_groups("float32") == GroupFormat(4, 32, "bfloat16")
+    assert not chosen.any
+    assert chosen.of("model.layers.0.up", (999, 999), "float16", in_layer=True, experts=0) is None
 
 
 def test_experts_are_counted_by_any_name():

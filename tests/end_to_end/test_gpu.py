@@ -63,6 +63,16 @@ def test_quantized_weights(tiny_llama_dir, tmp_path_factory, weights, bits):
     assert done.tokens == run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **on_cpu).tokens
 
 
+@pytest.mark.parametrize("attention", ["device", "host"])
+@pytest.mark.parametrize("kv_cache", ["device=100", "host=100", "device=30,host=40,disk=30"])
+def test_a_quantized_kv_cache(tiny_llama_dir, kv_cache, attention):
+    """Packed and read on the GPU, from every tier: the tokens of the same cache on the CPU."""
+    chosen = {"kv_bits": 4, "attention": attention, "micro_batch_rows": 400, "max_rows": 2000}
+    done = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **settings("device=100", kv_cache, **chosen))
+    on_cpu = settings("device=100", "device=100", **chosen) | {"device": "cpu"}
+    assert done.tokens == run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **on_cpu).tokens
+
+
 @pytest.mark.parametrize("activations", ["host=100", "device=50,host=50"])
 @pytest.mark.parametrize("kv_cache", ["device=100", "host=50,disk=50"])
 def test_activations_that_wait_on_host(tiny_llama_dir, tiny_reference, activations, kv_cache):

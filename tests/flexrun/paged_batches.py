@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from compression import groupwise
+from compression.spec import GroupFormat
 from flexrun.attention.gpu import paged_attention, triton_available
 from flexrun.paused_forward import AttentionOptions
 from offload.kv_layout import PagedSpans
-from offload.paged_kv import PagedKV
+from offload.paged_kv import KVFormat, PagedKV
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -60,7 +62,10 @@ def make_spans(columns: dict[str, Any], most_rows: int, most_pages: int) -> Page
 
 
 class Batch:
-    """Spans of random sequences in one pool. What is no token's slot holds NaN."""
+    """Spans of random sequences in one pool. What is no token's slot holds NaN.
+
+    With `groups`, pages hold keys and values in that format, which the expected result knows of.
+    """
 
     def __init__(
         self,
@@ -69,8 +74,10 @@ class Batch:
         dims: tuple[int, int] = (32, 32),
         page_tokens: int = 16,
         dtype: torch.dtype = torch.float32,
+        groups: GroupFormat | None = None,
     ) -> None:
         self.heads, self.page_tokens, self.dtype = heads[0], page_tokens, dtype
+        self.format = KVFormat(dtype, groups)
         self.starts = [start for start, _ in spans]
         self.counts = [rows for _, rows in spans]
         self.draw = random.Random(len(spans) + heads[0])
@@ -79,9 +86,11 @@ class Batch:
         numbers = self.draw.sample(range(sum(lengths) + 3), sum(lengths))
         self.tables = [[numbers.pop() for _ in range(length)] for length in lengths]
         self.shape = Shape(heads[1], *dims)
-        size = page_tokens * heads[1] * sum(dims) * (sum(lengths) + 3)
-        nothing = torch.full((size,), math.nan, dtype=dtype)
-        self.pool = PagedKV.of(nothing, self.shape, page_tokens)
+        size = self.format.page_bytes(self.shape, page_tokens) * (sum(lengths) + 3)
+        nothing = torch.full((size,), 255, dtype=torch.uint8)  # every type takes it for NaN
+        self.pool = PagedKV.of(
+            nothing.view(self.format.cells), self.shape, page_tokens, self.format
+        )
         ends = [start + rows for start, rows in spans]
         self.tokens = [self.fill(end, table) for end, table in zip(ends, self.tables)]
         # Rows come in another order than spans, and some are in no span.
@@ -94,12 +103,18 @@ class Batch:
     def fill(self, tokens: int, table: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Random keys and values of one sequence, written into its pages."""
         pair = []
-        for target in (self.pool.keys, self.pool.values):
-            _, kv_heads, page_tokens, dim = target.shape
-            made = torch.randn(tokens, kv_heads, dim, generator=self.make).to(self.dtype)
+        dims = self.shape.key_dim, self.shape.value_dim
+        for target, dim in zip((self.pool.keys, self.pool.values), dims):
+            shape = tokens, self.shape.kv_heads, dim
+            made = cells = torch.randn(shape, generator=self.make).to(self.dtype)
+            if (groups := self.format.groups) is not None:
+                packed = groupwise.quantize_minmax(made.view(-1, dim), groups)
+                kind = self.dtype if ON_GPU else torch.float32  # the interpreter does not round
+                made = groupwise.expand(packed, groups, dim, kind).view(shape)
+                cells = packed.view(*shape[:2], -1)
             for position in range(tokens):
-                page, offset = divmod(position, page_tokens)
-                target[table[page], :, offset] = made[position]
+                page, offset = divmod(position, self.page_tokens)
+                target[table[page], :, offset] = cells[position]
             pair.append(made.double())
         return pair[0], pair[1]
 
@@ -126,7 +141,7 @@ class Batch:
         }
         spans = make_spans(columns, max(self.counts), max(map(len, kept)))
         raw = self.pool.raw.flatten().to(DEVICE)
-        pool = PagedKV.of(raw, self.shape, self.page_tokens)
+        pool = PagedKV.of(raw, self.shape, self.page_tokens, self.format)
         query = self.query.to(DEVICE).transpose(0, 1)
         out, lse = paged_attention(query, pool, spans, options, num_splits=num_splits)
         assert out.dtype == lse.dtype == torch.float32

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flexrun.calibration import RowBudget, measured_flops
+from compression.spec import GroupFormat
+from flexrun.calibration import RowBudget, measured_expansion, measured_flops
 from flexrun.schedulers import ContinuousScheduler
 from offload.backend_cpu import CpuBackend
 from offload.pages import PagePools
+from offload.slabs import Weight
 from offload.tiers import MemoryAccount, Tier
 
 
@@ -46,6 +48,16 @@ def test_weights_that_take_longer_than_planned_leave_more_rows_free():
         budget.learn(budget.rows, computed, [0.3 * sweep, 3.0 * sweep], [0.3 * sweep, 1.5 * sweep])
     assert scheduler.free_rows == budget.rows == pytest.approx(300, abs=1)
     assert scheduler.speculation.most_rows == pytest.approx(150, abs=1)
+
+
+def test_what_expands_weights_is_the_same_in_every_sweep():
+    """A row takes 10 ms, expansion 0.4 s of the second that weights take: sixty rows are free."""
+    scheduler, computed = make_scheduler(), 0.0
+    budget = RowBudget(scheduler, 1.0, 20, prompts=True, guess=True, expansion=0.4)
+    for sweep in range(1, 12):
+        computed += 0.4 + budget.rows * 0.01
+        budget.learn(budget.rows, computed, *link(sweep))
+    assert scheduler.free_rows == budget.rows == pytest.approx(60, abs=1)
 
 
 def test_sweeps_without_prompts_are_full_when_guesses_fill_them():
@@ -107,3 +119,25 @@ def test_measuring_products_keeps_within_the_budget(monkeypatch, limit):
     assert measured_flops(backend, torch.float32, 1024, 4096, workspace) > 0
     most = 64 << 20 if limit is None else limit + workspace
     assert most // 4 < max(made) <= most
+
+
+@pytest.mark.parametrize("limit", [None, 100_000])
+@pytest.mark.parametrize("spec", [GroupFormat(4, 64), None])
+def test_measuring_expansion_keeps_within_the_budget(spec, limit):
+    """Some rows of a weight, in groups or of another type, as many as fit."""
+    backend = CpuBackend(MemoryAccount(limits={} if limit is None else {Tier.DEVICE: limit}))
+    weight = Weight("w", torch.Size([4096, 256]), torch.bfloat16, (), torch.float32, spec=spec)
+    rows = []
+
+    def fill(self: Weight, out: torch.Tensor, data: torch.Tensor) -> None:
+        rows.append(len(out))
+        assert out.nbytes + data.nbytes <= (limit or 1 << 30)
+        assert data.nbytes * 4096 == weight.nbytes * len(out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Weight, "fill", fill)
+        assert measured_expansion(backend, weight, 0) > 0
+    assert len(set(rows)) == 1
+    assert (rows[0] == 4096) == (limit is None)
+    assert measured_expansion(backend, weight, 0) > 0
+    backend.close()

@@ -209,6 +209,7 @@ def test_a_killed_run_continues(command):
         (["--seed", "x"], "argument --seed"),
         (["--device", "tpu"], "argument --device: invalid choice"),
         (["--dtype", "int8"], "argument --dtype: invalid choice"),
+        (["--kv-bits", "8"], "argument --kv-bits: invalid choice: 8 (choose from 16, 4)"),
         (["--weights", "device=20,host=70"], "--weights: split"),
         (["--weights", "gpu=100"], "--weights: cannot read 'gpu=100'"),
         (["--micro-batch", "0"], "--micro-batch must be a whole number of at least 1"),
@@ -271,6 +272,32 @@ def test_another_job_does_not_append(command):
     assert command.output.read_bytes() == before
 
 
+def test_keys_and_values_of_other_bits_make_another_job(command):
+    """The flag is named, and a job of 16 bits has the same fingerprint as before there was one."""
+    assert command("--kv-bits", "16", "--group-size", "32") == 0
+    sidecar = Path(f"{command.output}.job.json")
+    assert not {"--kv-bits", "--group-size"} & json.loads(sidecar.read_text()).keys()
+    assert command() == 0
+    before = command.output.read_bytes()
+    assert command("--kv-bits", "4") == 2
+    assert "another --kv-bits" in command.stderr
+    policy = command.input.with_name("policy.json")
+    policy.write_text('{"kv_bits": 4}')
+    assert command("--policy", str(policy)) == 2
+    assert "another --kv-bits" in command.stderr
+    assert command.output.read_bytes() == before
+    command.output.unlink()
+    assert command("--policy", str(policy)) == 0
+    assert command("--kv-bits", "4", "--policy", "auto") == 0
+    for more in ([], ["--kv-bits", "16"]):
+        assert command(*more) == 2
+        assert "another --kv-bits" in command.stderr
+    assert command("--kv-bits", "4", "--group-size", "32") == 2
+    assert "another --group-size" in command.stderr
+    assert command("--kv-bits", "4", "--weight-bits", "8") == 2
+    assert "another --weight-bits" in command.stderr
+
+
 def test_settings_that_keep_the_results_may_change(command):
     """An interrupted job may continue with another policy or on another device."""
     command.next_engine = FakeEngine(break_at_sweep=4, error=KeyboardInterrupt())
@@ -327,7 +354,7 @@ def test_flags_become_settings(tmp_path):
         f"--ignore-eos --n 2 --policy {policy} --weights host=100 --kv-cache device=50,host=50 "
         "--micro-batch 8 --num-micro-batches 2 --max-rows 32 --max-sequences 5 "
         "--device-memory 1GiB --host-memory 2G --disk-space 3MB --offload-dir d --no-overlap "
-        "--emulate capacity=1MiB"
+        "--emulate capacity=1MiB --kv-bits 4 --group-size 32"
     )
     arguments = build_parser("0").parse_args(flags.split())
     config = engine_config(vars(arguments), flag_of)
@@ -335,6 +362,7 @@ def test_flags_become_settings(tmp_path):
     assert (config.policy.max_rows, config.max_rows) == (64, 32)
     assert (config.weights, config.kv_cache) == (Split(host=100), Split(device=50, host=50))
     assert (config.micro_batch_rows, config.num_micro_batches, config.max_sequences) == (8, 2, 5)
+    assert (config.kv_bits, config.quantization.kv_bits, config.quantization.group) == (4, 4, 32)
     sizes = (config.device_memory, config.host_memory, config.disk_space)
     assert sizes == (2**30, 2 * 10**9, 3 * 10**6)
     assert (config.offload_dir, config.overlap, config.emulate) == (

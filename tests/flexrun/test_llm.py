@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,15 +118,19 @@ def test_an_interrupted_llm_closes_itself(llm, engines):
 
 def test_settings_may_be_texts(engines, model):
     """Splits and sizes are accepted as on the command line; unknown settings are refused."""
-    LLM(str(model), weights="device=25,host=75", device_memory="2GiB", seed=4).close()
+    LLM(str(model), weights="device=25,host=75", device_memory="2GiB", seed=4, kv_bits=4).close()
     config = engines[0].config
+    assert (config.kv_bits, config.quantization.kv_bits) == (4, 4)
     assert (config.weights.host, config.device_memory, config.seed) == (75, 2**31, 4)
-    for settings, words in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"weight": "device=100"}, "unknown setting 'weight'"),
         ({"device": "tpu"}, "device must be one of"),
         ({"max_rows": "many"}, "max_rows must be a whole number"),
         ({"kv_cache": "device=1"}, "kv_cache: split"),
-    ]:
+        ({"kv_bits": 8}, "kv_bits must be one of 16, 4, not 8"),
+        ({"kv_bits": "4"}, "kv_bits must be one of 16, 4, not '4'"),
+    ]
+    for settings, words in wrong:
         with pytest.raises(UsageError, match=words):
             LLM(model, **settings)
 

@@ -138,7 +138,13 @@ def test_a_model_that_cannot_be_run_is_not_prepared(command, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--disk-space", "much"], ["--dtype", "int3"], ["--weights", "disk=100"]]
+    "flags",
+    [
+        ["--disk-space", "much"],
+        ["--dtype", "int3"],
+        ["--weights", "disk=100"],
+        ["--kv-bits", "4"],
+    ],
 )
 def test_wrong_usage_is_explained(command, flags):
     """Values that cannot be read and flags of other subcommands end with exit code 2."""

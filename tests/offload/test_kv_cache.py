@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from compression.spec import GroupFormat
 from flexrun.plan import RowSpan
 from flexrun.zigzag import Action, zigzag
 from offload.backend import DeviceBackend
@@ -58,6 +59,7 @@ class Rig:
         page_tokens: int,
         seed: int = 0,
         backend: DeviceBackend | None = None,
+        groups: GroupFormat | None = None,
     ) -> None:
         account = MemoryAccount()
         self.backend = backend or (
@@ -66,7 +68,8 @@ class Rig:
         self.staged = [t for t in (Tier.HOST, Tier.DISK) if pages.get(t)]
         if name == "cpu" and Tier.HOST in self.staged:
             self.staged.remove(Tier.HOST)
-        self.pools = PagePools(pages, page_tokens, dict.fromkeys(self.staged, STAGING), TAILS)
+        most = dict.fromkeys(self.staged, STAGING)
+        self.pools = PagePools(pages, page_tokens, most, TAILS, keeps_recent=groups is not None)
         self.transfers = TransferEngine(self.backend)
         if name == "emulated":
             buffers = [map_memory(DISK_BLOCK) for _ in range(3)]
@@ -81,6 +84,7 @@ class Rig:
                 self.transfers,
                 STAGING,
                 directory=Path(self.directory.name),
+                groups=groups,
             )
         except BaseException:
             self.transfers.close()
@@ -142,6 +146,10 @@ class Rig:
             self.truth[layer, span.sequence] = torch.cat([old[: span.start], new])
             by_row[row] = span
             row += span.length
+        self.check(layer, number, by_row)
+
+    def check(self, layer: int, number: int, by_row: dict[int, RowSpan]) -> None:
+        """All that attention would read."""
         seen = []
         for group, pool in self.cache.view(layer, number):
             seen += check_group(group, pool, by_row, lambda s: self.truth[layer, s])
@@ -219,8 +227,9 @@ def fork_some(rig: Rig, number: int) -> int:
     """Some sequences get a child that begins like them; the number of the next sequence."""
     for parent in list(rig.pools.tables):
         if rig.lengths[parent] and rig.draw.random() < 0.2:
-            tokens = rig.draw.randint(1, rig.lengths[parent])
-            if not rig.pools.fork(parent, number, tokens, rig.lengths[parent]):
+            wanted = rig.draw.randint(1, rig.lengths[parent])
+            tokens = rig.pools.fork(parent, number, wanted, rig.lengths[parent])
+            if not tokens:
                 continue
             if not rig.pools.allocate(number, tokens + rig.draw.randint(1, 9)):
                 rig.pools.release(number)

@@ -7,8 +7,27 @@ from dataclasses import replace
 
 import pytest
 
-from policy_search.cost_model import SweepWork, best_host_share, busy_seconds, sweep_seconds
+from policy_search.cost_model import (
+    SweepWork,
+    best_host_share,
+    busy_seconds,
+    expansion_seconds,
+    free_rows,
+    sweep_seconds,
+)
 from policy_search.hardware import Hardware
+from policy_search.model_shape import ModelShape
+
+SHAPE = ModelShape(
+    weight_bytes=40,
+    largest_layer_bytes=30,
+    head_bytes=10,
+    hidden_size=4,
+    widest=8,
+    vocab_size=16,
+    kv_bytes_per_token=(8,),
+    value_bytes=2,
+)
 
 
 def cases() -> list[tuple[SweepWork, Hardware]]:
@@ -105,6 +124,16 @@ def test_a_split_that_saves_little_is_none() -> None:
     work = SweepWork(weights=0, host_kv=10**9)
     assert best_host_share(work, Hardware(host_to_device=1e9, host_attention=1e10)) == 1.0
     assert best_host_share(work, Hardware(host_to_device=1e10, host_attention=1e9)) == 0.0
+
+
+def test_expansion_takes_of_the_time_that_rows_have() -> None:
+    """Weights of 40 bytes, expanded at 10 a second, leave 6 of 10 seconds, and no rows of 3."""
+    shape = replace(SHAPE, expanded_in_sweep=40, flops_per_row=2)
+    hardware = Hardware(host_to_device=1.0, expansion=10.0, flops=100.0)
+    assert expansion_seconds(shape, hardware) == 4.0
+    assert free_rows(shape, hardware, 10.0) == 300.0
+    assert free_rows(shape, hardware, 3.0) == 0.0
+    assert free_rows(replace(shape, expanded_in_sweep=0), hardware, 3.0) == 150.0
 
 
 def test_without_pages_on_host_there_is_nothing_to_share() -> None:

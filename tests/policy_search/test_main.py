@@ -54,6 +54,20 @@ def test_the_printed_command_makes_the_same_plan(tiny_llama_dir, capsys):
     assert config.device_memory == 900 * 1024
 
 
+def test_packed_keys_and_values_are_planned(tiny_llama_dir, capsys):
+    """The flag is in the plan and in the command, and the newest pages in working memory."""
+    arguments = ["--model", tiny_llama_dir, "--unified", "--device-memory", "1GiB", *SMALL]
+    plain = plan(capsys, *arguments)
+    packed = plan(capsys, *arguments, "--kv-bits", "4")
+    assert (plain["policy"]["kv_bits"], packed["policy"]["kv_bits"]) == (16, 4)
+    used, before = packed["memory"]["device"], plain["memory"]["device"]
+    assert used["kv"] < before["kv"]
+    newest = 2 * before["kv"] // (2048 // 32)  # of all pages, eight sequences have two each
+    assert used["working"] >= before["working"] + newest
+    assert main([*map(str, arguments), "--kv-bits", "4"]) == 0
+    assert " --kv-bits 4" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("memory", ["5MiB", "800KiB", "700KiB"])
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 def test_the_engine_allocates_what_was_planned(tiny_llama_dir, capsys, memory, device):
@@ -85,9 +99,11 @@ def test_the_engine_allocates_what_was_planned(tiny_llama_dir, capsys, memory, d
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("weights", ["device=100", "device=50,disk=50"])
 @pytest.mark.parametrize("kv_cache", ["disk=100", "device=20,host=30,disk=50", "host=50,disk=50"])
-def test_the_engine_allocates_what_is_predicted(tiny_llama_dir, weights, kv_cache, device):
+@pytest.mark.parametrize("kv_bits", ["16", "4"])
+def test_the_engine_allocates_what_is_predicted(tiny_llama_dir, weights, kv_cache, device, kv_bits):
     """With KV pages on disk, too: what staging and pages that are not full take is foreseen."""
     given = ["--weights", weights, "--kv-cache", kv_cache, "--disk-space", "4MiB"]
+    given += ["--kv-bits", kv_bits]
     words = ["generate", "--input", "i", "--output", "o", "--device", device, *SMALL, *given]
     parsed = build_parser("0").parse_args([*words, "--model", str(tiny_llama_dir)])
     engine = Engine(engine_config(vars(parsed)), None)
@@ -126,6 +142,7 @@ def test_the_written_policy_can_be_read(tiny_llama_dir, capsys, tmp_path):
         (["--model", "DIR", "--device-memory", "much"], "cannot read the size 'much'"),
         (["--model", "DIR", "--max-rows", "0"], "'0' is not a whole number of at least 1"),
         (["--model", "DIR", "--device-memory", "1KiB"], "is missing"),
+        (["--model", "DIR", "--kv-bits", "8"], "--kv-bits: invalid choice: 8 (choose from 16, 4)"),
         (["--model", "DIR", "--unified", "--device-memory", "700KiB", "--disk-space", "0",
           "--dtype", "bfloat16", *SMALL], "missing on disk"),
         (["--model", "DIR", "--device-memory", "1GiB", "-o", "DIR"], "cannot write"),

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from compression.spec import GroupFormat
 from offload.errors import SplitError
 from offload.tiers import Split
 from policy_search.errors import PolicyError
@@ -22,6 +23,8 @@ UNUSUAL = Policy(
     page_tokens=7,
     prefetch_depth=8,
     overlap=False,
+    kv_bits=4,
+    group_size=32,
 )
 
 
@@ -61,6 +64,8 @@ def test_missing_fields_have_their_defaults():
         ('{"max_rows": 1.5}', "must be a whole number of at least 1, not 1.5"),
         ('{"max_rows": true}', "must be a whole number of at least 1, not True"),
         ('{"max_rows": null}', "must be a whole number of at least 1, not None"),
+        ('{"kv_bits": 8}', "policy field kv_bits must be one of 16, 4"),
+        ('{"kv_bits": "4"}', "policy field kv_bits must be one of 16, 4"),
         ('{"overlap": 1}', "overlap must be true or false"),
         ('{"weights": 100}', "policy field weights must be a split such as"),
     ],
@@ -84,6 +89,15 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path / "missing.json", binary):
         with pytest.raises(PolicyError, match=re.escape(f"cannot read the policy {path}")):
             Policy.load(path)
+
+
+def test_how_keys_and_values_are_stored():
+    """As they are computed unless asked otherwise; then in groups of the policy's size."""
+    assert Policy().kv_groups("bfloat16") is None
+    assert UNUSUAL.kv_groups("bfloat16") == GroupFormat(4, 32, "bfloat16")
+    assert UNUSUAL.kv_groups("float16") == GroupFormat(4, 32, "float16")
+    assert UNUSUAL.kv_groups("float32") == GroupFormat(4, 32, "bfloat16")
+    assert UNUSUAL.quantization.kv_bits == 4
 
 
 @pytest.mark.parametrize(

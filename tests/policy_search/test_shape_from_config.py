@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -77,7 +78,7 @@ def engine_shape(directory, dtype=torch.float32, computed=None, quantization=NOT
         checkpoint = Checkpoint(directory, model.module, dtype, model.stored_dtypes)
     weights = find_weights(model, quantization)
     disk = plan_disk(checkpoint, weights.units, directory / "offload")
-    return model_shape(model, weights, computed, disk)
+    return model_shape(model, weights, computed, disk, quantization)
 
 
 def planned_shape(directory, dtype="float32"):
@@ -147,6 +148,41 @@ def test_quantized_bytes_are_those_of_the_built_model(name, computed, quantizati
     assert planned.always_prepared
     plain = shape_from_config(config, "bfloat16", computed)
     assert planned.weight_bytes < plain.weight_bytes
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("computed", ["float32", "bfloat16", "float16"])
+def test_packed_keys_and_values_are_those_of_the_built_model(tiny_llama_dir, computed, group):
+    """Bytes in pages and as they are computed; nothing else of the shape depends on them."""
+    quantization, dtype = Quantization(kv_bits=4, group=group), getattr(torch, computed)
+    expected = engine_shape(tiny_llama_dir, dtype, quantization=quantization)
+    config = ModelConfig.load(tiny_llama_dir)
+    planned = shape_from_config(config, computed, quantization=quantization)
+    assert numbers(planned) == numbers(expected)
+    plain = shape_from_config(config, computed)
+    assert planned.kv_rows == plain.kv_bytes_per_token
+    assert planned.kv_packed
+    assert not plain.kv_packed
+    assert planned.kv_token_bytes < plain.kv_token_bytes
+    same = replace(planned, kv_bytes_per_token=plain.kv_bytes_per_token, kv_row_bytes=())
+    assert same == plain
+
+
+def test_packed_bytes_of_a_published_model(tmp_path):
+    """Llama 3 has 8 heads of 128 values: 64 bytes of codes and two groups' numbers for each."""
+    sizes = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    }
+    config = ModelConfig(tmp_path, sizes)
+    shape = shape_from_config(config, "bfloat16", quantization=Quantization(kv_bits=4))
+    assert shape.kv_bytes_per_token == (1152,) * 32
+    assert shape.kv_rows == (4096,) * 32
 
 
 def test_experts_count_as_the_model_stacks_them(tmp_path):

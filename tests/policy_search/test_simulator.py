@@ -118,12 +118,25 @@ def test_one_request_takes_a_sweep_a_token(capsys):
         (["--max-rows", "0"], "whole number of at least 1"),
         (["--kv-tokens", "64"], "does not fit into the KV cache of 64"),
         (["--workload", "poems"], "invalid choice"),
+        (["--kv-bits", "8"], "--kv-bits: invalid choice"),
         (["--model", "nowhere"], "there is no"),
     ],
 )
 def test_what_makes_no_sense_is_refused(capsys, arguments, says):
     assert main(["simulate", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_bits_make_a_job_smaller(capsys):
+    """Of the KV cache its pages; of weights what is on its way in every sweep."""
+    given = ["--requests", "4", "--workload", "fixed", "--gen-len", "4"]
+    plain = run(capsys, *given)
+    packed = run(capsys, *given, "--kv-bits", "4")
+    assert packed["kv_bytes"] * 16 == plain["kv_bytes"] * 4.5
+    assert packed == plain | {"kv_bytes": packed["kv_bytes"]}
+    light = run(capsys, *given, "--weight-bits", "4")
+    assert light["sweep_weight_seconds"] < plain["sweep_weight_seconds"] / 3
+    assert main(["simulate", *given, "--kv-bits", "4"]) == 0
 
 
 def test_a_model_and_a_link_make_the_clock(capsys, tiny_llama_dir):

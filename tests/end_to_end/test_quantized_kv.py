@@ -1,0 +1,160 @@
+"""A KV cache in groups of 4 bits: the tokens of transformers with such a cache, on every tier."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from compression import groupwise
+from compression.expansion import quantize_unchecked
+from compression.rotation import rotated
+from compression.spec import GroupFormat
+from flexrun import LLM, SamplingParams
+from offload.links import Link
+from offload.tiers import Tier
+from policy_search.policy import Policy
+from tests.end_to_end.harness import engine_of, generate, run
+from tests.end_to_end.reference import greedy_tokens, ragged_prompts
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated"),  # its name until 5.13
+]
+
+NEW_TOKENS = 12
+PAGE = 8
+PROMPTS = [list(text.encode()) for text in ragged_prompts(14, longest=12)]
+FORMAT = GroupFormat(4, 64)
+PLACES = (
+    ("cpu", "device=100", "auto"),
+    ("cpu", "device=40,disk=60", "auto"),
+    ("emulated", "device=100", "auto"),
+    ("emulated", "host=100", "device"),
+    ("emulated", "host=100", "host"),
+    ("emulated", "disk=100", "auto"),
+    ("emulated", "device=30,host=40,disk=30", "auto"),
+)
+
+
+def settings(device: str, kv_cache: str, attention: str, **more: Any) -> dict[str, Any]:
+    """Whole prompts in one chunk: what is cut elsewhere attends to other packed pages."""
+    batch = {"num_micro_batches": 3, "micro_batch_rows": 400, "max_rows": 2000}
+    policy = Policy(page_tokens=PAGE, max_sequences=20, weights=Policy().weights)
+    where = {"device": device, "kv_cache": kv_cache, "attention": attention, "dtype": "float32"}
+    return {"policy": policy, "kv_bits": 4, **batch, **where, **more}
+
+
+class PackingCache(DynamicCache):  # type: ignore[misc]
+    """Pages but the first one become what their codes stand for after the step that fills them."""
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        before = self.get_seq_length(layer_idx)
+        seen = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer, end = self.layers[layer_idx], before + key_states.shape[2]
+        full = slice(max(PAGE, before // PAGE * PAGE), end // PAGE * PAGE)
+        if full.start < full.stop:
+            layer.keys, layer.values = (side.clone() for side in seen)
+            for side in (layer.keys, layer.values):
+                side[:, :, full] = packed_and_back(side[:, :, full])
+        return seen
+
+
+def packed_and_back(values: torch.Tensor) -> torch.Tensor:
+    rows = rotated(values).reshape(-1, values.shape[-1])
+    packed = quantize_unchecked(rows, FORMAT)
+    expanded = groupwise.expand(packed, FORMAT, rows.shape[1], torch.float32)
+    return rotated(expanded).view(values.shape)
+
+
+@torch.inference_mode()
+def packing_tokens(directory: Path) -> list[list[int]]:
+    """Greedy continuations by transformers with a `PackingCache`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    results = []
+    for prompt in PROMPTS:
+        cache, ids = PackingCache(), torch.tensor([prompt])
+        tokens: list[int] = []
+        while len(tokens) < NEW_TOKENS and 0 not in tokens:
+            logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
+            tokens.append(int(logits.argmax()))
+            ids = torch.tensor([tokens[-1:]])
+        results.append(tokens)
+    return results
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_llama_dir) -> list[list[int]]:
+    return packing_tokens(tiny_llama_dir)
+
+
+@pytest.mark.parametrize(("device", "kv_cache", "attention"), PLACES)
+def test_tokens_are_those_of_a_packed_cache(
+    tiny_llama_dir, tmp_path, reference, device, kv_cache, attention
+):
+    """Wherever pages live and are attended to, and they differ from those of a plain cache."""
+    chosen = settings(device, kv_cache, attention, offload_dir=tmp_path)
+    done = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **chosen)
+    assert done.tokens == reference
+    assert max(done.micro_batches) >= 3
+    assert reference != greedy_tokens(tiny_llama_dir, PROMPTS, NEW_TOKENS, [0])
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_samples_of_a_prompt_share_packed_pages(tiny_llama_dir, n):
+    """They begin with exact copies of the first and the newest page."""
+    with LLM(tiny_llama_dir, **settings("cpu", "device=100", "auto")) as llm:
+        plain = generate(llm, PROMPTS[:4], NEW_TOKENS, ignore_eos=True).tokens
+        given = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, n=n, ignore_eos=True)
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS[:4]]
+        outputs = llm.generate(prompts, given, use_tqdm=False)
+    found = [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
+    assert found == [[tokens] * n for tokens in plain]
+
+
+def test_links_carry_packed_pages(tiny_llama_dir):
+    """Every full page but the first, once a sweep, in packed bytes; it goes to HOST once."""
+    chosen = settings("emulated", "host=100", "device", speculation="off")
+    with LLM(tiny_llama_dir, **chosen) as llm:
+        done = generate(llm, PROMPTS, NEW_TOKENS, ignore_eos=True)
+        layers = engine_of(llm)._runtime.model.attention
+        moved = done.summary["bytes_by_kind"]
+    page = sum(
+        PAGE * s.kv_heads * (FORMAT.row_bytes(s.key_dim) + FORMAT.row_bytes(s.value_dim))
+        for s in layers
+    )
+    spans = [span for plan in done.plans for span in plan.spans]
+    read = sum(max(0, span.start // PAGE - 1) for span in spans)
+    kept = sum(max(1, s.end // PAGE) - max(1, s.start // PAGE) for s in spans)
+    assert moved[str(Link.HOST_TO_DEVICE)]["kv"] == read * page
+    assert moved[str(Link.DEVICE_TO_HOST)]["kv"] == kept * page
+    assert min(read, kept) > 50
+
+
+@pytest.mark.parametrize("kv_cache", ["device=100", "host=60,disk=40"])
+def test_sixteen_bits_change_nothing(tiny_llama_dir, tmp_path, kv_cache):
+    """Said or unsaid, they are the same tokens and bytes."""
+    chosen = settings("emulated", kv_cache, "auto", offload_dir=tmp_path)
+    runs = [run(tiny_llama_dir, PROMPTS, 4, **chosen | {"kv_bits": bits}) for bits in (16, None)]
+    assert runs[0].tokens == runs[1].tokens == greedy_tokens(tiny_llama_dir, PROMPTS, 4, [0])
+    kinds = [done.summary["bytes_by_kind"] for done in runs]
+    assert kinds[0] == kinds[1]
+
+
+def test_a_small_cache_preempts_and_ends_all(tiny_llama_dir, tmp_path):
+    """Sequences give their pages away and come back; nothing is lost and nothing stays behind."""
+    chosen = settings("emulated", "device=100", "auto", offload_dir=tmp_path)
+    with LLM(tiny_llama_dir, **chosen) as llm:
+        runtime = engine_of(llm)._runtime
+        spare = runtime.pools.capacity[Tier.DEVICE] - 40
+        assert runtime.pools.allocate(-1, spare * PAGE)
+        done = generate(llm, PROMPTS, 40, ignore_eos=True)
+        assert [len(tokens) for tokens in done.tokens] == [40] * len(PROMPTS)
+        assert done.summary["preemptions"] > 0
+        runtime.pools.release(-1)
+        assert len(runtime.pools._free_tails) == runtime.pools.tails

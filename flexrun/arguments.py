@@ -93,7 +93,7 @@ def _add_perplexity(commands: Any) -> None:
     add("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text")
     add("--context", type=count, default=512, metavar="N", help="tokens of a window (%(default)s)")
     add("--stride", type=count, metavar="N", help="tokens between windows; default: half a window")
-    text = "rows of a window computed together; default: as many as a micro-batch has"
+    text = "rows of a window computed together; default: a micro-batch's, or a packed page's"
     add("--chunk", type=count, metavar="N", help=text)
     add("--text-tokens", type=count, metavar="N", help="use only the text's first N tokens")
     _add_machine_flags(parser)

@@ -87,7 +87,11 @@ class _Staging:
         """Pages of one span per tier, where staging is a limit to them."""
         pools = self._cutter.pools
         pages = pools.tables[span.sequence].pages
-        count = Counter(page.tier for page in pages[: pools.pages_for(span.end)])
+        if pools.keeps_recent:
+            travelling = pools.movable(pages, span.start)
+        else:
+            travelling = pages[: pools.pages_for(span.end)]
+        count = Counter(page.tier for page in travelling)
         if self._cutter.rows_stay_on_host and span.length == 1:
             del count[Tier.HOST]
         return {tier: count[tier] for tier in pools.largest_table}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from compression.selection import PLAIN_BITS
 from flexrun.errors import UsageError
 from flexrun.micro_batches import Cutter
 from flexrun.model_files import resolve_model
@@ -90,6 +91,8 @@ def evaluation_policy(config: EngineConfig) -> EngineConfig:
     """The same with room for as many rows of logits as a micro-batch has, unless told otherwise."""
     if config.policy is not None or config.max_sequences is not None:
         return config
+    if config.quantization.kv_bits < PLAIN_BITS:
+        return config  # two pages of every sequence are on the device: so many are too many
     rows = config.micro_batch_rows or Policy().micro_batch_rows
     return replace(config, max_sequences=rows)
 
@@ -105,7 +108,8 @@ def evaluate(
     """Perplexity of `tokens` under the model, placed as the configuration says.
 
     Every window is computed `chunk` rows at a time; rows of one chunk attend to each other's keys
-    and values before they are stored. Raises `FlexrunError`s.
+    and values before they are stored. So these are a page if pages are packed, unless given. Raises
+    `FlexrunError`s.
     """
     if context < 2:
         raise UsageError("a window has at least two tokens", hint="raise --context")
@@ -127,6 +131,7 @@ def evaluate(
                 f"a window of {context} tokens does not fit into the KV cache",
                 hint="lower --context, or raise --device-memory",
             )
+        chunk = _chunk_that_tells(runtime, context, chunk)
         bar = stack.enter_context(tqdm(total=len(tokens) - 1, unit="token", disable=not progress))
         runner = _Runner(runtime, tokens, chunk)
         start = time.perf_counter()
@@ -137,6 +142,21 @@ def evaluate(
         if config.trace is not None:
             write_trace(config.trace, runtime.timeline.finish())
         return done
+
+
+def _chunk_that_tells(runtime: Runtime, context: int, chunk: int | None) -> int | None:
+    """Rows computed together, so that some attend to packed pages where there are any."""
+    tokens = runtime.pools.page_tokens
+    if not runtime.pools.keeps_recent:
+        return chunk
+    chunk = chunk or tokens
+    if context <= max(2 * tokens, chunk) + 1:
+        raise UsageError(
+            f"windows of {context} tokens, {chunk} computed together, read no packed KV page: the "
+            f"first page, of {tokens} tokens, and what is computed together are exact",
+            hint="raise --context, or lower --chunk",
+        )
+    return chunk
 
 
 class _Runner:

@@ -32,7 +32,13 @@ from offload.timeline import COMPUTE, Timeline
 from offload.transfer_engine import TransferEngine
 from policy_search.automatic import automatic_policy, with_depth
 from policy_search.hardware import Hardware
-from policy_search.memory import default_max_rows, parked_rows, smallest_relay, workspace
+from policy_search.memory import (
+    default_max_rows,
+    default_max_sequences,
+    parked_rows,
+    smallest_relay,
+    workspace,
+)
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -138,8 +144,11 @@ class Runtime:
         policy = config.policy or Policy()
         batch = {f: v for f, v in changed.items() if f not in ("weights", "kv_cache")}
         if config.policy is None:
-            rows = default_max_rows(self.shape, self._limits()[Tier.DEVICE])
-            policy = Policy(max_rows=rows).with_batch(**batch)
+            device = self._limits()[Tier.DEVICE]
+            policy = Policy(
+                max_rows=default_max_rows(self.shape, device),
+                max_sequences=default_max_sequences(self.shape, device),
+            ).with_batch(**batch)
         policy = replace(policy, **batch, overlap=policy.overlap and config.overlap)
         if config.policy is None and not {"weights", "kv_cache"} <= changed.keys():
             policy = automatic_policy(

@@ -174,7 +174,9 @@ class BatchScheduler:
                 free += progress.shared // self.pools.page_tokens
                 later.append(progress)  # its prompt is being computed
                 continue
-            free -= self.pools.copied_pages(progress.computed)
+            # Copies of the last page that it shares, and of the first one.
+            free -= int(progress.computed % self.pools.page_tokens > 0)
+            free -= int(self.pools.keeps_recent and progress.computed >= self.pools.page_tokens)
             span = self._span(progress, sweep.left)
             enough = free >= 0 or not self.running
             if not (enough and self.preemption.pages_for(progress, span.end)):
@@ -284,9 +286,7 @@ class BatchScheduler:
         if spare <= 0 or all(self.pools.free_pages(tier) == count for tier, count in pages):
             return
         tables = [(p, self.pools.tables[p.sequence].pages) for p in self.running.values()]
-        full = [
-            page for p, pages in tables for page in pages[: p.computed // self.pools.page_tokens]
-        ]
+        full = [page for p, pages in tables for page in self.pools.movable(pages, p.computed)]
         slow = [page for tier in self.promoted_from for page in full if page.tier is tier]
         chosen = list(dict.fromkeys(slow))[: max(0, min(spare, MOST_PROMOTED))]
         self.promotions += len(self.pools.move(dict.fromkeys(chosen, Tier.DEVICE)))

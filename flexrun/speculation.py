@@ -69,7 +69,7 @@ class Speculation:
             return 0
         most = min(progress.most_tokens - progress.tokens, self.cutter.most_rows) - 1
         if self.pools.tails:
-            # A page on DISK is written when it is full: all its tokens have to be right by then.
+            # A page is written to DISK, or packed, when it is full: its tokens have to be right.
             most = min(most, -(span.end + 1) % self.pools.page_tokens)
         if self.pools.keeps_recent and not span.end % self.pools.page_tokens:
             most = 0  # rows in two pages are attended to like a prompt's

@@ -143,10 +143,9 @@ class KVCache:
     def begin(self, micro_batches: Sequence[Sequence[Span]]) -> None:
         """Prepare the index tensors of a sweep's micro-batches (each a sequence of spans)."""
         self._earlier_store = dict(self._last_store)
-        self._arriving.clear()
-        self._new.clear()
+        for each in (self._arriving, self._new, self._rows, self._copying):
+            each.clear()
         self._copies = self._pools.take_copies()
-        self._copying.clear()
         self._batches = self._planner.plan(micro_batches)
 
     def _turn(self, layer: int, number: int) -> int:
@@ -296,6 +295,5 @@ class KVCache:
         if self._recent is not None:
             self._recent.close()
         self._memory.close()
-        for each in (self._layers, self._staged, self._batches, self._arriving):
+        for each in (self._layers, self._staged, self._batches, self._arriving, self._rows):
             each.clear()
-        self._rows.clear()

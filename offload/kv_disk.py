@@ -107,9 +107,11 @@ class DiskPages(StagedPages):
         memory.
         """
         if self._backend.unified:
+            self._make_way()
             data = map_memory(packed.nbytes, huge_pages=False)  # direct I/O wants whole blocks
             data.copy_(packed.view(-1))
-            return [self._write_pages(visit, data, numbers, visit.after)]
+            self._leaving.append(self._write_pages(visit, data, numbers, visit.after))
+            return [self._leaving[-1]]
         staging = self.stagings[visit.turn]
         sent: list[Transfer] = []
         assert staging.pinned_out is not None

@@ -34,6 +34,7 @@ class KVMemory:
         self.page_bytes = sum(form.page_bytes(shape, page_tokens) for shape in shapes)
         """Of one page in all layers."""
         self._homes: list[tuple[Tier, torch.Tensor]] = []
+        self._charged: list[tuple[Tier, int]] = []
 
     def allocate(self, tier: Tier, cells: torch.dtype, count: int, what: str) -> torch.Tensor:
         """So many cells, all zero. Raises `CapacityError`."""
@@ -45,9 +46,14 @@ class KVMemory:
     def pools(
         self, tier: Tier, pages: int, what: str, form: KVFormat | None = None
     ) -> list[PagedKV]:
-        """By layer, with memory of their own; stored as `form` says if that is given."""
+        """By layer, charged whole; stored as `form` says if that is given."""
         form = form or self.format
         counts = [pages * form.page(shape, self.page_tokens) for shape in self.shapes]
+        if tier in self.backend.lazy:
+            nbytes = sum(counts) * form.cells.itemsize
+            self.backend.account.charge(tier, nbytes, what)
+            self._charged.append((tier, nbytes))
+            return self._reserved(pages, form)
         return [
             PagedKV.of(self.allocate(tier, form.cells, count, what), shape, self.page_tokens, form)
             for count, shape in zip(counts, self.shapes)
@@ -55,14 +61,19 @@ class KVMemory:
 
     def home(self, tier: Tier, pages: int) -> list[PagedKV]:
         """Pools by layer that sequences get pages of: see `charge`."""
-        if tier not in self.backend.lazy:
-            return self.pools(tier, pages, "the KV cache")
-        form, tokens = self.format, self.page_tokens
+        if tier in self.backend.lazy:
+            return self._reserved(pages, self.format)
+        return self.pools(tier, pages, "the KV cache")
+
+    def _reserved(self, pages: int, form: KVFormat) -> list[PagedKV]:
+        """Pools whose memory is taken when it is first written."""
         return [
             PagedKV.of(
-                self.backend.reserve(pages * form.page_bytes(shape, tokens)).view(form.cells),
+                self.backend.reserve(pages * form.page_bytes(shape, self.page_tokens)).view(
+                    form.cells
+                ),
                 shape,
-                tokens,
+                self.page_tokens,
                 form,
             )
             for shape in self.shapes
@@ -86,3 +97,6 @@ class KVMemory:
         for tier, home in self._homes:
             self.backend.free(tier, home)
         self._homes.clear()
+        for tier, nbytes in self._charged:
+            self.backend.account.refund(tier, nbytes)
+        self._charged.clear()

@@ -39,7 +39,8 @@ class PageTable:
 
     pages: list[Page] = field(default_factory=list)
     tail: int | None = None
-    """With pages on DISK, which takes whole ones: the place in RAM of a page that is not full."""
+    """With pages on DISK, which takes whole ones: the place in RAM of a page that is not full. With
+    packed pages that of two pages on DEVICE: the first and the newest one."""
     tokens: int = 0
     """Positions that it has pages for: after a sweep, those with keys and values."""
     room: int = 0

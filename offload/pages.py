@@ -149,9 +149,10 @@ class PagePools:
             tokens = full * self.page_tokens
         table = PageTable(origin.pages[: self.pages_for(tokens)], tokens=tokens)
         own = self._at_tails(table, full)
-        if (tiers := self._choose(table, len(own))) is None:
+        staying = [page for index, page in enumerate(table.pages) if index not in own]
+        if (tiers := self._choose(PageTable(staying), len(own))) is None:
             return 0
-        self._owners.update(page for index, page in enumerate(table.pages) if index not in own)
+        self._owners.update(staying)
         for index, page in zip(own, self._take(table, tiers)):
             in_file = stored and not self.keeps_recent
             from_tail = None if in_file else origin.tail
@@ -162,11 +163,6 @@ class PagePools:
         self.tables[child] = table
         origin.room = 0  # its last page may be the child's, too
         return tokens
-
-    def copied_pages(self, tokens: int) -> int:
-        """Pages of a child with `tokens` positions that hold copies, now or soon."""
-        first = self.keeps_recent and tokens >= self.page_tokens
-        return int(first) + int(tokens % self.page_tokens > 0)
 
     def _at_tails(self, table: PageTable, full: int) -> list[int]:
         """Which pages of a child are at its parent's tail; so many are `full`."""
@@ -242,12 +238,15 @@ class PagePools:
         table.pages = [self._relocate(page, tier) for page, tier in zip(table.pages, tiers)]
         return self.allocate(sequence, tokens)
 
+    def movable(self, pages: Sequence[Page], tokens: int) -> Sequence[Page]:
+        """Of a sequence's, those that are full and read where they are."""
+        return pages[int(self.keeps_recent) : tokens // self.page_tokens]
+
     def _full_pages(self, pages: Collection[Page]) -> dict[Page, list[int]]:
         """The sequences that have each of `pages`, if it is full."""
         found: dict[Page, list[int]] = {}
         for sequence, table in self.tables.items():
-            first = int(self.keeps_recent)  # nobody reads that where it would be
-            for page in table.pages[first : table.tokens // self.page_tokens]:
+            for page in self.movable(table.pages, table.tokens):
                 if page in pages:
                     found.setdefault(page, []).append(sequence)
         return {page: those for page, those in found.items() if len(those) == self._owners[page]}

@@ -20,7 +20,7 @@ from policy_search.automatic import automatic_policy
 from policy_search.errors import PolicyError
 from policy_search.flags import Parser, add_quantization_flags, count, quantized_policy, size
 from policy_search.machine import disk_budget, gpu_budget, host_budget
-from policy_search.memory import default_max_rows, memory_of
+from policy_search.memory import default_max_rows, default_max_sequences, memory_of
 from policy_search.model_config import ModelConfig
 from policy_search.plan_text import command_line, plan_text
 from policy_search.shape_from_config import shape_from_config
@@ -100,7 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     quantized = quantized_policy(arguments)
     shape = shape_from_config(config, stored, computed, quantized.quantization)
     rows = default_max_rows(shape, limits[Tier.DEVICE])
-    base = replace(quantized, max_rows=rows).with_batch(
+    sequences = default_max_sequences(shape, limits[Tier.DEVICE])
+    base = replace(quantized, max_rows=rows, max_sequences=sequences).with_batch(
         micro_batch_rows=arguments.micro_batch,
         max_rows=arguments.max_rows,
         max_sequences=arguments.max_sequences,

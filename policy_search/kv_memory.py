@@ -104,13 +104,13 @@ def recent_pages_bytes(shape: ModelShape, policy: Policy) -> int:
 
 
 def packing_bytes(shape: ModelShape, policy: Policy) -> int:
-    """Of packing `PACKED_PAGES`: their values as they are gathered, in float32, which takes up to
-    twice as much, and as one more copy, then their codes.
+    """Of packing `PACKED_PAGES`: their values as they are gathered, then in float32, which takes up
+    to twice as much, before and after they are turned, and their codes.
     """
     if not shape.kv_packed:
         return 0
     layers = zip(shape.kv_rows, shape.kv_bytes_per_token)
-    token_bytes = max(4 * row + packed for row, packed in layers)
+    token_bytes = max(5 * row + packed for row, packed in layers)
     return PACKED_PAGES * policy.page_tokens * token_bytes
 
 
@@ -155,15 +155,12 @@ def broken_off_bytes(shape: ModelShape, policy: Policy) -> int:
 def leaving_rows_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> int:
     """New keys and values that are on DEVICE until they have arrived on HOST.
 
-    Packed ones leave as whole pages, to HOST or DISK.
+    Packed ones leave as whole pages, to HOST and DISK.
     """
-    if unified:
-        return 0
     if shape.kv_packed:
-        away = policy.kv_cache.host or policy.kv_cache.disk
-        tokens = PACKED_PAGES * policy.page_tokens if away else 0
+        tokens = _staged_tiers(policy, unified) * PACKED_PAGES * policy.page_tokens
     else:
-        tokens = policy.micro_batch_rows if policy.kv_cache.host else 0
+        tokens = policy.micro_batch_rows if policy.kv_cache.host and not unified else 0
     return LEAVING_BATCHES * tokens * max(shape.kv_bytes_per_token)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from offload.disk_layout import DiskPlace, lay_out
@@ -28,6 +28,7 @@ from policy_search.kv_memory import (
     kv_pages,
     kv_room,
     kv_working,
+    recent_pages_bytes,
     swap_pages,
 )
 from policy_search.policy import Policy
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from policy_search.model_shape import ModelShape
 
 SHARE_OF_ROWS, MOST_DEFAULT_ROWS = 0.02, 8192
+SHARE_OF_PAGES = 0.125
+"""Of DEVICE, for the first and the newest page of all sequences where other pages are packed."""
 IN_MOTION = 4
 """Micro-batches whose activations are on DEVICE although they live on HOST: the one that computes,
 the next one, or one that has broken off, and two on their way out."""
@@ -83,6 +86,13 @@ def default_max_rows(shape: ModelShape, device_bytes: int) -> int:
     row_bytes = 3 * shape.hidden_size * shape.value_bytes  # as `ModelShape.workspace_bytes` counts
     least = Policy().max_rows
     return min(MOST_DEFAULT_ROWS, max(least, int(SHARE_OF_ROWS * device_bytes) // row_bytes))
+
+
+def default_max_sequences(shape: ModelShape, device_bytes: int) -> int:
+    """Sequences whose pages that are not packed take `SHARE_OF_PAGES` of DEVICE, at most."""
+    most = Policy().max_sequences
+    each = recent_pages_bytes(shape, replace(Policy(), max_sequences=1))
+    return most if not each else max(1, min(most, int(SHARE_OF_PAGES * device_bytes) // each))
 
 
 def parked_rows(policy: Policy) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compression.selection import KV_BITS, PLAIN_BITS, WEIGHT_BITS, Quantization
-from compression.spec import GROUPS, GroupFormat
+from compression.spec import GROUPS
 from offload.tiers import Split
 from policy_search.errors import PolicyError
 
@@ -137,10 +137,6 @@ class Policy:
             keep=self.keep,
             kv_bits=self.kv_bits,
         )
-
-    def kv_groups(self, dtype_name: str) -> GroupFormat | None:
-        """How full pages store keys and values that are computed as `dtype_name`; None: plain."""
-        return self.quantization.kv_groups(dtype_name)
 
     @property
     def depth(self) -> int:

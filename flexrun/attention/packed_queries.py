@@ -119,7 +119,7 @@ def prepare(
                     q, factor = lanes[0, lane] + first, F(1)
                     total, most = _sum_and_most(query, q, count, four)
                     if codes.takes_words(query):
-                        factor = F(codes.MOST) / most if most > 0 else F(1)
+                        factor = F(codes.MOST) / most if most > F(1e-30) else F(1)
                     kept[to + lane] = F(1) / factor
                     kept[to + 2 * BLOCK + lane] = total
                     at = to + LANES + lane * step

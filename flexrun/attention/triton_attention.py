@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compression.groupwise import quantize_minmax
+from compression.expansion import quantize_unchecked
 from flexrun.attention.gpu import paged_attention, triton_available
 from flexrun.attention.interface import AttentionBackend
 from flexrun.attention.reference import masked_attention, visible
@@ -86,7 +86,7 @@ def _random_pool(
     for side, dim in ((pool.keys, pool.key_dim), (pool.values, pool.value_dim)):
         made = torch.randn(*side.shape[:3], dim, generator=own, device=own.device)
         if form.groups is not None:
-            made = quantize_minmax(made.view(-1, dim), form.groups).view(side.shape)
+            made = quantize_unchecked(made.view(-1, dim), form.groups).view(side.shape)
         side.copy_(made)
     return pool
 

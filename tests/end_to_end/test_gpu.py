@@ -11,6 +11,7 @@ import torch
 from flexrun import LLM, CapacityError
 from flexrun.twin import random_twin
 from offload.tiers import Tier
+from policy_search.policy import Policy
 from tests.end_to_end import test_architectures
 from tests.end_to_end.harness import SPLITS, cached_reference, engine_of, generate, run
 from tests.end_to_end.reference import greedy_tokens, ragged_prompts
@@ -67,10 +68,13 @@ def test_quantized_weights(tiny_llama_dir, tmp_path_factory, weights, bits):
 @pytest.mark.parametrize("kv_cache", ["device=100", "host=100", "device=30,host=40,disk=30"])
 def test_a_quantized_kv_cache(tiny_llama_dir, kv_cache, attention):
     """Packed and read on the GPU, from every tier: the tokens of the same cache on the CPU."""
-    chosen = {"kv_bits": 4, "attention": attention, "micro_batch_rows": 400, "max_rows": 2000}
+    chosen: dict[str, Any] = {"kv_bits": 4, "attention": attention, "micro_batch_rows": 400}
+    chosen |= {"max_rows": 2000, "policy": Policy(page_tokens=8)}
     done = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **settings("device=100", kv_cache, **chosen))
     on_cpu = settings("device=100", "device=100", **chosen) | {"device": "cpu"}
     assert done.tokens == run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **on_cpu).tokens
+    longest = max(span.end for plan in done.plans for span in plan.spans)
+    assert longest > 3 * 8, "packed pages are read"
 
 
 @pytest.mark.parametrize("activations", ["host=100", "device=50,host=50"])

@@ -313,7 +313,7 @@ def test_new_rows_on_their_way_are_charged(tiny_llama_dir, tmp_path, monkeypatch
     with LLM(tiny_llama_dir, **more) as llm:
         row = max(engine_of(llm)._runtime.shape.kv_bytes_per_token)
     leave = device == "emulated" and kv_cache == "host=100"
-    found = charged[Tier.DEVICE, "new keys and values on their way to HOST"]
+    found = charged[Tier.DEVICE, "new keys and values that leave"]
     assert found == (LEAVING_BATCHES * 16 * row if leave else 0)
 
 

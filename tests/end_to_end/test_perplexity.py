@@ -176,3 +176,24 @@ def test_numbers_that_are_none_are_an_error(tiny_llama_dir, tmp_path):
     values = {"model": str(tmp_path), "device": "cpu", "dtype": "float32"}
     with pytest.raises(UsageError, match="not numbers"):
         evaluate(engine_config(values), TEXT[:30], 20, 10)
+
+
+def test_a_packed_cache_costs_something(tiny_llama_dir):
+    """Windows are computed a page at a time, so that most rows attend to packed pages."""
+    settings = {"model": str(tiny_llama_dir), "device": "cpu", "dtype": "float32"}
+    plain, packed, at_once = (
+        evaluate(engine_config(settings | more), TEXT, 128, 64, chunk)
+        for more, chunk in (({}, None), ({"kv_bits": 4}, None), ({"kv_bits": 4}, 100))
+    )
+    assert plain.scored == packed.scored == len(TEXT) - 1
+    errors = [abs(each.nll - plain.nll) / plain.nll for each in (packed, at_once)]
+    assert 1e-6 < errors[1] < errors[0] < 0.05
+
+
+@pytest.mark.parametrize(("context", "chunk"), [(64, None), (65, 32), (128, 128)])
+def test_windows_without_a_packed_page_are_refused(tiny_llama_dir, context, chunk):
+    """They would say that packing costs nothing."""
+    settings = {"model": str(tiny_llama_dir), "device": "cpu", "kv_bits": 4}
+    with pytest.raises(UsageError, match="read no packed KV page") as caught:
+        evaluate(engine_config(settings), TEXT, context, context // 2, chunk)
+    assert "--context" in str(caught.value.hint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from compression import groupwise
 from compression.expansion import quantize_unchecked
 from compression.rotation import rotated
 from compression.spec import GroupFormat
-from flexrun import LLM, SamplingParams
+from flexrun import LLM, SamplingParams, kv_setup
+from flexrun.plan import SweepPlan
 from offload.links import Link
 from offload.tiers import Tier
 from policy_search.policy import Policy
 from tests.end_to_end.harness import engine_of, generate, run
 from tests.end_to_end.reference import greedy_tokens, ragged_prompts
+from tests.end_to_end.test_preemption import preempt_at_random
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -139,22 +143,51 @@ def test_links_carry_packed_pages(tiny_llama_dir):
 @pytest.mark.parametrize("kv_cache", ["device=100", "host=60,disk=40"])
 def test_sixteen_bits_change_nothing(tiny_llama_dir, tmp_path, kv_cache):
     """Said or unsaid, they are the same tokens and bytes."""
-    chosen = settings("emulated", kv_cache, "auto", offload_dir=tmp_path)
+    chosen = settings("emulated", kv_cache, "device", offload_dir=tmp_path)
     runs = [run(tiny_llama_dir, PROMPTS, 4, **chosen | {"kv_bits": bits}) for bits in (16, None)]
     assert runs[0].tokens == runs[1].tokens == greedy_tokens(tiny_llama_dir, PROMPTS, 4, [0])
     kinds = [done.summary["bytes_by_kind"] for done in runs]
     assert kinds[0] == kinds[1]
 
 
-def test_a_small_cache_preempts_and_ends_all(tiny_llama_dir, tmp_path):
-    """Sequences give their pages away and come back; nothing is lost and nothing stays behind."""
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_sequences_come_back_from_the_swap_tier(
+    tiny_llama_dir, tmp_path, monkeypatch, reference, device
+):
+    """They go on as if nothing had happened: the first page is where it was."""
+    pages = {Tier.DEVICE: 200, Tier.HOST: 0, Tier.DISK: 0}
+    monkeypatch.setattr(kv_setup, "kv_pages", lambda *_: dict(pages))
+    draw = random.Random(0)
+    with LLM(tiny_llama_dir, **settings(device, "device=100", "auto", offload_dir=tmp_path)) as llm:
+        scheduler = engine_of(llm)._runtime.scheduler
+        next_sweep, pools = scheduler.next_sweep, scheduler.pools
+
+        def broken_into(drafts: Mapping[int, int] | None = None) -> SweepPlan:
+            victims = [
+                number
+                for number, progress in scheduler.running.items()
+                if progress.computed >= PAGE and pools.can_swap_out(number)
+            ]
+            if victims and len(scheduler.running) > 1:
+                scheduler.preempt(draw.choice(victims), swap=True)
+            return next_sweep(drafts)
+
+        monkeypatch.setattr(scheduler, "next_sweep", broken_into)
+        done = generate(llm, PROMPTS, NEW_TOKENS)
+        assert len(pools._free_tails) == pools.tails
+    assert done.summary["swaps"] == done.summary["preemptions"] > 5
+    assert done.tokens == reference
+
+
+def test_sequences_that_are_computed_again_end(tiny_llama_dir, tmp_path, monkeypatch):
+    """They may choose other tokens, but as many, and all tails are given back."""
+    pages = {Tier.DEVICE: 60, Tier.HOST: 0, Tier.DISK: 0}
+    monkeypatch.setattr(kv_setup, "kv_pages", lambda *_: dict(pages))
     chosen = settings("emulated", "device=100", "auto", offload_dir=tmp_path)
     with LLM(tiny_llama_dir, **chosen) as llm:
-        runtime = engine_of(llm)._runtime
-        spare = runtime.pools.capacity[Tier.DEVICE] - 40
-        assert runtime.pools.allocate(-1, spare * PAGE)
-        done = generate(llm, PROMPTS, 40, ignore_eos=True)
-        assert [len(tokens) for tokens in done.tokens] == [40] * len(PROMPTS)
-        assert done.summary["preemptions"] > 0
-        runtime.pools.release(-1)
-        assert len(runtime.pools._free_tails) == runtime.pools.tails
+        preempt_at_random(llm, random.Random(0), [False])
+        done = generate(llm, PROMPTS, NEW_TOKENS, ignore_eos=True)
+        pools = engine_of(llm)._runtime.pools
+        assert len(pools._free_tails) == pools.tails
+    assert done.summary["preemptions"] > 5
+    assert [len(tokens) for tokens in done.tokens] == [NEW_TOKENS] * len(PROMPTS)

@@ -863,3 +863,21 @@ def test_who_ends_in_this_sweep_does_not_leave():
     assert [span.sequence for span in plan.spans] == [0, 1]
     assert scheduler.preemption.count == 0
     assert [span.sequence for span in scheduler.next_sweep().spans] == [0]
+
+
+def test_first_pages_that_stay_keep_no_others_from_moving_up():
+    """Where pages are packed, forty sequences have one each that nobody reads on HOST."""
+    pools = PagePools({Tier.DEVICE: 600, Tier.HOST: 600}, 4, tails=40, keeps_recent=True)
+    scheduler = ContinuousScheduler(pools, max_rows=600, max_sequences=40, micro_batch_rows=600)
+    scheduler.promoted_from = (Tier.HOST,)
+    for number in range(40):
+        scheduler.add(number, 12, 40)
+    for _ in range(12):
+        pools.settle()
+        scheduler.commit(scheduler.next_sweep())
+        pools.take_copies()
+    tables = [pools.tables[number] for number in range(40)]
+    first = [table.pages[0].tier for table in tables]
+    assert first.count(Tier.HOST) > 16
+    full = [page.tier for table in tables for page in table.pages[1 : table.tokens // 4 - 1]]
+    assert full.count(Tier.HOST) == 0

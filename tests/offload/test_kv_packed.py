@@ -151,7 +151,7 @@ def test_a_fork_of_a_page_that_was_packed_begins_before_it():
 
 
 def test_sequences_without_a_tail_wait():
-    """Each sequence needs one, and those that wait on the swap tier give theirs back."""
+    """Each sequence needs one, from its first page to its end."""
     rig = PackedRig("cpu", {Tier.DEVICE: 200}, page_tokens=4)
     tails = test_kv_cache.TAILS
     assert all(rig.pools.allocate(number, 1) for number in range(tails))

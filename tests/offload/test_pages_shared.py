@@ -261,3 +261,12 @@ def test_random_operations_against_a_dictionary(seed):
     model.pools.settle()
     assert model.pools.total_free == sum(model.pools.capacity.values())
     assert set(model.used.values()) <= {0}
+
+
+@pytest.mark.parametrize("keeps_recent", [False, True])
+def test_a_child_may_have_as_many_staged_pages_as_its_parent(keeps_recent):
+    """A page that is replaced by a copy does not count beside the copy."""
+    pools = PagePools({Tier.DISK: 20}, 4, {Tier.DISK: 3}, 4, keeps_recent=keeps_recent)
+    assert pools.allocate(0, 11)
+    assert pools.fork(0, 1, 10, 11) == 10
+    assert len(pools.tables[1].pages) == 3

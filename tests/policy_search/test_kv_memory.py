@@ -31,7 +31,7 @@ from policy_search.kv_memory import (
     packing_bytes,
     recent_pages_bytes,
 )
-from policy_search.memory import memory_of, workspace
+from policy_search.memory import default_max_sequences, memory_of, workspace
 from policy_search.model_shape import ModelShape, kv_bytes
 from policy_search.policy import Policy
 
@@ -99,7 +99,7 @@ def test_attention_expands_what_it_gathers():
 def test_the_newest_pages_are_on_the_device(kv_cache, unified):
     """Two of every sequence and layer, as they are computed, with the room to pack pages."""
     policy = replace(POLICY, kv_cache=Split.parse(kv_cache))
-    recent, packing = 2 * 10 * 32 * 32 * 4096, PACKED_PAGES * 32 * (4 * 4096 + 1152)
+    recent, packing = 2 * 10 * 32 * 32 * 4096, PACKED_PAGES * 32 * (5 * 4096 + 1152)
     assert recent_pages_bytes(PACKED, policy) == recent
     assert packing_bytes(PACKED, policy) == packing
     assert recent_pages_bytes(PLAIN, policy) == packing_bytes(PLAIN, policy) == 0
@@ -163,7 +163,9 @@ def test_packed_pages_leave_whole():
         policy = replace(POLICY, kv_cache=Split.parse(kv_cache))
         assert leaving_rows_bytes(PACKED, policy, unified=False) == packed
         assert leaving_rows_bytes(PLAIN, policy, unified=False) == plain
-        assert leaving_rows_bytes(PACKED, policy, unified=True) == 0
+        on_disk = pages if policy.kv_cache.disk else 0
+        assert leaving_rows_bytes(PACKED, policy, unified=True) == on_disk
+        assert leaving_rows_bytes(PLAIN, policy, unified=True) == 0
 
 
 def test_rows_that_attend_on_host_take_only_queries_there():
@@ -218,3 +220,13 @@ def test_an_automatic_plan_fits_wherever_kv_goes(seed):
     assert all(used.free >= 0 for used in memory.values())
     assert sum(used.kv for used in memory.values()) > 0
     assert memory[Tier.DEVICE].working >= packed_working(PACKED, policy, unified=unified)
+
+
+def test_by_default_no_more_sequences_run_than_the_device_has_pages_for():
+    """Their first and newest pages take an eighth of it; plain pages are no limit."""
+    assert default_max_sequences(PLAIN, 14 * GIB) == Policy().max_sequences
+    one = recent_pages_bytes(PACKED, replace(POLICY, max_sequences=1))
+    found = default_max_sequences(PACKED, 14 * GIB)
+    assert found * one <= 14 * GIB / 8 < (found + 1) * one
+    assert default_max_sequences(PACKED, 1000 * GIB) == Policy().max_sequences
+    assert default_max_sequences(PACKED, MIB) == 1

@@ -7,7 +7,6 @@ import re
 
 import pytest
 
-from compression.spec import GroupFormat
 from offload.errors import SplitError
 from offload.tiers import Split
 from policy_search.errors import PolicyError
@@ -89,15 +88,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path / "missing.json", binary):
         with pytest.raises(PolicyError, match=re.escape(f"cannot read the policy {path}")):
             Policy.load(path)
-
-
-def test_how_keys_and_values_are_stored():
-    """As they are computed unless asked otherwise; then in groups of the policy's size."""
-    assert Policy().kv_groups("bfloat16") is None
-    assert UNUSUAL.kv_groups("bfloat16") == GroupFormat(4, 32, "bfloat16")
-    assert UNUSUAL.kv_groups("float16") == GroupFormat(4, 32, "float16")
-    assert UNUSUAL.kv_groups("float32") == GroupFormat(4, 32, "bfloat16")
-    assert UNUSUAL.quantization.kv_bits == 4
 
 
 @pytest.mark.parametrize(

@@ -36,18 +36,18 @@ _SHARES = 4
 
 def quantize(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     """As `groupwise.quantize` does it, sums of floats apart. Raises `QuantizationError`."""
-    packed = _quantized(values, spec, groupwise.refuse_unusable)
+    packed = _quantized(values, spec, groupwise.refuse_unusable, every=1)
     groupwise.refuse_unbounded(packed, spec, values.shape[1])
     return packed
 
 
 def quantize_unchecked(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     """As `groupwise.quantize_any` does it, sums of floats apart."""
-    return _quantized(values, spec, lambda _: None)
+    return _quantized(values, spec, lambda _: None, groupwise.EVERY)
 
 
 def _quantized(
-    values: torch.Tensor, spec: GroupFormat, refuse: Callable[[torch.Tensor], None]
+    values: torch.Tensor, spec: GroupFormat, refuse: Callable[[torch.Tensor], None], every: int
 ) -> torch.Tensor:
     rows, columns = values.shape
     packed = torch.empty(rows, spec.row_bytes(columns), dtype=torch.uint8)
@@ -55,7 +55,7 @@ def _quantized(
     for some, target in zip(values.split(step), packed.split(step)):
         floats = some.float().contiguous()
         refuse(floats)
-        _run(QUANTIZE, target, floats, spec)
+        _run(QUANTIZE, target, floats, spec, every)
     return packed
 
 
@@ -68,7 +68,9 @@ def expand(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
         _run(expansion, packed, out, spec)
 
 
-def _run(callback: Any, packed: torch.Tensor, values: torch.Tensor, spec: GroupFormat) -> None:
+def _run(
+    callback: Any, packed: torch.Tensor, values: torch.Tensor, spec: GroupFormat, every: int = 1
+) -> None:
     rows, columns = values.shape
     assert packed.is_contiguous()
     assert values.is_contiguous()
@@ -76,7 +78,7 @@ def _run(callback: Any, packed: torch.Tensor, values: torch.Tensor, spec: GroupF
     shares = max(1, min(_SHARES * threads, -(-rows // LANES), packed.nbytes // _SHARE_BYTES))
     half = FLOAT8 if spec.float8 else int(spec.numbers == "float16")
     sizes = [0, shares, 0, rows, columns, spec.bits, spec.group, half]
-    job = np.array([*sizes, packed.data_ptr(), values.data_ptr()], np.int64)
+    job = np.array([*sizes, packed.data_ptr(), values.data_ptr(), every], np.int64)
     _crew(threads).run(
         callback, ctypes.cast(job.ctypes.data, ctypes.POINTER(ctypes.c_int64)), shares
     )

@@ -20,7 +20,7 @@ def expansion(stored: Any) -> Any:
 
     @part
     def _expand_rows(
-        packed: Any, numbers: Any, columns: Any, bits: Any, group: Any, half: Any, out: Any
+        packed: Any, numbers: Any, columns: Any, bits: Any, group: Any, half: Any, out: Any, _: Any
     ) -> None:
         """packed: uint8 [rows, row bytes], numbers: the same as uint16, out: [rows, columns]."""
         groups = (columns + group - 1) // group

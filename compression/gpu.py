@@ -92,7 +92,7 @@ def quantize_with_triton(values: torch.Tensor, spec: GroupFormat) -> torch.Tenso
     values = values if values.stride(1) == 1 else values.contiguous()
     size = rows, spec.row_bytes(columns)
     packed = torch.empty(size, dtype=torch.uint8, device=values.device)
-    shares = groupwise.SHARES if spec.bits == 4 else groupwise.SHARES[:1]
+    shares = groupwise.SHARES[:: groupwise.EVERY] if spec.bits == 4 else groupwise.SHARES[:1]
     if rows:
         quantize_kernel[(triton.cdiv(rows, _ROWS_PER_PROGRAM), spec.groups(columns))](
             values,
@@ -108,7 +108,7 @@ def quantize_with_triton(values: torch.Tensor, spec: GroupFormat) -> torch.Tenso
             HALF=spec.numbers == "float16",
             BLOCK=_ROWS_PER_PROGRAM,
             SHARES=len(shares),
-            SHARE_STEP=groupwise.SHARES[0] - groupwise.SHARES[1],
+            SHARE_STEP=groupwise.SHARES[0] - groupwise.SHARES[groupwise.EVERY],
             ROUNDS=groupwise.ROUNDS,
             POLISH=groupwise.POLISH,
             LEAST_SPREAD=groupwise.LEAST_SPREAD,

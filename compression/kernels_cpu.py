@@ -1,7 +1,8 @@
 """Entry points of group quantization on the CPU: jobs whose rows are shared among threads.
 
 A job is a table of int64: next share, shares, finished shares, rows, columns, bits, group, the type
-of scales (0 bfloat16, 1 float16, `FLOAT8` float32), and the addresses of packed rows and of values.
+of scales (0 bfloat16, 1 float16, `FLOAT8` float32), the addresses of packed rows and of values, and
+of which `SHARES` the search for codes begins.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from compression.number_bits import bfloat16_of
 from compression.quantize_cpu import quantize_rows
 from compression.vectors import LANES
 
-JOB = 10
+JOB = 11
 """Numbers of a job."""
 FINISHED, PACKED, VALUES = 2, 8, 9
 """Places in it."""
@@ -44,6 +45,7 @@ def _shares(rows_of: Any, values_of: Any) -> Any:
     @kernel
     def _take_shares(job: Any) -> None:
         shares, rows, columns, bits, group, half = job[1], job[3], job[4], job[5], job[6], job[7]
+        every = job[10]
         groups, blocks = (columns + group - 1) // group, (rows + LANES - 1) // LANES
         row_bytes = 2 * ((columns * bits + 15) // 16) + 4 * groups
         packed = carray(_bytes(job[PACKED]), (rows, row_bytes))
@@ -55,7 +57,7 @@ def _shares(rows_of: Any, values_of: Any) -> Any:
                 return
             first = blocks * share // shares * LANES  # whole blocks: see `quantize_rows`
             mine = slice(first, min(rows, blocks * (share + 1) // shares * LANES))
-            rows_of(packed[mine], numbers[mine], columns, bits, group, half, values[mine])
+            rows_of(packed[mine], numbers[mine], columns, bits, group, half, values[mine], every)
             count_up(job, FINISHED)
 
     return _take_shares

@@ -49,7 +49,7 @@ def _improve(x: Any, count: Any, scale: Any, centre: Any, most: Any, total: Any)
 
 
 @part
-def _fit(x: Any, count: Any, most: Any, numbers: Any) -> None:
+def _fit(x: Any, count: Any, most: Any, numbers: Any, every: Any) -> None:
     """Scales and centres of sixteen groups x [count * LANES] into numbers [2 * LANES].
 
     Takes the mean of each group away from x.
@@ -68,8 +68,9 @@ def _fit(x: Any, count: Any, most: Any, numbers: Any) -> None:
     best, unknown = v.splat(F(np.inf)), v.splat(F(np.nan))
     best_scale = best_centre = unknown  # and they stay so where no error is finite
     steps, middle = v.splat(F(1) / F(most)), v.splat(F(0.5))
-    for below in _SHARES:
-        for above in _SHARES:
+    for i in range(0, len(_SHARES), every):
+        for j in range(0, len(_SHARES), every):
+            below, above = _SHARES[i], _SHARES[j]
             if most > 15 and (below < 1 or above < 1):
                 continue
             first, last = v.mul(low, v.splat(below)), v.mul(high, v.splat(above))
@@ -108,8 +109,9 @@ def _write_codes(
 
 @part
 def quantize_rows(
-    packed: Any, numbers: Any, columns: Any, bits: Any, group: Any, half: Any, values: Any
-) -> None:
+    packed: Any, numbers: Any, columns: Any, bits: Any, group: Any, half: Any, values: Any,
+    every: Any,
+) -> None:  # fmt: skip
     """values: float32 [rows, columns]; packed, numbers: see `expand_cpu`."""
     groups, most, rows = (columns + group - 1) // group, (1 << bits) - 1, packed.shape[0]
     first = packed.shape[1] // 2 - 2 * groups
@@ -123,7 +125,7 @@ def quantize_rows(
                 row = min(start + lane, rows - 1)
                 for i in range(count):
                     x[i * LANES + lane] = values[row, at + i]
-            _fit(x, count, most, found)
+            _fit(x, count, most, found, every)
             for row in range(start, min(start + LANES, rows)):
                 of_row = numbers[row, first:]
                 of_row[each] = number_bits(found[row - start], half)

@@ -24,7 +24,7 @@ def draw(rows: int, columns: int) -> torch.Tensor:
 def check(values: torch.Tensor, spec: GroupFormat) -> None:
     """As good as the reference's, mostly the same codes, and the same bytes around them."""
     packed = gpu.quantize_with_triton(values.to(DEVICE), spec).cpu()
-    columns, expected = values.shape[1], groupwise.quantize(values, spec)
+    columns, expected = values.shape[1], groupwise.quantize_any(values, spec)
     assert packed.shape == expected.shape
     errors = [
         (groupwise.expand(each, spec, columns, torch.float32) - values.float()).square().sum()
@@ -66,7 +66,7 @@ def test_groups_of_one_value_are_exact():
 def test_what_is_not_finite_stays_in_its_group():
     """All of its group becomes infinite or NaN, and nothing beside it."""
     spec, values = GroupFormat(4, 32), draw(7, 70)
-    expected = groupwise.expand(groupwise.quantize(values, spec), spec, 70, torch.float32)
+    expected = groupwise.expand(groupwise.quantize_any(values, spec), spec, 70, torch.float32)
     bad = torch.full((2,), -1, dtype=torch.int32).view(torch.float32)
     values[1, 3], values[2, 40:42], values[4, 69] = torch.inf, bad, 3e38
     packed = gpu.quantize_with_triton(values.to(DEVICE), spec).cpu()
@@ -102,12 +102,12 @@ def test_a_kernel_that_fails_is_replaced(monkeypatch, caplog, broken):
             raise RuntimeError("no compiler")
         if broken == "wrong":
             return groupwise.quantize_minmax(values.nan_to_num(1.0), spec)
-        return groupwise.quantize(values.nan_to_num(1.0), spec)
+        return groupwise.quantize_any(values.nan_to_num(1.0), spec)
 
     monkeypatch.setattr(gpu, "quantize_with_triton", kernel)
     gpu._quantizes.cache_clear()
     for _ in range(2):
-        assert torch.equal(gpu.quantize(values, spec), groupwise.quantize(values, spec))
+        assert torch.equal(gpu.quantize(values, spec), groupwise.quantize_any(values, spec))
     gpu._quantizes.cache_clear()
     assert caplog.text.count("Triton kernel that quantizes") == 1
 

@@ -25,9 +25,21 @@ def test_finite_values_give_the_same_bytes(spec, dtype):
     """In every type, from a view of something wider, and of no rows at all."""
     wide = draw(37, 200).to(dtype)
     for values in (wide, wide[:, 7:137], wide[:0]):
-        expected = quantize(values, spec)
+        expected = quantize_unchecked(values.float().contiguous(), spec)
         assert torch.equal(quantize_unchecked(values, spec), expected)
-    assert torch.equal(groupwise.quantize_any(wide, spec), groupwise.quantize(wide, spec))
+    assert torch.equal(groupwise.quantize_any(wide, spec, 1), groupwise.quantize(wide, spec))
+
+
+@both_ways
+@every_spec
+def test_a_shorter_search_costs_little(way, spec):
+    """A few percent of the squared error, where there is a search."""
+    values = draw(300, 192)
+    errors = [
+        (groupwise.expand(each, spec, 192, torch.float32) - values).square().sum()
+        for each in (way(values, spec), quantize(values, spec))
+    ]
+    assert errors[0] <= 1.05 * errors[1]
 
 
 @both_ways

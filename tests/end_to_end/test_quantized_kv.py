@@ -75,14 +75,23 @@ def packed_and_back(values: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def packing_tokens(directory: Path) -> list[list[int]]:
-    """Greedy continuations by transformers with a `PackingCache`."""
+def packing_tokens(directory: Path, *, shared: bool = False) -> list[list[int]]:
+    """Greedy continuations by transformers with a `PackingCache`.
+
+    Of the whole prompt at once, or of what one sample shares with another one, and then the rest:
+    all but the last token, or full pages, if the first sample's last page was packed.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     results = []
     for prompt in PROMPTS:
         cache, ids = PackingCache(), torch.tensor([prompt])
+        if shared:
+            split = len(prompt) - 1
+            split = split if len(prompt) % PAGE else split // PAGE * PAGE
+            model(ids[:, :split], past_key_values=cache, use_cache=True)
+            ids = ids[:, split:]
         tokens: list[int] = []
         while len(tokens) < NEW_TOKENS and 0 not in tokens:
             logits = model(ids, past_key_values=cache, use_cache=True).logits[0, -1]
@@ -109,16 +118,15 @@ def test_tokens_are_those_of_a_packed_cache(
     assert reference != greedy_tokens(tiny_llama_dir, PROMPTS, NEW_TOKENS, [0])
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_samples_of_a_prompt_share_packed_pages(tiny_llama_dir, n):
+def test_samples_of_a_prompt_share_packed_pages(tiny_llama_dir, reference):
     """They begin with exact copies of the first and the newest page."""
     with LLM(tiny_llama_dir, **settings("cpu", "device=100", "auto")) as llm:
-        plain = generate(llm, PROMPTS[:4], NEW_TOKENS, ignore_eos=True).tokens
-        given = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, n=n, ignore_eos=True)
-        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS[:4]]
+        given = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, n=3)
+        prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS[:6]]
         outputs = llm.generate(prompts, given, use_tqdm=False)
     found = [[list(sample.token_ids) for sample in output.outputs] for output in outputs]
-    assert found == [[tokens] * n for tokens in plain]
+    shared = packing_tokens(tiny_llama_dir, shared=True)
+    assert found == [[first, other, other] for first, other in zip(reference[:6], shared)]
 
 
 def test_links_carry_packed_pages(tiny_llama_dir):

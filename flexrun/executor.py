@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexrun.attention.centres import Centres
 from flexrun.row_counts import rounded
 from flexrun.zigzag import Action, zigzag
 from offload.timeline import COMPUTE, SAMPLING, Timeline
@@ -255,12 +256,17 @@ class Executor:
         sent = None if host is None else host.send(*call)
         self._kv.append(forward.unit, number, key, value)
         groups = self._kv.view(forward.unit, number)
-        state = self._attention.parts(query, key, value, groups, options)
+        packed = self._kv.centres(forward.unit, number)
+        centres = None if packed is None else Centres(*packed)
+        state = self._attention.parts(query, key, value, groups, options, centres)
         if host is not None:
             forward.pause()
         if host is not None and sent is not None:
             self._wait(host.waits_for(sent))
-            state.add(*host.receive(sent))
+            there, part, lse = host.receive(sent)
+            if centres is not None:
+                part, lse = centres.undone(query, there, part, lse, options)
+            state.add(there, part, lse)
         out = state.finish(options.sinks, query.dtype)
         return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, more)) if more else out
 

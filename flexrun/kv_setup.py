@@ -79,6 +79,8 @@ def open_kv(
         policy.gathered_tokens,
         directory,
         groups,
+        # A soft cap of scores does not commute with a shift of them.
+        centred=getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None,
     )
     closing.callback(cache.close)
     scheduler = SCHEDULERS[policy.scheduler](

@@ -49,10 +49,11 @@ class KVCache:
         gathered_tokens: int = 16384,
         directory: Path | None = None,
         groups: GroupFormat | None = None,
+        centred: bool = True,
     ) -> None:
         """`staging_pages` per staged tier and turn; the file of DISK pages lies in `directory`.
 
-        With `groups` full pages are stored in few bits.
+        With `groups` full pages are stored in few bits; keys without their `centred` part.
         """
         self._pools = pools
         self._backend = backend
@@ -63,8 +64,6 @@ class KVCache:
         self._staged: dict[Tier, StagedPages] = {}
         """Those that attention does not read where they are."""
         self._recent: RecentPages | None = None
-        self._rows: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        """New keys and values [rows, kv_heads, dim] that are packed once the layer has run."""
         self._batches: list[KVBatch] = []
         self._arriving: dict[tuple[int, int], list[Transfer]] = {}
         """By layer and micro-batch."""
@@ -83,7 +82,7 @@ class KVCache:
                     self._layers[tier] = self._memory.home(tier, pages)
             self._add_staged(staging_pages, directory)
             if pools.keeps_recent:
-                self._recent = RecentPages(self._memory, pools.tails)
+                self._recent = RecentPages(self._memory, pools.tails, centred=centred)
             self._planner = KVPlanner(
                 pools,
                 backend.device,
@@ -143,7 +142,7 @@ class KVCache:
     def begin(self, micro_batches: Sequence[Sequence[Span]]) -> None:
         """Prepare the index tensors of a sweep's micro-batches (each a sequence of spans)."""
         self._earlier_store = dict(self._last_store)
-        for each in (self._arriving, self._new, self._rows, self._copying):
+        for each in (self._arriving, self._new, self._copying):
             each.clear()
         self._copies = self._pools.take_copies()
         self._batches = self._planner.plan(micro_batches)
@@ -188,9 +187,8 @@ class KVCache:
         for transfer in self.arriving(layer, number):
             transfer.wait()
         key, value = key.transpose(0, 1), value.transpose(0, 1)  # [rows, kv_heads, dim]
-        recent = self._batches[number].recent
-        if recent is not None and recent.keeps_rows:
-            self._rows[layer, number] = key, value
+        if self._recent is not None and (recent := self._batches[number].recent) is not None:
+            self._recent.keep(layer, number, recent, (key, value))
         for group, pool in self.view(layer, number):
             visit, staged = self._visit(layer, number, group), self._staged.get(group.tier)
             if staged is not None:
@@ -220,6 +218,13 @@ class KVCache:
         if self._recent is not None and batch.recent is not None:
             found.append((batch.recent.group, self._recent.pools[layer]))
         return found
+
+    def centres(self, layer: int, number: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What packed keys and values lack, for every row, if some of them are attended to."""
+        batch = self._batches[number]
+        if self._recent is None or batch.recent is None or not (batch.groups or batch.hosted):
+            return None
+        return self._recent.centres_of(layer, batch.recent)
 
     def attend_on_host(self, share: Callable[[int], float]) -> None:
         """Let HOST attend to pages there for single rows: see `KVPlanner.host_share`."""
@@ -269,19 +274,15 @@ class KVCache:
 
     def _pack(self, layer: int, number: int) -> list[Transfer]:
         """Send pages that are full now to their tiers."""
-        recent = self._batches[number].recent
-        sent: list[Transfer] = []
+        recent, sent = self._batches[number].recent, []
         if recent is None or self._recent is None:
-            return sent
-        rows = self._rows.pop((layer, number), None)
-        for pages in recent.full:
-            packed = self._recent.packed(layer, pages, rows)
+            return []
+        for pages, packed in self._recent.pack(layer, number, recent):
             if (staged := self._staged.get(pages.tier)) is not None:
                 visit = self._visit(layer, number, recent.group)
                 sent += staged.keep_pages(visit, packed, pages.numbers)
             else:
                 self._layers[pages.tier][layer].raw.index_copy_(0, pages.numbers, packed)
-        self._recent.store_late(layer, recent, rows)
         return sent
 
     def close(self) -> None:
@@ -295,5 +296,5 @@ class KVCache:
         if self._recent is not None:
             self._recent.close()
         self._memory.close()
-        for each in (self._layers, self._staged, self._batches, self._arriving, self._rows):
+        for each in (self._layers, self._staged, self._batches, self._arriving):
             each.clear()

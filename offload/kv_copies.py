@@ -74,6 +74,10 @@ def copy_pages(
     for copy in copies:
         source = places.of(copy.source, layer, copy.from_tail, first=copy.first)
         target = places.of(copy.target, layer, copy.to_tail, first=copy.first)
+        if copy.first and places.recent is not None:
+            assert copy.from_tail is not None
+            assert copy.to_tail is not None
+            places.recent.copy_centre(layer, copy.from_tail, copy.to_tail)
         way = tier_of(copy.source, copy.from_tail), tier_of(copy.target, copy.to_tail)
         started.append(_copy(source, target, way, backend, transfers, after))
     return [transfer for transfer in started if transfer is not None]

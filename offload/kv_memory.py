@@ -44,39 +44,40 @@ class KVMemory:
         return home.zero_().view(cells)
 
     def pools(
-        self, tier: Tier, pages: int, what: str, form: KVFormat | None = None
+        self,
+        tier: Tier,
+        pages: int,
+        what: str,
+        form: KVFormat | None = None,
+        page_tokens: int | None = None,
     ) -> list[PagedKV]:
-        """By layer, charged whole; stored as `form` says if that is given."""
-        form = form or self.format
-        counts = [pages * form.page(shape, self.page_tokens) for shape in self.shapes]
+        """By layer, charged whole; stored otherwise, or with other pages, if that is given."""
+        form, tokens = form or self.format, page_tokens or self.page_tokens
+        counts = [pages * form.page(shape, tokens) for shape in self.shapes]
         if tier in self.backend.lazy:
             nbytes = sum(counts) * form.cells.itemsize
             self.backend.account.charge(tier, nbytes, what)
             self._charged.append((tier, nbytes))
-            return self._reserved(pages, form)
+            return self._reserved(pages, form, tokens)
         return [
-            PagedKV.of(self.allocate(tier, form.cells, count, what), shape, self.page_tokens, form)
+            PagedKV.of(self.allocate(tier, form.cells, count, what), shape, tokens, form)
             for count, shape in zip(counts, self.shapes)
         ]
 
     def home(self, tier: Tier, pages: int) -> list[PagedKV]:
         """Pools by layer that sequences get pages of: see `charge`."""
         if tier in self.backend.lazy:
-            return self._reserved(pages, self.format)
+            return self._reserved(pages, self.format, self.page_tokens)
         return self.pools(tier, pages, "the KV cache")
 
-    def _reserved(self, pages: int, form: KVFormat) -> list[PagedKV]:
+    def _reserved(self, pages: int, form: KVFormat, tokens: int) -> list[PagedKV]:
         """Pools whose memory is taken when it is first written."""
+        reserved = [
+            self.backend.reserve(pages * form.page_bytes(shape, tokens)) for shape in self.shapes
+        ]
         return [
-            PagedKV.of(
-                self.backend.reserve(pages * form.page_bytes(shape, self.page_tokens)).view(
-                    form.cells
-                ),
-                shape,
-                self.page_tokens,
-                form,
-            )
-            for shape in self.shapes
+            PagedKV.of(data.view(form.cells), shape, tokens, form)
+            for data, shape in zip(reserved, self.shapes)
         ]
 
     def charge(self, tier: Tier, pages: int) -> None:

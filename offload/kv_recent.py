@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from offload.kv_memory import KVMemory
     from offload.page_table import Page
 
+    _Rows: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+    """New keys [rows, kv_heads, key_dim] and values of a micro-batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class FullPages:
@@ -40,6 +43,8 @@ class FullPages:
     """[n] where they are in the pool of newest pages, …"""
     rows: torch.Tensor | None
     """… or [n * page_tokens] the micro-batch's rows that they consist of."""
+    tails: torch.Tensor
+    """[n] of their sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,10 @@ class RecentRows:
     """[n] rows of a later page that is not full, which takes the place of one that is …"""
     slots: TokenSlots
     """… here, once attention has read that."""
+    begun: torch.Tensor
+    """Tails of sequences whose first page is full after this sweep."""
+    tails: torch.Tensor
+    """Of every row."""
 
     @property
     def keeps_rows(self) -> bool:
@@ -77,9 +86,13 @@ def recent_rows(
     ]
     group = build_group(here, page_tokens, device, Tier.DEVICE, staged=False)
     late = [each for span in here for each in _late(span, page_tokens)]
-    rows, tails, offsets = torch.tensor(late, dtype=torch.long).view(-1, 3).T.to(device)
+    rows, places, offsets = torch.tensor(late, dtype=torch.long).view(-1, 3).T.to(device)
     full = list(_full_pages(here, tables, page_tokens, device))
-    return RecentRows(group, full, rows, TokenSlots(tails, offsets))
+    begun = [span.tail for span in here if span.start < page_tokens <= span.end]
+    tails = [span.tail for span in here for _ in range(span.count)]
+    known = torch.tensor([*begun, *tails], dtype=torch.long).to(device)
+    slots = TokenSlots(places, offsets)
+    return RecentRows(group, full, rows, slots, *known.split([len(begun), len(tails)]))
 
 
 def recent_span(row: int, start: int, end: int, page_tokens: int, tail: int) -> SpanPages:
@@ -108,47 +121,65 @@ def _full_pages(
     page_tokens: int,
     device: torch.device,
 ) -> Iterator[FullPages]:
-    from_tails: dict[Tier, list[tuple[int, int]]] = defaultdict(list)
-    from_rows: dict[Tier, list[tuple[int, int]]] = defaultdict(list)
+    found: dict[tuple[Tier, bool], list[tuple[int, int, int]]] = defaultdict(list)
     for span, table in zip(spans, tables):
+        assert span.tail is not None
         begun = span.start // page_tokens
         for index in range(max(1, begun), span.end // page_tokens):
             page, row = table[index], span.row + index * page_tokens - span.start
-            if index == begun:
-                from_tails[page.tier].append((page.number, span.pages[1]))
-            else:
-                from_rows[page.tier].append((page.number, row))
+            from_tail = index == begun
+            source = _places(span.tail)[1] if from_tail else row
+            found[page.tier, from_tail].append((page.number, source, span.tail))
     slots = torch.arange(page_tokens)
-    for found, by_row in ((from_tails, False), (from_rows, True)):
-        for tier, pairs in found.items():
-            for start in range(0, len(pairs), PACKED_PAGES):
-                some = torch.tensor(pairs[start : start + PACKED_PAGES])
-                numbers = some[:, 0].to(device) if tier is Tier.DEVICE else some[:, 0].contiguous()
-                if by_row:
-                    rows = (some[:, 1:] + slots).view(-1).to(device)
-                    yield FullPages(tier, numbers, None, rows)
-                else:
-                    yield FullPages(tier, numbers, some[:, 1].to(device), None)
+    for (tier, from_tail), pages in found.items():
+        for start in range(0, len(pages), PACKED_PAGES):
+            numbers, sources, tails = torch.tensor(pages[start : start + PACKED_PAGES]).T
+            numbers = numbers.to(device) if tier is Tier.DEVICE else numbers.contiguous()
+            if from_tail:
+                where = sources.to(device), None
+            else:
+                where = None, (sources.unsqueeze(1) + slots).view(-1).to(device)
+            yield FullPages(tier, numbers, *where, tails.to(device))
 
 
 class RecentPages:
     """Two pages for each sequence and layer."""
 
-    def __init__(self, memory: KVMemory, sequences: int) -> None:
-        """Of at most so many sequences; `memory` also says how full pages are stored."""
+    def __init__(self, memory: KVMemory, sequences: int, *, centred: bool) -> None:
+        """Of at most so many sequences; `memory` also says how full pages are stored.
+
+        Unless keys are `centred`, only values are.
+        """
         assert memory.format.groups is not None
+        self._centred = centred
         self._memory = memory
         self._groups = memory.format.groups
         plain = KVFormat(memory.format.dtype)
         self.pools = memory.pools(Tier.DEVICE, 2 * sequences, "first and newest KV pages", plain)
+        self.centres = memory.pools(Tier.DEVICE, sequences, "centres of keys", plain, 1)
+        """One vector of each sequence, layer and head: see `_note_centres`."""
+        self._rows: dict[tuple[int, int], _Rows] = {}
+        """By layer and micro-batch, until they are packed."""
 
-    def packed(
-        self, layer: int, pages: FullPages, rows: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> torch.Tensor:
-        """`pages` as they are stored: uint8 [n, bytes of a page].
+    def keep(self, layer: int, number: int, recent: RecentRows, rows: _Rows) -> None:
+        """New keys and values of a micro-batch, which `pack` may need."""
+        if recent.keeps_rows:
+            self._rows[layer, number] = rows
 
-        `rows`: new keys [rows, kv_heads, key_dim] and values of the micro-batch.
-        """
+    def pack(
+        self, layer: int, number: int, recent: RecentRows
+    ) -> Iterator[tuple[FullPages, torch.Tensor]]:
+        """Once attention is over: all pages that are full now, as they are stored, [n, bytes]."""
+        rows = self._rows.pop((layer, number), None)
+        self._note_centres(layer, recent)
+        for pages in recent.full:
+            yield pages, self._packed(layer, pages, rows)
+        if len(recent.late):
+            assert rows is not None
+            pool = self.pools[layer]
+            pool.store(recent.slots, pool.pack(*(side[recent.late] for side in rows)))
+
+    def _packed(self, layer: int, pages: FullPages, rows: _Rows | None) -> torch.Tensor:
         pool, count, tokens = self.pools[layer], len(pages.numbers), self._memory.page_tokens
         data = pool.raw.new_empty(count * pool.raw.shape[1])
         full = PagedKV.of(data, self._memory.shapes[layer], tokens)
@@ -160,24 +191,43 @@ class RecentPages:
             at = torch.arange(len(pages.rows), device=data.device)
             slots = TokenSlots(at // tokens, at % tokens)
             full.store(slots, full.pack(*(side[pages.rows] for side in rows)))
-        if full.table is not None:
-            return self._quantized(full.table, count)
-        sides = full.keys, full.values
-        return torch.cat([self._quantized(side.flatten(0, 2), count) for side in sides], dim=1)
+        centres = self.centres[layer]
+        sides = (full.keys, centres.keys), (full.values, centres.values)
+        return torch.cat([self._quantized(*each, pages.tails) for each in sides], dim=1)
 
-    def _quantized(self, values: torch.Tensor, pages: int) -> torch.Tensor:
-        """Rows [n, dim] of so many pages: [pages, bytes]."""
-        turned = rotated(values, torch.float32)
-        return quantize_unchecked(turned, self._groups).view(pages, -1)
+    def _quantized(
+        self, side: torch.Tensor, centres: torch.Tensor, tails: torch.Tensor
+    ) -> torch.Tensor:
+        """Keys or values [n, kv_heads, tokens, dim] of pages: [n, bytes]."""
+        moved = side.float() - centres[tails].float()
+        turned = rotated(moved.flatten(0, 2), torch.float32)
+        return quantize_unchecked(turned, self._groups).view(len(side), -1)
 
-    def store_late(
-        self, layer: int, recent: RecentRows, rows: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> None:
-        """Put what a micro-batch begins another page with into the place of a packed one."""
-        if len(recent.late):
-            assert rows is not None
-            pool = self.pools[layer]
-            pool.store(recent.slots, pool.pack(*(side[recent.late] for side in rows)))
+    def _note_centres(self, layer: int, recent: RecentRows) -> None:
+        """Of sequences whose first page is full now: the mean of its keys, and of its values.
+
+        Without the first token's, which are unlike any others (arXiv 2309.17453). Taken from what
+        is packed, it leaves less to be rounded; `flexrun.attention.centres` puts it back.
+        """
+        if not len(recent.begun):
+            return
+        pool, centres = self.pools[layer], self.centres[layer]
+        skipped = min(1, self._memory.page_tokens - 1)
+        sides = [(pool.values, centres.values)]
+        sides += [(pool.keys, centres.keys)] if self._centred else []
+        for side, into in sides:
+            first = side[2 * recent.begun][:, :, skipped:]
+            into[recent.begun] = first.float().mean(2, keepdim=True).to(into.dtype)
+
+    def centres_of(self, layer: int, recent: RecentRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of every row of a micro-batch: [rows, kv_heads, key_dim], and of values."""
+        centres = self.centres[layer]
+        return centres.keys[recent.tails].squeeze(2), centres.values[recent.tails].squeeze(2)
+
+    def copy_centre(self, layer: int, source: int, target: int) -> None:
+        """A sequence begins like another one, with a copy of its first page."""
+        raw = self.centres[layer].raw
+        raw[target] = raw[source]
 
     def page(self, layer: int, tail: int, *, first: bool) -> torch.Tensor:
         """The first or the newest page of a sequence: uint8."""
@@ -185,9 +235,12 @@ class RecentPages:
 
     def erase(self, tail: int) -> None:
         """Let nobody read the values of a sequence's pages, which may be no numbers."""
-        for pool in self.pools:
+        for pool, centres in zip(self.pools, self.centres):
             pool.raw[_places(tail)] = 0
+            centres.raw[tail] = 0
 
     def close(self) -> None:
         """Let go of all memory."""
         self.pools.clear()
+        self.centres.clear()
+        self._rows.clear()

@@ -97,10 +97,12 @@ def packed_working(shape: ModelShape, policy: Policy, *, unified: bool) -> int:
 
 
 def recent_pages_bytes(shape: ModelShape, policy: Policy) -> int:
-    """Of every sequence's first page and its newest one, which is packed when it is full."""
+    """Of every sequence's first page and its newest one, which is packed when it is full, and of a
+    mean key and value.
+    """
     if not shape.kv_packed:
         return 0
-    return 2 * policy.max_sequences * policy.page_tokens * sum(shape.kv_rows)
+    return policy.max_sequences * (2 * policy.page_tokens + 1) * sum(shape.kv_rows)
 
 
 def packing_bytes(shape: ModelShape, policy: Policy) -> int:

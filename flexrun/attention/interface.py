@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+import torch
+
 from compression.rotation import rotated
 from flexrun.attention.prefill import attend_chunk
 from flexrun.attention.state import AttentionState
@@ -12,8 +14,7 @@ from flexrun.attention.state import AttentionState
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import torch
-
+    from flexrun.attention.centres import Centres
     from flexrun.attention.state import Rows
     from flexrun.paused_forward import AttentionOptions
     from offload.kv_layout import KVGroup
@@ -49,11 +50,13 @@ class AttentionBackend(ABC):
         value: torch.Tensor,
         groups: Sequence[tuple[KVGroup, PagedKV]],
         options: AttentionOptions,
+        centres: Centres | None = None,
     ) -> AttentionState:
         """Attend: what `groups` give, merged; other parts may be added before it is finished.
 
         query [query_heads, rows, key_dim], key and value [kv_heads, rows, ...] are the rows of one
-        micro-batch; every row sees the positions of its own sequence up to itself.
+        micro-batch; every row sees the positions of its own sequence up to itself. `centres`: of
+        packed pages.
         """
         heads, rows, _ = query.shape
         found, turned = (
@@ -67,7 +70,12 @@ class AttentionBackend(ABC):
                 attend_chunk(state, asked, key, value, chunk, pool, options)
             for part in self.few_rows(asked, group, pool, options):
                 state.add(*part)
-        found.add_rotated(turned)
+        if turned.part is not None:
+            out, lse = turned.part
+            out = rotated(out, torch.float32)
+            if centres is not None:
+                out, lse = centres.undone(query, slice(None), out, lse, options)
+            found.add(slice(None), out, lse)
         return found
 
     @abstractmethod

@@ -6,8 +6,6 @@ from typing import TypeAlias
 
 import torch
 
-from compression.rotation import rotated
-
 Rows: TypeAlias = "torch.Tensor | slice"
 
 
@@ -45,10 +43,10 @@ class AttentionState:
             out, lse = merge(self._out[rows], self._lse[rows], out, lse)
         self._out[rows], self._lse[rows] = out, lse
 
-    def add_rotated(self, other: AttentionState) -> None:
-        """Merge what is known over keys and values that are stored turned: see `KVFormat`."""
-        if other._out is not None and other._lse is not None:
-            self.add(slice(None), rotated(other._out, torch.float32), other._lse)
+    @property
+    def part(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Output [n, H, V] and log-sum-exp [n, H] of what was added; None if nothing was."""
+        return None if self._out is None or self._lse is None else (self._out, self._lse)
 
     def _mark(self, rows: Rows) -> bool:
         """Note that `rows` have a part; whether some may have had one before."""

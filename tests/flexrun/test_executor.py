@@ -128,7 +128,10 @@ class FakeParts:
     def view(self, layer: int, number: int) -> Any:
         return (layer, number)
 
-    def parts(self, query: Any, key: Any, value: Any, groups: Any, options: Any) -> FakeState:
+    def centres(self, layer: int, number: int) -> None:
+        return None
+
+    def parts(self, query: Any, key: Any, value: Any, groups: Any, *options: Any) -> FakeState:
         self.notes.events.append(("attend", *groups))
         return FakeState()
 

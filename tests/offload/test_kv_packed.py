@@ -56,10 +56,22 @@ class PackedRig(Rig):
         for place in group.spans:
             truth = self.truth[layer, by_row[place.row].sequence]
             for page, index in zip(place.pages, place.indices, strict=True):
-                wanted = packed_page(truth[index * tokens : (index + 1) * tokens], SHAPES[layer])
+                values = truth[index * tokens : (index + 1) * tokens]
+                centre = self._centre(layer, by_row[place.row].sequence)
+                wanted = packed_page(values - centre, SHAPES[layer])
                 assert torch.equal(pool.raw[page], wanted)
                 seen.append((place.row, index))
         return seen
+
+    def _centre(self, layer: int, sequence: int) -> torch.Tensor:
+        """[heads, dims] of a sequence's keys and values, once it was checked."""
+        recent, table = self.cache._recent, self.pools.tables[sequence]
+        assert recent is not None
+        centres = recent.centres[layer]
+        both = torch.cat([centres.keys[table.tail], centres.values[table.tail]], 2).squeeze(1)
+        first = self.truth[layer, sequence][: self.pools.page_tokens]
+        torch.testing.assert_close(both, first[min(1, len(first) - 1) :].mean(0))
+        return both
 
     def _newest_pages(
         self, layer: int, group: KVGroup, pool: PagedKV, by_row: dict[int, RowSpan]

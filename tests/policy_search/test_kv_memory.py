@@ -99,7 +99,7 @@ def test_attention_expands_what_it_gathers():
 def test_the_newest_pages_are_on_the_device(kv_cache, unified):
     """Two of every sequence and layer, as they are computed, with the room to pack pages."""
     policy = replace(POLICY, kv_cache=Split.parse(kv_cache))
-    recent, packing = 2 * 10 * 32 * 32 * 4096, PACKED_PAGES * 32 * (5 * 4096 + 1152)
+    recent, packing = (2 * 32 + 1) * 10 * 32 * 4096, PACKED_PAGES * 32 * (5 * 4096 + 1152)
     assert recent_pages_bytes(PACKED, policy) == recent
     assert packing_bytes(PACKED, policy) == packing
     assert recent_pages_bytes(PLAIN, policy) == packing_bytes(PLAIN, policy) == 0

@@ -143,7 +143,7 @@ def _full_pages(
 
 
 class RecentPages:
-    """Two pages for each sequence and layer."""
+    """Two pages for each sequence and layer, and a mean key and value."""
 
     def __init__(self, memory: KVMemory, sequences: int, *, centred: bool) -> None:
         """Of at most so many sequences; `memory` also says how full pages are stored.
@@ -156,8 +156,8 @@ class RecentPages:
         self._groups = memory.format.groups
         plain = KVFormat(memory.format.dtype)
         self.pools = memory.pools(Tier.DEVICE, 2 * sequences, "first and newest KV pages", plain)
-        self.centres = memory.pools(Tier.DEVICE, sequences, "centres of keys", plain, 1)
-        """One vector of each sequence, layer and head: see `_note_centres`."""
+        self.centres = memory.pools(Tier.DEVICE, sequences, "mean keys and values", plain, 1)
+        """As pages of one token: see `_note_centres`."""
         self._rows: dict[tuple[int, int], _Rows] = {}
         """By layer and micro-batch, until they are packed."""
 

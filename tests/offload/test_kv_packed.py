@@ -120,8 +120,7 @@ def packed_page(values: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 
 @every_capacity
-@pytest.mark.parametrize("page_tokens", [1, 4, 5])
-@pytest.mark.parametrize("at_a_time", [2, PACKED_PAGES])
+@pytest.mark.parametrize(("page_tokens", "at_a_time"), [(1, PACKED_PAGES), (4, 2), (5, 3)])
 def test_attention_reads_what_was_appended(name, pages, page_tokens, at_a_time, monkeypatch):
     """In random sweeps full pages are packed once, and only packed bytes cross links."""
     monkeypatch.setattr("offload.kv_recent.PACKED_PAGES", at_a_time)

@@ -98,8 +98,15 @@ def test_the_engine_allocates_what_was_planned(tiny_llama_dir, capsys, memory, d
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
 @pytest.mark.parametrize("weights", ["device=100", "device=50,disk=50"])
-@pytest.mark.parametrize("kv_cache", ["disk=100", "device=20,host=30,disk=50", "host=50,disk=50"])
-@pytest.mark.parametrize("kv_bits", ["16", "4"])
+@pytest.mark.parametrize(
+    ("kv_cache", "kv_bits"),
+    [
+        ("disk=100", "16"),
+        ("device=20,host=30,disk=50", "16"),
+        ("device=20,host=30,disk=50", "4"),
+        ("host=50,disk=50", "16"),
+    ],
+)
 def test_the_engine_allocates_what_is_predicted(tiny_llama_dir, weights, kv_cache, device, kv_bits):
     """With KV pages on disk, too: what staging and pages that are not full take is foreseen."""
     given = ["--weights", weights, "--kv-cache", kv_cache, "--disk-space", "4MiB"]

@@ -11,6 +11,8 @@ import torch
 from compression import groupwise
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from compression.spec import GroupFormat
 
 logger = logging.getLogger(__name__)
@@ -57,12 +59,18 @@ def _works(spec: GroupFormat, dtype: torch.dtype, device: torch.device) -> bool:
 
     With a short last group, and with rows whose places are as the compiler likes them.
     """
+    checks = (_is_right(spec, dtype, device, more) for more in (10, 29 * spec.group))
+    return _passes("expands weights", checks)
+
+
+def _passes(what: str, checks: Iterable[bool]) -> bool:
+    """Whether the kernel that does `what` passes all `checks`; says so where it does not."""
     try:
-        if all(_is_right(spec, dtype, device, more) for more in (10, 29 * spec.group)):
+        if all(checks):
             return True
-        logger.warning("the Triton kernel that expands weights gives wrong values here")
+        logger.warning("the Triton kernel that %s gives wrong values here", what)
     except Exception as failure:  # whatever a compiler may raise
-        logger.warning("the Triton kernel that expands weights does not run here: %s", failure)
+        logger.warning("the Triton kernel that %s does not run here: %s", what, failure)
     return False
 
 
@@ -119,13 +127,8 @@ def quantize_with_triton(values: torch.Tensor, spec: GroupFormat) -> torch.Tenso
 @functools.cache
 def _quantizes(spec: GroupFormat, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel's codes are as good as the reference's on this device; tried once."""
-    try:
-        if all(_is_as_good(spec, dtype, device, more) for more in (0, 10)):
-            return True
-        logger.warning("the Triton kernel that quantizes keys and values is off here")
-    except Exception as failure:  # whatever a compiler may raise
-        logger.warning("the Triton kernel that quantizes does not run here: %s", failure)
-    return False
+    checks = (_is_as_good(spec, dtype, device, more) for more in (0, 10))
+    return _passes("quantizes keys and values", checks)
 
 
 def _is_as_good(spec: GroupFormat, dtype: torch.dtype, device: torch.device, more: int) -> bool:

@@ -179,8 +179,10 @@ class HostAttention:
         self._number += 1
         pool = self._kv.host_pool(layer)
         # Only full pages are packed: what is new does not go there yet.
-        sides = (rotated(query),) if pool.format.rotated else (query, key, value)
+        sides = (query,) if pool.format.rotated else (query, key, value)
         sent, shapes = _in_one_piece(hosted.rows, *sides)
+        if pool.format.rotated:
+            sent = rotated(sent.view(shapes[0])).view(-1)
         views = turn.of(shapes, pool.value_dim, sent.dtype)
         # Also the end of all that computed with what came back when it was this turn before.
         computed = self._backend.record()

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from compression.spec import GroupFormat
+    from offload.paged_kv import LayerShape
     from offload.placement import TensorSpec
 
 
-class KVLayer(Protocol):
-    """What one layer keeps of a token."""
-
-    @property
-    def kv_heads(self) -> int: ...
-    @property
-    def key_dim(self) -> int: ...
-    @property
-    def value_dim(self) -> int: ...
-
-
-def kv_bytes(layer: KVLayer, groups: GroupFormat | None, value_bytes: int) -> int:
+def kv_bytes(layer: LayerShape, groups: GroupFormat | None, value_bytes: int) -> int:
     """Of one token's keys and values in `layer`: in `groups` of few bits, or as computed."""
     if groups is None:
         return layer.kv_heads * (layer.key_dim + layer.value_dim) * value_bytes

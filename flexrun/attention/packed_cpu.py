@@ -14,13 +14,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from compression import code_vectors as codes
 from compression import vector_memory as memory
 from compression import vectors as v
 from compression.compiled import part
-from compression.number_bits import number
 from compression.vectors import LANES, F
 from flexrun.attention import vector_sums as sums
 from flexrun.attention.lanes import BLOCK, choose
@@ -35,8 +32,6 @@ from flexrun.attention.packed_queries import (
 )
 from flexrun.attention.shares_cpu import shares_of
 from flexrun.attention.softmax_cpu import cap, weigh
-
-U = np.uint16
 
 
 @part
@@ -64,11 +59,6 @@ def _numbers(cells: Any, scales: Any, groups: Any, step: Any, t: Any, last: Any,
     if half:
         return codes.low_float16(low), codes.high_float16(high)
     return codes.low_bfloat16(low), codes.high_bfloat16(high)
-
-
-@part
-def _one_number(cells: Any, at: Any, half: Any) -> Any:
-    return number(U(cells[at]) | U(cells[at + 1]) << U(8), half)
 
 
 @part

@@ -17,23 +17,25 @@ from compression.vectors import (
     INTS,
     LANES,
     MULTIPLIES_PAIRS,
+    REGISTER,
     fused,
     vector,
 )
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
+_HALF = ir.VectorType(_FLOAT, LANES // 2)
 
 
 def _widened(builder: Any, dtype: Any, cells: Any, lanes: Any) -> Any:
     """float32 from how an array holds values: uint16 is bfloat16, int16 is float16."""
     wide = isinstance(lanes, ir.VectorType)
-    floats = ir.VectorType(_FLOAT, LANES) if wide else _FLOAT
+    floats = ir.VectorType(_FLOAT, lanes.count) if wide else _FLOAT
     if dtype == types.uint16:
-        ints = INTS if wide else _INT
-        shift = ir.Constant(ints, [16] * LANES if wide else 16)
+        ints = ir.VectorType(_INT, lanes.count) if wide else _INT
+        shift = ir.Constant(ints, [16] * lanes.count if wide else 16)
         return builder.bitcast(builder.shl(builder.zext(cells, ints), shift), floats)
     if dtype == types.int16:
-        halves = ir.VectorType(ir.HalfType(), LANES) if wide else ir.HalfType()
+        halves = ir.VectorType(ir.HalfType(), lanes.count) if wide else ir.HalfType()
         return builder.fpext(builder.bitcast(cells, halves), floats)
     return cells
 
@@ -54,19 +56,24 @@ def load(_: Any, array: Any, index: Any) -> Any:
     return vector(array, types.intp), generate
 
 
-def _two(builder: Any, dtype: Any, at: Any) -> list[Any]:
-    """32 elements as two vectors of float32: see `load_two`."""
+def _two(builder: Any, dtype: Any, at: Any, count: int = LANES) -> list[Any]:
+    """Twice `count` elements as two vectors of float32: see `load_two`."""
+    floats, ints = ir.VectorType(_FLOAT, count), ir.VectorType(_INT, count)
     if dtype == types.uint16:
         # Half the loads, and one operation for each vector instead of two.
-        both = builder.load(builder.bitcast(at, INTS.as_pointer()), align=2)
-        even = builder.shl(both, ir.Constant(INTS, [16] * LANES))
-        odd = builder.and_(both, ir.Constant(INTS, [0xFFFF0000] * LANES))
-        return [builder.bitcast(each, FLOATS) for each in (even, odd)]
-    lanes = ir.VectorType(at.type.pointee, LANES)
-    starts = at, builder.gep(at, [ir.IntType(64)(LANES)])
+        both = builder.load(builder.bitcast(at, ints.as_pointer()), align=2)
+        even = builder.shl(both, ir.Constant(ints, [16] * count))
+        odd = builder.and_(both, ir.Constant(ints, [0xFFFF0000] * count))
+        return [builder.bitcast(each, floats) for each in (even, odd)]
+    lanes = ir.VectorType(at.type.pointee, count)
+    starts = at, builder.gep(at, [ir.IntType(64)(count)])
     places = [builder.bitcast(start, lanes.as_pointer()) for start in starts]
     cells = [builder.load(place, align=dtype.bitwidth // 8) for place in places]
     return [_widened(builder, dtype, each, lanes) for each in cells]
+
+
+def _joined(builder: Any, a: Any, b: Any) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(INTS, [*range(LANES)]))
 
 
 @operation
@@ -83,13 +90,73 @@ def load_two(_: Any, array: Any, index: Any) -> Any:
 
 
 @operation
-def splits_pairs(_: Any, array: Any) -> Any:
-    """Whether `load_two` gives even elements, then odd ones."""
+def load_halves(_: Any, array: Any, index: Any) -> Any:
+    """16 elements from `index` on; of bfloat16 the even ones, then the odd ones."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return ir.IntType(1)(int(signature.args[0].dtype == types.uint16))
+        kind = signature.args[0]
+        at = address_of(context, builder, kind, *arguments)
+        return _joined(builder, *_two(builder, kind.dtype, at, LANES // 2))
 
-    return types.boolean(array), generate
+    return vector(array, types.intp), generate
+
+
+@operation
+def load_two_rows(_: Any, array: Any, a: Any, b: Any) -> Any:
+    """16 elements from `a` on and 16 from `b` on, by turns eight of each.
+
+    Of bfloat16 the even elements, then the odd ones.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind, rows = signature.args[0], []
+        for index in arguments[1:]:
+            at = address_of(context, builder, kind, arguments[0], index)
+            rows.append(_two(builder, kind.dtype, at, LANES // 2))
+        two = [_joined(builder, *pair) for pair in zip(*rows)]
+        return context.make_tuple(builder, signature.return_type, two)
+
+    return types.UniTuple(vector, 2)(array, types.intp, types.intp), generate
+
+
+@operation
+def load_twice(_: Any, array: Any, index: Any) -> Any:
+    """Eight float32, twice."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = address_of(context, builder, signature.args[0], *arguments)
+        half = builder.load(builder.bitcast(at, _HALF.as_pointer()), align=4)
+        order = ir.Constant(INTS, [*range(LANES // 2)] * 2)
+        return builder.shuffle_vector(half, half, order)
+
+    return vector(array, types.intp), generate
+
+
+@operation
+def splits_pairs(_: Any, array: Any) -> Any:
+    """Even elements before odd ones: so many of each in what `load_turned` gives, 0 for none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        split = signature.args[0].dtype == types.uint16
+        return ir.IntType(64)(REGISTER * int(split))
+
+    return types.int64(array), generate
+
+
+@part
+def load_turned(array: Any, row: Any, i: Any, dim: Any) -> Any:
+    """Elements row + i to row + i + 16 of a row, or as many that are nearly those.
+
+    See `splits_pairs`: a register of bfloat16 becomes two of float32 without moving anything
+    between lanes.
+    """
+    if REGISTER < LANES:
+        return load_halves(array, row + i)
+    first = i // (2 * LANES) * (2 * LANES)
+    if first + 2 * LANES > dim:
+        return load(array, row + i)
+    two = load_two(array, row + first)
+    return two[0] if i == first else two[1]
 
 
 @operation

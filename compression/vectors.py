@@ -20,7 +20,10 @@ from numba.extending import register_model
 from compression.compiled import operation, part
 
 LANES = 16
-MULTIPLIES_PAIRS = "+avx512bf16" in cpu_target.target_context.codegen().magic_tuple()[2]
+_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
+REGISTER = 16 if "+avx512f" in _FEATURES else 8
+"""float32 that kernels take to fit a register: what they do with them keeps to their lanes."""
+MULTIPLIES_PAIRS = "+avx512bf16" in _FEATURES
 """Whether compiled code may multiply pairs of bfloat16 and add them up in float32."""
 F = np.float32
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)

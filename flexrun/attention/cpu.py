@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from compression.code_vectors import MULTIPLIES_WORDS
-from compression.vectors import LANES, MULTIPLIES_PAIRS
+from compression.vectors import LANES, MULTIPLIES_PAIRS, REGISTER
 from flexrun.attention.interface import AttentionBackend
 from flexrun.attention.team import Job, Team
 
@@ -112,9 +112,9 @@ def _as_queries(query: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
         return query.contiguous()
     if stored != torch.bfloat16:
         return (query if query.dtype == torch.float32 else query.float()).contiguous()
-    whole = query.shape[-1] // (2 * LANES) * (2 * LANES)
+    whole = query.shape[-1] // (2 * REGISTER) * (2 * REGISTER)
     split = torch.empty(query.shape, dtype=torch.float32)
-    pairs = query[..., :whole].unflatten(-1, (-1, LANES, 2))
+    pairs = query[..., :whole].unflatten(-1, (-1, REGISTER, 2))
     split[..., :whole] = pairs.transpose(-1, -2).flatten(-3)
     split[..., whole:] = query[..., whole:]
     return split

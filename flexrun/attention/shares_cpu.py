@@ -62,7 +62,7 @@ def shares_of(attend_page: Any, prepare: Any, room: Any) -> Any:
         top, mass = carray(_floats(at), states), carray(_floats(at + 4 * _lines(states)), states)
         scores = kept[: BLOCK * tokens + LANES]
         span = np.searchsorted(spans[:, 3], first, side="right") - 1
-        split = dim // (2 * LANES) * (2 * LANES) if memory.splits_pairs(cells) else 0
+        half = memory.splits_pairs(cells)
         parts = 0
         while first < last:
             end = min(spans[span + 1, 3], last)
@@ -76,9 +76,9 @@ def shares_of(attend_page: Any, prepare: Any, room: Any) -> Any:
                 )  # fmt: skip
             at, count = spans[span, 0] * heads, spans[span, 1] * heads
             if first == spans[span, 3] and end == spans[span + 1, 3]:
-                _finish(total, top, mass, count, dim, split, out[at * dim :], lse[at:])
+                _finish(total, top, mass, count, dim, half, out[at * dim :], lse[at:])
             else:
-                _finish(total, top, mass, count, dim, split, part_out[parts], part_lse[parts])
+                _finish(total, top, mass, count, dim, half, part_out[parts], part_lse[parts])
                 part_span[parts] = span
                 parts += 1
             first, span = end, span + 1
@@ -96,17 +96,19 @@ def _memory(count: Any) -> Any:
 
 @part
 def _finish(
-    total: Any, top: Any, mass: Any, states: Any, dim: Any, split: Any, out: Any, lse: Any
+    total: Any, top: Any, mass: Any, states: Any, dim: Any, half: Any, out: Any, lse: Any
 ) -> None:
-    """The first `split` values of a state are in the order of `load_two`."""
+    """Values of a state are in the order of `load_turned`: see `splits_pairs` for `half`."""
+    both = 2 * max(half, 1)
+    split = dim // both * both if half > 0 else 0
     for state in range(states):
         seen = mass[state] > 0
         share = F(1.0) / mass[state] if seen else F(0)
         start = state * dim
-        for i in range(0, split, 2 * LANES):
-            for lane in range(LANES):
+        for i in range(0, split, both):
+            for lane in range(half):
                 out[start + i + 2 * lane] = total[start + i + lane] * share
-                out[start + i + 2 * lane + 1] = total[start + i + LANES + lane] * share
+                out[start + i + 2 * lane + 1] = total[start + i + half + lane] * share
         for i in range(start + split, start + dim):
             out[i] = total[i] * share
         lse[state] = top[state] + np.log(mass[state]) if seen else F(-np.inf)

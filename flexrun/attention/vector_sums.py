@@ -22,6 +22,9 @@ _PAIRS = [
     for at in (0, 1)
 ]
 
+# Quarters of each half.
+_HALVES_OF_ONE = [[at + 8 * k + i for k in range(2) for i in range(4)] for at in (0, 4)]
+
 
 @operation
 def fold(_: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
@@ -63,6 +66,24 @@ def store_scores(_: Any, array: Any, index: Any, a: Any, b: Any, c: Any, d: Any,
         at = address_of(context, builder, signature.args[0], *arguments[:2])
         scaled = builder.fmul(_by_row(builder, *arguments[2:6]), arguments[6])
         builder.store(scaled, builder.bitcast(at, FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, vector, vector, vector, vector, vector), generate
+
+
+@operation
+def store_scores_of_two(
+    _: Any, array: Any, index: Any, a: Any, b: Any, c: Any, d: Any, scale: Any
+) -> Any:
+    """Sums over the first half of each of four vectors, then over their second, times scale."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = address_of(context, builder, signature.args[0], *arguments[:2])
+        a, b, c, d, scale = arguments[2:]
+        ab, cd = _added(builder, a, b, _PAIRS), _added(builder, c, d, _PAIRS)
+        quarters = builder.fmul(_added(builder, ab, cd, _PAIRS), scale)
+        eight = _added(builder, quarters, quarters, _HALVES_OF_ONE)
+        builder.store(eight, builder.bitcast(at, eight.type.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector, vector, vector, vector, vector), generate

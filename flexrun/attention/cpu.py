@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from compression.code_vectors import MULTIPLIES_WORDS
+from compression.code_vectors import MOST, MULTIPLIES_WORDS
 from compression.vectors import LANES, MULTIPLIES_PAIRS, REGISTER
 from flexrun.attention.interface import AttentionBackend
 from flexrun.attention.team import Job, Team
@@ -99,6 +99,7 @@ def _packing(pool: PagedKV) -> tuple[int, int]:
     if (groups := pool.format.groups) is None:
         return 0, 0
     assert groups.bits == 4
+    assert pool.page_tokens * groups.most_code * MOST < 2**31  # sums of words over a page
     # Of a key's last codes sixteen bytes are loaded, however few they are: values follow.
     last = -(-(pool.key_dim % groups.group or groups.group) // 2) % LANES or LANES
     assert last + last % 2 + 4 + pool.values[0].numel() >= LANES

@@ -19,13 +19,6 @@ from flexrun.attention.lanes import BLOCK, choose
 
 
 @part
-def halves(at: Any, dim: Any, size: Any) -> Any:
-    """Of the group at `at`: its bytes, and those with two values."""
-    count = min(size, dim - at)
-    return (count + 1) // 2, count // 2
-
-
-@part
 def query_size(query: Any) -> Any:
     """float32 that 32 of a query's values take."""
     return LANES if codes.takes_words(query) else 2 * LANES
@@ -39,13 +32,14 @@ def group_room(query: Any, size: Any) -> Any:
 
 @part
 def scaled_at(sizes: Any) -> Any:
-    """Weights times scales follow the weights."""
+    """Weights times scales follow the weights; as far from them are those as words."""
     return (BLOCK * sizes[2] + 2 * LANES - 1) // LANES * LANES
 
 
 @part
 def prepared_at(sizes: Any) -> Any:
-    return 2 * scaled_at(sizes) + 2 * LANES
+    """The last 32 before it are spare."""
+    return 3 * scaled_at(sizes) + 2 * LANES
 
 
 @part

@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from numba import carray, types
 
-from compression import code_vectors, compiled, number_bits, vector_memory, vectors
+from compression import (
+    code_vectors,
+    compiled,
+    number_bits,
+    vector_memory,
+    vectors,
+    word_vectors,
+)
 from compression.code_vectors import MULTIPLIES_WORDS
 from compression.compiled import (
     cached_kernel,
@@ -212,7 +219,7 @@ def _callbacks(stamp: int) -> dict[tuple[torch.dtype, torch.dtype], Any]:
     return found
 
 
-_CALLED = compiled, vectors, vector_memory, code_vectors, number_bits
+_CALLED = compiled, vectors, vector_memory, code_vectors, word_vectors, number_bits
 _CALLBACKS = _callbacks(stamp_of(Path(__file__).parent, *_CALLED))
 
 

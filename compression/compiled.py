@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
+K = TypeVar("K")
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 operation: Decorator = intrinsic
 _PLAIN: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
@@ -25,6 +27,23 @@ cached_kernel: Decorator = njit(**_PLAIN, cache=True)
 callback: Decorator = cfunc(types.void(types.CPointer(types.int64)), cache=True)
 """An entry point for C code, which gets a table of numbers and addresses. It runs without Python's
 lock. Has to call `compiled_from`."""
+
+
+class Callbacks(Generic[K]):
+    """Entry points, compiled when they are first asked for: each takes seconds."""
+
+    def __init__(self, makers: Mapping[K, Callable[[int], Any]], stamp: int) -> None:
+        """`makers`: functions that give a callback from a `stamp_of` what it calls."""
+        self._makers, self._stamp = makers, stamp
+        self._made: dict[K, Any] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: K) -> Any:
+        """The entry point; one thread compiles it, and others wait."""
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = self._makers[key](self._stamp)
+            return self._made[key]
 
 
 @part

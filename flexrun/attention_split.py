@@ -59,6 +59,7 @@ class AttentionSplit:
         threads = torch.get_num_threads() // (2 if backend.device.type == "cpu" else 1)
         memory = most_rows, hosted_row_bytes(shape), broken_off_bytes(shape, policy)
         attention = CpuAttention(max(1, threads))
+        attention.compile(kv_cache.format)
         self.host = HostAttention(attention, kv_cache, backend, transfers, *memory)
         scheduler.speculation.spares_host = True
         self._always = policy.attention == "host"

@@ -176,6 +176,7 @@ class Runtime:
 
         attention = CpuAttention()
         closing.callback(attention.close)
+        attention.compile(self.kv_cache.format)
         return attention
 
     def _limits(self) -> dict[Tier, int]:

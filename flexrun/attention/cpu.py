@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flexrun.attention.state import Rows
     from flexrun.paused_forward import AttentionOptions
     from offload.kv_layout import KVGroup, PagedSpans
-    from offload.paged_kv import PagedKV
+    from offload.paged_kv import KVFormat, PagedKV
 
 SHARE_BYTES = 128 * 1024
 """Least pages of a share, …"""
@@ -35,6 +35,11 @@ class CpuAttention(AttentionBackend):
         """`threads`: most that attend; as many as torch computes with if not given."""
         self._threads = threads or torch.get_num_threads()
         self._team = Team(self._threads)
+
+    def compile(self, form: KVFormat) -> None:
+        """Ahead of time, for queries and pages of `form`: seconds, if that was never done."""
+        for stored in {form.dtype, torch.uint8} if form.groups else {form.dtype}:
+            self._team.compile(_multiplied(form.dtype, stored), stored)
 
     def few_rows(
         self, query: torch.Tensor, group: KVGroup, pool: PagedKV, options: AttentionOptions
@@ -106,15 +111,21 @@ def _packing(pool: PagedKV) -> tuple[int, int]:
     return groups.group, int(groups.numbers == "float16")
 
 
+def _multiplied(query: torch.dtype, stored: torch.dtype) -> torch.dtype:
+    """The type of queries that the kernel multiplies with."""
+    as_they_are = {torch.bfloat16: MULTIPLIES_PAIRS, torch.uint8: MULTIPLIES_WORDS}
+    if query == torch.bfloat16 and as_they_are.get(stored):
+        return query
+    return torch.float32
+
+
 def _as_queries(query: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """Of the type and in the order that the kernel multiplies with; query [n, H, D]."""
-    as_they_are = {torch.bfloat16: MULTIPLIES_PAIRS, torch.uint8: MULTIPLIES_WORDS}
-    if query.dtype == torch.bfloat16 and as_they_are.get(stored):
-        return query.contiguous()
-    if stored != torch.bfloat16:
-        return (query if query.dtype == torch.float32 else query.float()).contiguous()
+    kind = _multiplied(query.dtype, stored)
+    if stored != torch.bfloat16 or kind == torch.bfloat16:
+        return query.to(kind).contiguous()
     whole = query.shape[-1] // (2 * REGISTER) * (2 * REGISTER)
-    split = torch.empty(query.shape, dtype=torch.float32)
+    split = torch.empty(query.shape, dtype=kind)
     pairs = query[..., :whole].unflatten(-1, (-1, REGISTER, 2))
     split[..., :whole] = pairs.transpose(-1, -2).flatten(-3)
     split[..., whole:] = query[..., whole:]

@@ -18,8 +18,8 @@ from compression import (
     vectors,
     word_vectors,
 )
-from compression.code_vectors import MULTIPLIES_WORDS
 from compression.compiled import (
+    Callbacks,
     cached_kernel,
     callback,
     compiled_from,
@@ -29,7 +29,6 @@ from compression.compiled import (
     stamp_of,
 )
 from compression.crew import Crew
-from compression.vectors import MULTIPLIES_PAIRS
 from flexrun.attention.kernel_cpu import attend_plain
 from flexrun.attention.packed_cpu import attend_packed
 
@@ -165,62 +164,79 @@ def _merge_parts(
                 out[at] = (out[at] * a + part_out[number, state * dim + i] * b) / (a + b)
 
 
-def _callbacks(stamp: int) -> dict[tuple[torch.dtype, torch.dtype], Any]:
-    """Entry points by the types of queries and cells; `stamp`: see `compiled_from`."""
-
+def _on_bfloat16(stamp: int) -> Any:
     @callback
     def on_bfloat16(data: Any) -> None:
         compiled_from(stamp)
         job = carray(data, _JOB)
         _take_plain(job, _floats(job[16]), _uint16s(job[14]))
 
+    return on_bfloat16
+
+
+def _on_pairs(stamp: int) -> Any:
+    @callback
+    def on_pairs(data: Any) -> None:
+        compiled_from(stamp)
+        job = carray(data, _JOB)
+        _take_plain(job, _uint16s(job[16]), _uint16s(job[14]))
+
+    return on_pairs
+
+
+def _on_float16(stamp: int) -> Any:
     @callback
     def on_float16(data: Any) -> None:
         compiled_from(stamp)
         job = carray(data, _JOB)
         _take_plain(job, _floats(job[16]), _int16s(job[14]))
 
+    return on_float16
+
+
+def _on_float32(stamp: int) -> Any:
     @callback
     def on_float32(data: Any) -> None:
         compiled_from(stamp)
         job = carray(data, _JOB)
         _take_plain(job, _floats(job[16]), _floats(job[14]))
 
+    return on_float32
+
+
+def _on_packed(stamp: int) -> Any:
     @callback
     def on_packed(data: Any) -> None:
         compiled_from(stamp)
         job = carray(data, _JOB)
         _take_packed(job, _floats(job[16]), _bytes(job[14]))
 
-    found = {
-        (torch.float32, torch.bfloat16): on_bfloat16,
-        (torch.float32, torch.float16): on_float16,
-        (torch.float32, torch.float32): on_float32,
-        (torch.float32, torch.uint8): on_packed,
-    }
-    if MULTIPLIES_PAIRS:
+    return on_packed
 
-        @callback
-        def on_pairs(data: Any) -> None:
-            compiled_from(stamp)
-            job = carray(data, _JOB)
-            _take_plain(job, _uint16s(job[16]), _uint16s(job[14]))
 
-        found[torch.bfloat16, torch.bfloat16] = on_pairs
-    if MULTIPLIES_WORDS:
+def _on_packed_words(stamp: int) -> Any:
+    @callback
+    def on_packed_words(data: Any) -> None:
+        compiled_from(stamp)
+        job = carray(data, _JOB)
+        _take_packed(job, _uint16s(job[16]), _bytes(job[14]))
 
-        @callback
-        def on_packed_words(data: Any) -> None:
-            compiled_from(stamp)
-            job = carray(data, _JOB)
-            _take_packed(job, _uint16s(job[16]), _bytes(job[14]))
-
-        found[torch.bfloat16, torch.uint8] = on_packed_words
-    return found
+    return on_packed_words
 
 
 _CALLED = compiled, vectors, vector_memory, code_vectors, word_vectors, number_bits
-_CALLBACKS = _callbacks(stamp_of(Path(__file__).parent, *_CALLED))
+_CALLBACKS = Callbacks(
+    {
+        (torch.float32, torch.bfloat16): _on_bfloat16,
+        (torch.bfloat16, torch.bfloat16): _on_pairs,
+        (torch.float32, torch.float16): _on_float16,
+        (torch.float32, torch.float32): _on_float32,
+        (torch.float32, torch.uint8): _on_packed,
+        (torch.bfloat16, torch.uint8): _on_packed_words,
+    },
+    stamp_of(Path(__file__).parent, *_CALLED),
+)
+"""By the types of queries and cells; nobody asks for what the processor cannot multiply."""
 
 
 class Team:
@@ -230,6 +246,11 @@ class Team:
         self._crew = Crew(threads)
         self._scratch = np.empty(0, np.float32)
         """For the parts of spans that are cut."""
+
+    @staticmethod
+    def compile(query: torch.dtype, cells: torch.dtype) -> None:
+        """What `run` needs for such types, or what was compiled before is loaded."""
+        _CALLBACKS[query, cells]
 
     def run(
         self,

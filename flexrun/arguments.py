@@ -65,7 +65,7 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     _add_sampling_flags(generate)
     _add_machine_flags(generate)
     _add_policy_flags(generate)
-    add_quantization_flags(generate)
+    add_quantization_flags(generate, planned=True)
     check = commands.add_parser(
         "check",
         help="say whether a model's architecture can be run exactly",
@@ -114,7 +114,7 @@ def _add_bench(commands: Any) -> None:
     add_workload_flags(group, requests=256)
     _add_machine_flags(parser)
     _add_policy_flags(parser)
-    add_quantization_flags(parser)
+    add_quantization_flags(parser, planned=True)
 
 
 def _add_prepare(commands: Any) -> None:
@@ -226,6 +226,7 @@ def engine_config(values: dict[str, Any], spell: Callable[[str], str] = str) -> 
                 raise UsageError(f"{spell(name)} must be a regular expression, not {value!r}")
         elif not isinstance(value, Split) and (type(value) is not int or value < 1):
             raise UsageError(f"{spell(name)} must be a whole number of at least 1, not {value!r}")
+    _check_allowed(config, spell)
     replace(config.policy or Policy(), **config.overrides)  # to fail before the model is loaded
     if config.emulate is not None and config.device != "emulated":
         raise UsageError(
@@ -233,6 +234,19 @@ def engine_config(values: dict[str, Any], spell: Callable[[str], str] = str) -> 
             hint=f"set {spell('device')} to emulated",
         )
     return config
+
+
+def _check_allowed(config: EngineConfig, spell: Callable[[str], str]) -> None:
+    allowed = spell("allow_quantization")
+    if not isinstance(config.allow_quantization, bool):
+        raise UsageError(f"{allowed} must be true or false, not {config.allow_quantization!r}")
+    if config.allow_quantization and config.policy is not None:
+        raise UsageError(
+            f"{allowed} lets the plan choose bits, but with {spell('policy')} the plan is made: "
+            "its bits are the policy's",
+            hint=f"leave out {allowed}, or {spell('policy')} to have a plan made (`policy-search "
+            "--allow-quantization -o FILE` writes one)",
+        )
 
 
 def flag_of(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flexrun.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from flexrun.job_file import JobLine
     from flexrun.request import Request, RequestOutput
@@ -39,6 +39,9 @@ class JobEngine(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def bits(self) -> Mapping[str, int]: ...
 
     @property
     def has_unfinished(self) -> bool: ...

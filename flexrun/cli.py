@@ -8,22 +8,22 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import ExitStack, closing
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from compression.selection import PLAIN_BITS
 from flexrun import __version__
 from flexrun.arguments import build_parser, engine_config, flag_of, sampling_params
 from flexrun.batch_job import BatchJob, ProgressBar
 from flexrun.errors import FlexrunError, UsageError
 from flexrun.job_file import JobFile
+from flexrun.job_record import fingerprint, job_lengths, with_recorded_bits
 from flexrun.model_files import resolve_model
 from flexrun.report import report_text
 from flexrun.result_file import ResultFile
 from flexrun.tokenizer import Tokenizer
 from flexrun.trace import check_writable
 from policy_search.flags import workload
+from policy_search.workload import JobLengths
 
 if TYPE_CHECKING:
     import argparse
@@ -77,6 +77,8 @@ def bench(arguments: argparse.Namespace) -> int:
     config = engine_config(vars(arguments), flag_of)
     if config.trace is not None:
         check_writable(config.trace)
+    if config.free_bits and job.requests:
+        config = replace(config, job_lengths=JobLengths.of(job.lengths()))
     with ExitStack() as stack:
         engine = make_engine(config, None)
         stack.callback(engine.close)
@@ -103,15 +105,20 @@ def generate(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         job = JobFile(arguments.input, defaults)
         stack.callback(job.close)
-        results = ResultFile(arguments.output, arguments.input, _fingerprint(job, config))
+        config = with_recorded_bits(job, config, arguments.output)
+        results = ResultFile(arguments.output, arguments.input, fingerprint(job, config))
         stack.callback(results.close)
         if results.finished:
             print(f"continuing: {len(results.finished)} requests are finished", file=sys.stderr)
         if all(line.error or line.index in results.finished for line in job):
             return _finish_without_model(job, results)
         tokenizer = _tokenizer_for(job, config)
+        if config.free_bits:
+            config = replace(config, job_lengths=job_lengths(job, tokenizer))
         engine = make_engine(config, tokenizer)
         stack.callback(engine.close)
+        if config.free_bits:  # from now on this job's, whoever continues it
+            results.record(fingerprint(job, replace(config, **engine.bits)))
         print(engine.describe(), file=sys.stderr)
         return _run(job, results, engine, tokenizer)
 
@@ -171,33 +178,6 @@ def _finish(batch: BatchJob, results: ResultFile, skipped: int, summary: dict[st
         print(f"flexrun: {failed} requests failed; see error in {results.path}", file=sys.stderr)
     print(json.dumps(counts | summary), flush=True)
     return BROKEN if failed else DONE
-
-
-def _fingerprint(job: JobFile, config: EngineConfig) -> dict[str, Any]:
-    """All that decides about the results, under the names that the user knows."""
-    path = Path(config.model)
-    sampling = {flag_of(name): value for name, value in asdict(job.defaults).items()}
-    fingerprint = {
-        "--input": job.sha256,
-        "--model": str(path.resolve()) if path.exists() else config.model,
-        "--dtype": config.dtype,
-        **sampling,
-        "--seed": config.seed,
-    }
-    found = config.quantization
-    if found.any:
-        fingerprint |= {
-            flag_of("weight_bits"): found.weight_bits,
-            flag_of("head_bits"): found.head_bits,
-            flag_of("group_size"): found.group,
-            flag_of("keep"): found.keep,
-        }
-    if found.kv_bits < PLAIN_BITS:
-        fingerprint |= {
-            flag_of("kv_bits"): found.kv_bits,
-            flag_of("group_size"): found.group,
-        }
-    return json.loads(json.dumps(fingerprint))  # as the sidecar gives it back: tuples are lists
 
 
 def _report(error: FlexrunError, code: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from policy_search.bits import CHOSEN
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 
     from compression.selection import Quantization
     from offload.tiers import Split
+    from policy_search.workload import JobLengths
 
 DEVICES = ("auto", "cuda", "cpu", "emulated")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -47,6 +49,10 @@ class EngineConfig:
     kv_bits: int | None = None
     group_size: int | None = None
     keep: str | None = None
+    allow_quantization: bool = False
+    """The planner may choose `weight_bits` and `kv_bits` where they are None."""
+    job_lengths: JobLengths | None = None
+    """The job that it chooses them for; None: 2 048 conversations."""
     overlap: bool = True
     device_memory: int | None = None
     """Budget in bytes; None: what the device has free. The next two likewise."""
@@ -69,8 +75,13 @@ class EngineConfig:
 
     @property
     def quantization(self) -> Quantization:
-        """What is quantized, which the policy does not choose by itself."""
+        """What is quantized, as far as it is given."""
         return replace(self.policy or Policy(), **self.overrides).quantization
+
+    @property
+    def free_bits(self) -> tuple[str, ...]:
+        """Fields that the planner may choose."""
+        return tuple(f for f in CHOSEN if self.allow_quantization and getattr(self, f) is None)
 
 
 OVERRIDES = tuple(

@@ -18,6 +18,7 @@ from flexrun.sequence import Sequence, make_sequences
 from flexrun.speculation import right_guesses
 from flexrun.tokenizer import end_token_ids
 from flexrun.trace import write_trace
+from policy_search.bits import CHOSEN
 
 if TYPE_CHECKING:
     from flexrun.config import EngineConfig
@@ -59,6 +60,11 @@ class Engine:
     def max_sequences(self) -> int:
         """Most sequences that run at the same time."""
         return self._runtime.policy.max_sequences
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits of weights and of keys and values, by the fields of a policy."""
+        return {name: getattr(self._runtime.policy, name) for name in CHOSEN}
 
     @property
     def has_unfinished(self) -> bool:
@@ -251,6 +257,7 @@ class Engine:
             "preemptions": scheduler.preemption.count,
             "swaps": scheduler.preemption.swaps,
             "promotions": scheduler.promotions,
+            **({} if runtime.bits is None else {"bits": runtime.bits.summary}),
         }
 
     def describe(self) -> str:

@@ -28,7 +28,7 @@ class ResultFile:
     def __init__(self, path: Path, input_path: Path, fingerprint: dict[str, Any]) -> None:
         """Raises `UsageError`, touching nothing, unless the file is new or of the same job."""
         self.path = path
-        self.sidecar = Path(f"{path}.job.json")
+        self.sidecar = sidecar_of(path)
         self.finished: set[int] = set()
         self.failed_before = 0
         try:
@@ -38,17 +38,21 @@ class ResultFile:
         except OSError as error:
             raise UsageError(f"cannot write the output {path}: {error.strerror}") from None
         if has_results:
-            _check_same_job(path, self.sidecar, fingerprint)
+            _check_same_job(path, fingerprint)
         self._fd = self._open()
         self._created = not existed
         self._synced = time.monotonic()
         try:
             self._resume()
             if not self.finished:
-                _write_atomically(self.sidecar, json.dumps(fingerprint, indent=2) + "\n")
+                self.record(fingerprint)
         except BaseException:
             self.close()
             raise
+
+    def record(self, fingerprint: dict[str, Any]) -> None:
+        """Note whose file this is; only before its first result. Raises `UsageError`."""
+        _write_atomically(self.sidecar, json.dumps(fingerprint, indent=2) + "\n")
 
     def write(self, output: RequestOutput) -> None:
         """Append one finished request. Raises `FlexrunError` if the disk does not take it."""
@@ -135,6 +139,20 @@ class ResultFile:
         )
 
 
+def sidecar_of(path: Path) -> Path:
+    """The file that says whose results `path` has."""
+    return Path(f"{path}.job.json")
+
+
+def recorded_job(path: Path) -> dict[str, Any] | None:
+    """The fingerprint of the job whose results `path` has; None where nothing tells."""
+    try:
+        found: Any = json.loads(sidecar_of(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else {}
+
+
 def result_of(output: RequestOutput) -> dict[str, Any]:
     """The fields of one line of the output, in their order."""
     result: dict[str, Any] = {"id": output.request_id, "index": output.index}
@@ -179,17 +197,15 @@ def _check_place(path: Path) -> bool:
     return False
 
 
-def _check_same_job(path: Path, sidecar: Path, fingerprint: dict[str, Any]) -> None:
+def _check_same_job(path: Path, fingerprint: dict[str, Any]) -> None:
     hint = "choose another --output, or delete the file to start over"
-    try:
-        before: Any = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    before = recorded_job(path)
+    if before is None:
         raise UsageError(
-            f"the output {path} exists and there is no readable {sidecar.name} to say that this "
-            "job wrote it",
+            f"the output {path} exists and there is no readable {sidecar_of(path).name} to say "
+            "that this job wrote it",
             hint,
-        ) from None
-    before = before if isinstance(before, dict) else {}
+        )
     names = [k for k in {**fingerprint, **before} if fingerprint.get(k) != before.get(k)]
     if names:
         raise UsageError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,14 +13,14 @@ from flexrun.attention.torch_ops import TorchAttention
 from flexrun.attention.triton_attention import TritonAttention, usable
 from flexrun.attention_split import AttentionSplit
 from flexrun.calibration import measured_hardware, tune
-from flexrun.disk_weights import plan_disk
+from flexrun.chosen_bits import with_chosen_bits
 from flexrun.executor import Executor
 from flexrun.kv_setup import open_kv
-from flexrun.loading import load_weights, model_shape
+from flexrun.loading import load_weights
 from flexrun.machine import choose_types, offload_directory, open_backend
 from flexrun.model import build_model, load_config
 from flexrun.model_files import resolve_model
-from flexrun.model_weights import find_weights
+from flexrun.model_plan import ModelPlanner
 from offload.activations import ActivationStore
 from offload.checkpoint import Checkpoint
 from offload.errors import CapacityError
@@ -30,16 +29,8 @@ from offload.raw_speed import raw_speeds
 from offload.tiers import Tier, format_size
 from offload.timeline import COMPUTE, Timeline
 from offload.transfer_engine import TransferEngine
-from policy_search.automatic import automatic_policy, with_depth
 from policy_search.hardware import Hardware
-from policy_search.memory import (
-    default_max_rows,
-    default_max_sequences,
-    parked_rows,
-    smallest_relay,
-    workspace,
-)
-from policy_search.policy import Policy
+from policy_search.memory import parked_rows, smallest_relay, workspace
 
 if TYPE_CHECKING:
     import contextlib
@@ -69,11 +60,11 @@ class Runtime:
         checkpoint = Checkpoint(
             self.directory, self.model.module, self.stored, self.model.stored_dtypes
         )
-        weights = find_weights(self.model, config.quantization, checkpoint.packed)
         self._offload_directory = offload_directory(config)
-        disk = plan_disk(checkpoint, weights.units, self._offload_directory)
-        self.shape = model_shape(self.model, weights, self.dtype, disk, config.quantization)
-        self.policy = self._choose_policy(config)
+        parts = self.model, checkpoint, self.dtype, self.backend, self._offload_directory
+        planner = ModelPlanner(*parts)
+        config, self.bits = with_chosen_bits(config, planner)
+        weights, disk, self.shape, self.policy = planner.plan(config)
         self._finds_row_budget = config.max_rows is None and config.policy is None
         self._expanded = weights.most_expanded
         activations = workspace(self.shape, self.policy)
@@ -139,34 +130,6 @@ class Runtime:
     def _compiles_per_row_count(self) -> bool:
         return self.backend.device.type == "cpu" and self.dtype != torch.float32
 
-    def _choose_policy(self, config: EngineConfig) -> Policy:
-        changed = config.overrides
-        policy = config.policy or Policy()
-        batch = {f: v for f, v in changed.items() if f not in ("weights", "kv_cache")}
-        if config.policy is None:
-            device = self._limits()[Tier.DEVICE]
-            policy = Policy(
-                max_rows=default_max_rows(self.shape, device),
-                max_sequences=default_max_sequences(self.shape, device),
-            ).with_batch(**batch)
-        policy = replace(policy, **batch, overlap=policy.overlap and config.overlap)
-        if config.policy is None and not {"weights", "kv_cache"} <= changed.keys():
-            policy = automatic_policy(
-                self.shape,
-                self._limits(),
-                policy,
-                self.model.context_length,
-                unified=self.backend.unified,
-                kv_cache=changed.get("kv_cache"),
-            )
-        return with_depth(
-            self.shape,
-            replace(policy, **changed),
-            self._limits(),
-            self.model.context_length,
-            unified=self.backend.unified,
-        )
-
     def _choose_attention(self, closing: contextlib.ExitStack) -> AttentionBackend:
         if self.backend.device.type != "cpu":
             where = self.policy.page_tokens, self.backend.device
@@ -178,10 +141,6 @@ class Runtime:
         closing.callback(attention.close)
         attention.compile(self.kv_cache.format)
         return attention
-
-    def _limits(self) -> dict[Tier, int]:
-        limits = self.backend.account.limits
-        return {tier: int(limits.get(tier) or 0) for tier in Tier}
 
     def _add_activations(self, closing: contextlib.ExitStack) -> ActivationStore:
         policy, row_bytes = self.policy, self.shape.hidden_size * self.shape.value_bytes
@@ -266,4 +225,5 @@ class Runtime:
             f"kv:      room for {kv}\n"
             f"sweep:   up to {policy.max_rows} rows of {policy.max_sequences} sequences, in "
             f"micro-batches of {policy.micro_batch_rows}"
+            + (f"\n{self.bits.text}" if self.bits is not None else "")
         )

@@ -16,15 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 from compression.errors import FlexrunError
 from offload.tiers import Tier
-from policy_search.automatic import automatic_policy
 from policy_search.errors import PolicyError
-from policy_search.flags import Parser, add_quantization_flags, count, quantized_policy, size
+from policy_search.flags import (
+    Parser,
+    add_quantization_flags,
+    add_speed_flags,
+    add_workload_flags,
+    count,
+    quantized_policy,
+    size,
+    stated_hardware,
+    workload,
+)
 from policy_search.machine import disk_budget, gpu_budget, host_budget
-from policy_search.memory import default_max_rows, default_max_sequences, memory_of
 from policy_search.model_config import ModelConfig
 from policy_search.plan_text import command_line, plan_text
-from policy_search.shape_from_config import shape_from_config
+from policy_search.planner import Planner
 from policy_search.simulate_command import add_simulate_flags, run_simulate
+from policy_search.workload import JobLengths, Workload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,11 +68,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-sequences", **number, metavar="N", help="most sequences running at once")
     add("--max-rows", **number, metavar="ROWS", help="most rows of one sweep")
     add("--micro-batch", **number, metavar="ROWS", help="most rows in one layer call")
-    add_quantization_flags(parser)
+    add_quantization_flags(parser, planned=True)
+    _add_prediction_flags(parser)
     add("--unified", action="store_true", help="the CPU computes: all memory is RAM")
     add("-o", "--output", type=Path, metavar="FILE", help="write the policy for `flexrun --policy`")
     add("--json", action="store_true", help="print one JSON object instead of text")
     return parser
+
+
+def _add_prediction_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "prediction", "The job and the machine that --allow-quantization chooses bits for."
+    )
+    add_workload_flags(group, requests=Workload().requests)
+    add_speed_flags(group, placed=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,26 +114,33 @@ def run(arguments: argparse.Namespace) -> int:
     """Plan, and print or write the plan. Raises `FlexrunError`."""
     limits, unified = budgets(arguments)
     config = ModelConfig.load(_directory(arguments.model))
-    stored, computed = config.types(arguments.dtype, unified=unified)
-    quantized = quantized_policy(arguments)
-    shape = shape_from_config(config, stored, computed, quantized.quantization)
-    rows = default_max_rows(shape, limits[Tier.DEVICE])
-    sequences = default_max_sequences(shape, limits[Tier.DEVICE])
-    base = replace(quantized, max_rows=rows, max_sequences=sequences).with_batch(
-        micro_batch_rows=arguments.micro_batch,
-        max_rows=arguments.max_rows,
-        max_sequences=arguments.max_sequences,
+    planner = Planner(
+        config=config,
+        dtype=arguments.dtype,
+        limits=limits,
+        unified=unified,
+        context=arguments.context or config.context_length,
+        batch={
+            "micro_batch_rows": arguments.micro_batch,
+            "max_rows": arguments.max_rows,
+            "max_sequences": arguments.max_sequences,
+        },
     )
-    context = arguments.context or config.context_length
-    policy = automatic_policy(shape, limits, base, context, unified=unified)
-    memory = memory_of(shape, policy, limits, context, unified=unified)
+    quantized, why, bits = quantized_policy(arguments), "", None
+    if arguments.allow_quantization:
+        quantized, why, bits = _with_chosen_bits(planner, quantized, arguments)
+    shape, policy, memory = planner.plan(quantized)
     if arguments.output is not None:
         _write(arguments.output, policy)
     if arguments.json:
-        print(json.dumps({"policy": json.loads(policy.to_json()), "memory": _plain(memory)}))
+        plain = {"policy": json.loads(policy.to_json()), "memory": _plain(memory)}
+        print(json.dumps(plain if bits is None else plain | {"bits": bits}))
         return DONE
+    stored, _ = config.types(arguments.dtype, unified=unified)
     print(f"{config.directory.resolve().name}, {stored}, on {'a CPU' if unified else 'a GPU'}")
     print(plan_text(shape, policy, memory, unified=unified))
+    if why:
+        print(why)
     command = command_line(
         arguments.model,
         arguments.dtype,
@@ -126,6 +151,22 @@ def run(arguments: argparse.Namespace) -> int:
     )
     print(f"\nto run it:\n\n  {command}")
     return DONE
+
+
+def _with_chosen_bits(
+    planner: Planner, quantized: Policy, arguments: argparse.Namespace
+) -> tuple[Policy, str, dict[str, Any]]:
+    """`quantized` with the bits that are best for the job; why, for people and for programs."""
+    lengths = workload(arguments).lengths()
+    if not lengths:
+        raise PolicyError("a job without requests needs no plan", hint="raise --requests")
+    job = JobLengths.of(lengths).within(planner.context)
+    hardware = stated_hardware(arguments, unified=planner.unified)
+    given = arguments.weight_bits, arguments.kv_bits
+    found = planner.choose(quantized, *given, job, hardware)
+    bits = found.chosen.weight_bits, found.chosen.kv_bits
+    quantized = replace(quantized, weight_bits=bits[0], kv_bits=bits[1])
+    return quantized, found.text(job, hardware), found.as_json(job)
 
 
 def budgets(arguments: argparse.Namespace) -> tuple[dict[Tier, int], bool]:

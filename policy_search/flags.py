@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import fields
 from typing import Any, NoReturn
 
 from compression.errors import FlexrunError
 from offload.tiers import parse_size
 from policy_search.errors import PolicyError
+from policy_search.hardware import Hardware
 from policy_search.policy import CHOICES, QUANTIZATION, Policy
 from policy_search.workload import WORKLOADS, Workload
 
@@ -35,10 +37,13 @@ def count(text: str) -> int:
     return int(text)
 
 
-def add_quantization_flags(parser: argparse.ArgumentParser, *, kv_cache: bool = True) -> None:
+def add_quantization_flags(
+    parser: argparse.ArgumentParser, *, kv_cache: bool = True, planned: bool = False
+) -> None:
     """The fields of a policy that say what is quantized, None where they are not given.
 
-    Commands that have no `kv_cache` do not take its bits.
+    Commands that have no `kv_cache` do not take its bits. Those that make a plan for a job
+    (`planned`) may be allowed to choose bits.
     """
     what = "weights or the KV cache" if kv_cache else "weights"
     text = f"Store {what} in fewer bits, which changes results: off unless asked for."
@@ -53,6 +58,12 @@ def add_quantization_flags(parser: argparse.ArgumentParser, *, kv_cache: bool = 
     add("--group-size", type=int, choices=sizes, help="values that share a scale (64)")
     text = "do not quantize tensors in whose names this is found"
     add("--keep", metavar="REGEX", help=text)
+    if planned:
+        text = (
+            "plan for 16, 8 and 4 bits where --weight-bits and --kv-bits are not given, and take "
+            "what is predicted to be fastest; fewer bits have to be 5 %% faster"
+        )
+        add("--allow-quantization", action="store_true", help=text)
 
 
 def quantized_policy(arguments: argparse.Namespace) -> Policy:
@@ -77,3 +88,49 @@ def add_workload_flags(group: argparse._ActionsContainer, requests: int) -> None
 def workload(arguments: argparse.Namespace) -> Workload:
     """What `add_workload_flags` read. Raises `PolicyError`."""
     return Workload(**{field.name: getattr(arguments, field.name) for field in fields(Workload)})
+
+
+def add_speed_flags(group: argparse._ActionsContainer, *, placed: bool = False) -> None:
+    """What the machine can do; `placed`: also what only matters where it is known what lives where.
+
+    None where it is not given: see `stated_hardware`.
+    """
+    add, nbytes = group.add_argument, dict[str, Any]({"type": size, "metavar": "SIZE"})
+    add("--link", **nbytes, help="per second, to the device (25GB)")
+    if placed:
+        add("--disk-read", **nbytes, help="per second, of weights on disk (2GB)")
+        text = "per second, of pages on host that the processor attends to (50GB)"
+        add("--host-attention", **nbytes, help=text)
+    text = "per second, of quantized weights that are expanded (500GB; each core of a CPU: 6GB)"
+    add("--expansion", **nbytes, help=text)
+    text = "of products on the device (100; each core of a CPU: 0.05)"
+    add("--tflops", type=float, metavar="TFLOP/S", help=text)
+
+
+def stated_hardware(arguments: argparse.Namespace, *, unified: bool = False) -> Hardware:
+    """What `add_speed_flags` read; what was not given is a common GPU's, or of the CPU's cores.
+
+    Raises `PolicyError`.
+    """
+    cores = os.cpu_count() or 1
+    defaults = {
+        "link": 25e9,
+        "disk_read": 2e9,
+        "host_attention": 50e9,
+        "expansion": 6e9 * cores if unified else 500e9,
+        "tflops": 0.05 * cores if unified else 100.0,
+    }
+    speeds = {}
+    for name, default in defaults.items():
+        given, least = getattr(arguments, name, None), 1e-6 if name == "tflops" else 1
+        if given is not None and not given >= least:
+            flag = name.replace("_", "-")
+            raise PolicyError(f"--{flag} must be at least {least:g}, not {given}")
+        speeds[name] = float(default if given is None else given)
+    return Hardware(
+        host_to_device=speeds["link"],
+        disk_read=speeds["disk_read"],
+        host_attention=speeds["host_attention"],
+        expansion=speeds["expansion"],
+        flops=speeds["tflops"] * 1e12,
+    )

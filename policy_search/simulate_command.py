@@ -18,13 +18,14 @@ from policy_search.cost_model import (
 from policy_search.errors import PolicyError
 from policy_search.flags import (
     add_quantization_flags,
+    add_speed_flags,
     add_workload_flags,
     count,
     quantized_policy,
     size,
+    stated_hardware,
     workload,
 )
-from policy_search.hardware import Hardware
 from policy_search.model_config import ModelConfig
 from policy_search.policy import CHOICES, Policy
 from policy_search.shape_from_config import shape_from_config
@@ -66,13 +67,9 @@ def add_simulate_flags(parser: argparse.ArgumentParser) -> None:
     text = "room of the KV cache; default: for every running sequence's most tokens"
     add("--kv-tokens", type=count, metavar="TOKENS", help=text)
     add("--model", type=Path, metavar="DIR", help="with config.json; default: Llama-2-13B, float16")
-    nbytes: dict[str, Any] = {"type": size, "metavar": "SIZE"}
-    add("--streamed", **nbytes, help="weights that travel in every sweep; default: all of them")
-    add("--link", default=25 * 10**9, **nbytes, help="per second, to the device (25GB)")
-    text = "of products on the device (%(default)s)"
-    text_of = "per second, of quantized weights that are expanded (500GB)"
-    add("--expansion", default=500 * 10**9, **nbytes, help=text_of)
-    add("--tflops", type=float, default=100.0, metavar="TFLOP/S", help=text)
+    text = "weights that travel in every sweep; default: all of them"
+    add("--streamed", type=size, metavar="SIZE", help=text)
+    add_speed_flags(parser)
     add("--json", action="store_true", help="print one JSON object instead of text")
     add_quantization_flags(parser)
 
@@ -82,18 +79,9 @@ def run_simulate(
 ) -> int:
     """Simulate a job and print what happened. Raises `FlexrunError`."""
     job = workload(arguments)
-    for name, least in {"link": 1, "expansion": 1, "tflops": 1e-6}.items():
-        if not getattr(arguments, name) >= least:
-            raise PolicyError(
-                f"--{name} must be at least {least:g}, not {getattr(arguments, name)}"
-            )
+    hardware = stated_hardware(arguments)
     shape = _shape(arguments.model, quantized_policy(arguments).quantization)
     streamed = shape.weight_bytes if arguments.streamed is None else arguments.streamed
-    hardware = Hardware(
-        host_to_device=arguments.link,
-        expansion=arguments.expansion,
-        flops=arguments.tflops * 1e12,
-    )
     arriving = weight_seconds(streamed, 0, hardware)
     expanding = expansion_seconds(shape, hardware)
     max_rows = arguments.max_rows or max(

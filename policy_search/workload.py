@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from policy_search.errors import PolicyError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
 _QUANTILES = [*range(0, 100, 5), 97.5, 99, 99.9, 100]
@@ -19,6 +21,29 @@ class Lengths(NamedTuple):
 
     prompt: int
     output: int
+
+
+@dataclass(frozen=True, slots=True)
+class JobLengths:
+    """A whole job in three numbers, for predictions."""
+
+    sequences: int
+    prompt: float
+    """Mean tokens of a prompt, and …"""
+    output: float
+    """… of what is generated."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[Lengths]) -> JobLengths:
+        """Of at least one request."""
+        count = len(lengths)
+        prompt, output = (sum(each) / count for each in zip(*lengths))
+        return cls(count, prompt, output)
+
+    def within(self, context_length: int) -> JobLengths:
+        """The same for a model of this context, in which completions end."""
+        prompt = min(self.prompt, context_length - 1)
+        return JobLengths(self.sequences, prompt, min(self.output, context_length - prompt))
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,8 +116,8 @@ def test_the_engine_allocates_what_is_predicted(tiny_llama_dir, weights, kv_cach
     engine = Engine(engine_config(vars(parsed)), None)
     runtime = engine._runtime
     try:
-        limits, context = runtime._limits(), runtime.model.context_length
-        unified, account = runtime.backend.unified, runtime.backend.account
+        account, context = runtime.backend.account, runtime.model.context_length
+        unified, limits = runtime.backend.unified, {t: int(account.limits[t] or 0) for t in Tier}
         memory = memory_of(runtime.shape, runtime.policy, limits, context, unified=unified)
         for tier in Tier:
             parts = memory[tier]

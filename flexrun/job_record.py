@@ -1,0 +1,98 @@
+"""What a job's results depend on, and what an earlier run of it has settled.
+
+Bits that a plan may choose are chosen once: they are in the record that lies beside the results,
+and whoever continues the job computes with them, whatever a plan would choose by then.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compression.selection import PLAIN_BITS
+from flexrun.arguments import flag_of
+from flexrun.errors import RequestError
+from flexrun.job_file import token_ids_of
+from flexrun.result_file import recorded_job
+from policy_search.workload import JobLengths
+
+if TYPE_CHECKING:
+    from flexrun.config import EngineConfig
+    from flexrun.job_file import JobFile
+    from flexrun.tokenizer import Tokenizer
+
+_TOKENIZED = 256
+"""Lines that say how long prompts are."""
+
+
+def fingerprint(job: JobFile, config: EngineConfig) -> dict[str, Any]:
+    """All that decides about the results, under the names that the user knows."""
+    path = Path(config.model)
+    sampling = {flag_of(name): value for name, value in asdict(job.defaults).items()}
+    fingerprint = {
+        "--input": job.sha256,
+        "--model": str(path.resolve()) if path.exists() else config.model,
+        "--dtype": config.dtype,
+        **sampling,
+        "--seed": config.seed,
+    }
+    found = config.quantization
+    if found.any:
+        fingerprint |= {
+            flag_of("weight_bits"): found.weight_bits,
+            flag_of("head_bits"): found.head_bits,
+            flag_of("group_size"): found.group,
+            flag_of("keep"): found.keep,
+        }
+    if found.kv_bits < PLAIN_BITS:
+        fingerprint |= {
+            flag_of("kv_bits"): found.kv_bits,
+            flag_of("group_size"): found.group,
+        }
+    if config.free_bits:
+        fingerprint |= {flag_of("allow_quantization"): True}  # not settled yet
+    return json.loads(json.dumps(fingerprint))  # as the sidecar gives it back: tuples are lists
+
+
+def with_recorded_bits(job: JobFile, config: EngineConfig, output: Path) -> EngineConfig:
+    """`config` with the bits that an earlier run of this job has, where it leaves them open.
+
+    Those of a run that was killed before its first result, too: its weights are prepared.
+    """
+    recorded = recorded_job(output)
+    if not config.free_bits or recorded is None or not output.is_file():
+        return config
+    bits = {name: recorded.get(flag_of(name), PLAIN_BITS) for name in config.free_bits}
+    settled = replace(config, **bits)
+    if fingerprint(job, settled) == recorded:
+        return settled
+    # Where another job's results are, the refusal names what differs, which is not the bits.
+    unsettled = flag_of("allow_quantization") in recorded
+    return settled if output.stat().st_size and not unsettled else config
+
+
+def job_lengths(job: JobFile, tokenizer: Tokenizer | None) -> JobLengths | None:
+    """Sequences that run at once are counted each; None if no line can run.
+
+    Outputs are taken to be as long as they may be, prompts like those of some lines from all over
+    the file: reading all of them would take as long as the job's own tokenizing.
+    """
+    prompts: list[int] = []
+    sequences = tokens = 0
+    step = max(1, job.num_requests // _TOKENIZED)
+    for number, line in enumerate(job):
+        params = line.sampling_params
+        if params is None:
+            continue
+        sequences += params.n
+        tokens += params.n * params.max_tokens
+        if number % step == 0 or not prompts:
+            try:
+                prompts.append(len(token_ids_of(line.prompt, tokenizer)))
+            except RequestError:
+                continue  # the line's own failure, later
+    if not prompts:
+        return None
+    return JobLengths(sequences, sum(prompts) / len(prompts), tokens / sequences)

@@ -42,21 +42,17 @@ def with_chosen_bits(
         config = replace(config, weight_bits=PLAIN_BITS)  # its matrices keep the bits they have
     if not config.free_bits:
         return config, None
-    job = config.job_lengths or JobLengths.of(Workload().lengths())
-    job = job.within(planner.model.context_length)
+    context, unified = planner.model.context_length, planner.backend.unified
+    job = (config.job_lengths or JobLengths.of(Workload().lengths())).within(context)
     speeds = MachineSpeeds(planner)
     measured: dict[tuple[int, int], Hardware] = {}
 
     def predict(weight_bits: int, kv_bits: int) -> float:
         plan = planner.plan(replace(config, weight_bits=weight_bits, kv_bits=kv_bits))
-        known = {
-            "context_length": planner.model.context_length,
-            "unified": planner.backend.unified,
-        }
-        memory = memory_of(plan.shape, plan.policy, planner.limits, **known)
+        known = plan.shape, plan.policy
+        memory = memory_of(*known, planner.limits, context, unified=unified)
         hardware = measured[weight_bits, kv_bits] = speeds.of(plan, memory)
-        unified = planner.backend.unified
-        return predicted_rate(plan.shape, plan.policy, memory, job, hardware, unified=unified)
+        return predicted_rate(*known, memory, job, hardware, unified=unified)
 
     with torch.inference_mode():
         choice = choose_bits(combinations(config.weight_bits, config.kv_bits), predict)

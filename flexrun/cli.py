@@ -105,11 +105,14 @@ def generate(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         job = JobFile(arguments.input, defaults)
         stack.callback(job.close)
-        config = with_recorded_bits(job, config, arguments.output)
+        given, config = config, with_recorded_bits(job, config, arguments.output)
         results = ResultFile(arguments.output, arguments.input, fingerprint(job, config))
         stack.callback(results.close)
         if results.finished:
             print(f"continuing: {len(results.finished)} requests are finished", file=sys.stderr)
+        if config != given:
+            bits = f"weights in {config.weight_bits} bits, KV cache in {config.kv_bits}"
+            print(f"as the job began: {bits}", file=sys.stderr)
         if all(line.error or line.index in results.finished for line in job):
             return _finish_without_model(job, results)
         tokenizer = _tokenizer_for(job, config)

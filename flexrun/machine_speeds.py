@@ -68,7 +68,10 @@ class MachineSpeeds:
 
     @cached_property
     def _disk(self) -> float:
-        """Of reads of the checkpoint; the offload directory's disk is taken to be as fast."""
+        """Of reads of the checkpoint; the offload directory's disk is taken to be as fast.
+
+        No limit where there is no memory to read into.
+        """
         files = self._planner.checkpoint.directory.glob("*.safetensors")
         path = max(files, key=lambda each: each.stat().st_size)
         link = self._backend.disk_in
@@ -77,14 +80,14 @@ class MachineSpeeds:
             contextlib.closing(DirectFile.open(path)) as file,
             self._buffers(link, tier) as (buffers,),
         ):
-            copies = []
-            for start in range(0, file.size, buffers[0].nbytes if buffers else file.size):
-                if buffers and len(copies) < _MOST_READS:
-                    number = len(copies) % len(buffers)
-                    nbytes = min(buffers[number].nbytes, file.size - start)
-                    extent = FileExtent(file, start, nbytes)
-                    copies.append(RawCopy(extent, buffers[number][:nbytes], number))
-            return raw_speeds(self._backend, [(link, copies)]).get(link, math.inf)
+            if not buffers:
+                return math.inf
+            each, copies = buffers[0].nbytes, list[RawCopy]()
+            for number, start in enumerate(range(0, file.size, each)[:_MOST_READS]):
+                extent = FileExtent(file, start, min(each, file.size - start))
+                buffer = number % len(buffers)
+                copies.append(RawCopy(extent, buffers[buffer][: extent.nbytes], buffer))
+            return raw_speeds(self._backend, [(link, copies)])[link]
 
     @contextlib.contextmanager
     def _buffers(self, link: Link, *tiers: Tier) -> Iterator[list[list[torch.Tensor]]]:

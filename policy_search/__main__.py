@@ -80,7 +80,7 @@ def _add_prediction_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "prediction", "The job and the machine that --allow-quantization chooses bits for."
     )
-    add_workload_flags(group, requests=Workload().requests)
+    add_workload_flags(group, requests=Workload().requests, scheduled=False)
     add_speed_flags(group, placed=True)
 
 

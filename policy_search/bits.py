@@ -100,7 +100,7 @@ def choose_bits(
         raise _nothing_fits(plans)
     chosen = fitting[0]
     for plan in fitting[1:]:
-        if plan.rate > 0 and plan.rate >= (1 + WORTH_FEWER_BITS) * chosen.rate:
+        if plan.rate >= (1 + WORTH_FEWER_BITS) * chosen.rate:
             chosen = plan
     return BitsChoice(plans, chosen)
 
@@ -126,9 +126,7 @@ def _nothing_fits(plans: tuple[BitsPlan, ...]) -> CapacityError:
 
 
 def _rate(plan: BitsPlan) -> str:
-    if plan.shortage is not None:
-        return "does not fit"
-    return f"{plan.rate:.4g}" if plan.rate else "no room for a sequence"
+    return "does not fit" if plan.shortage is not None else f"{plan.rate:.4g}"
 
 
 def _speeds(hardware: Hardware) -> str:

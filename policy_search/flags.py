@@ -72,8 +72,13 @@ def quantized_policy(arguments: argparse.Namespace) -> Policy:
     return Policy(**{name: value for name, value in given.items() if value is not None})
 
 
-def add_workload_flags(group: argparse._ActionsContainer, requests: int) -> None:
-    """The fields of `Workload`; `requests` is the default of a job's size."""
+def add_workload_flags(
+    group: argparse._ActionsContainer, requests: int, *, scheduled: bool = True
+) -> None:
+    """The fields of `Workload`; `requests` is the default of a job's size.
+
+    Where nothing is `scheduled`, it does not matter what a scheduler knows.
+    """
     add = group.add_argument
     add("--workload", default="conv", choices=WORKLOADS, help="length table (%(default)s)")
     add("--requests", type=int, default=requests, metavar="N", help="of the job (%(default)s)")
@@ -81,6 +86,9 @@ def add_workload_flags(group: argparse._ActionsContainer, requests: int) -> None
     add("--prompt-len", type=count, default=512, metavar="N", help="of fixed lengths (%(default)s)")
     add("--gen-len", type=count, default=32, metavar="N", help="likewise (%(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="of what is drawn (%(default)s)")
+    if not scheduled:
+        group.set_defaults(known_lengths=Workload().known_lengths)
+        return
     text = "tell the scheduler each output's length; else only the longest one there may be"
     add("--known-lengths", action="store_true", help=text)
 

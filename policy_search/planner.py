@@ -57,9 +57,10 @@ class Planner:
             max_rows=default_max_rows(shape, device),
             max_sequences=default_max_sequences(shape, device),
         ).with_batch(**self.batch)
-        known = {"context_length": self.context, "unified": self.unified}
-        policy = automatic_policy(shape, self.limits, base, **known)
-        return Plan(shape, policy, memory_of(shape, policy, self.limits, **known))
+        context, unified = self.context, self.unified
+        policy = automatic_policy(shape, self.limits, base, context, unified=unified)
+        memory = memory_of(shape, policy, self.limits, context, unified=unified)
+        return Plan(shape, policy, memory)
 
     def choose(
         self,

@@ -16,6 +16,7 @@ from policy_search.cost_model import (
     expansion_seconds,
     sweep_seconds,
 )
+from policy_search.workload import JobLengths
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from policy_search.memory import TierMemory
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
-    from policy_search.workload import JobLengths
 
 
 def predicted_rate(
@@ -39,11 +39,13 @@ def predicted_rate(
     """Generated tokens per second over the whole `job`; `memory` is what `policy` takes.
 
     First as many prompts as may run together are computed, then their sequences generate, and the
-    prompts of those that take their places ride along. 0 if there is no room for a mean sequence.
+    prompts of those that take their places ride along. Where the KV cache has no room for a mean
+    sequence, longer ones than it has room for fail: what it has of a mean one is the part of the
+    job that counts, in sequences of that length.
     """
     room = sum(used.kv for used in memory.values()) / shape.kv_token_bytes
-    if room < job.prompt + job.output:
-        return 0.0
+    served = min(1.0, room / (job.prompt + job.output))
+    job = JobLengths(job.sequences, served * job.prompt, served * job.output)
     # A sequence grows as it generates, and its last page is half empty.
     held = job.prompt + (job.output + policy.page_tokens) / 2
     running = max(1.0, min(policy.max_sequences, job.sequences, room / held))
@@ -55,7 +57,7 @@ def predicted_rate(
     rows = tokens + (job.sequences - running) * job.prompt
     count = max(tokens / running, rows / policy.max_rows)
     seconds += count * sweeps.seconds(rows / count, tokens / count)
-    return tokens / seconds if seconds else math.inf
+    return served * tokens / seconds if seconds else math.inf
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from flexrun.arguments import JOB_DEFAULTS, build_parser, engine_config, flag_of
 from flexrun.errors import CapacityError, OffloadStoreError, UsageError
 from flexrun.tokenizer import Tokenizer
 from offload.tiers import Split
+from policy_search.workload import JobLengths
 from tests.flexrun.fake_engine import CONTEXT, FakeEngine
 from tests.tiny_models import byte_tokenizer
 
@@ -34,11 +35,16 @@ class Command:
         (self.model / "config.json").write_text("{}")
         self.engines: list[FakeEngine] = []
         self.next_engine = FakeEngine()
+        self.bits: dict[str, int] | None = None
+        """What a plan would choose of those that are not given."""
         self.stdout = self.stderr = ""
         self._capsys = capsys
 
     def make_engine(self, config, tokenizer):
         self.config = config
+        if self.bits is not None:
+            given = {name: getattr(config, name) for name in self.bits}
+            self.next_engine.bits = {k: given[k] or bits for k, bits in self.bits.items()}
         self.engines.append(self.next_engine)
         return self.next_engine
 
@@ -219,6 +225,7 @@ def test_a_killed_run_continues(command):
         (["--device-memory", "lots"], "--device-memory: cannot read the size 'lots'"),
         (["--host-memory", "-1"], "--host-memory: cannot read the size"),
         (["--disk-space", "1XB"], "--disk-space: cannot read the size"),
+        (["--policy", "plan.json", "--allow-quantization"], "its bits are the policy's"),
         (["--policy", "missing.json"], "--policy: cannot read the policy missing.json"),
         (["--device", "cpu", "--emulate", "capacity=1GiB"], "set --device to emulated"),
         (["--temp", "1"], "unrecognized arguments: --temp"),
@@ -235,6 +242,8 @@ def test_a_killed_run_continues(command):
 def test_wrong_usage_is_refused_before_the_model(command, monkeypatch, tmp_path, flags, words):
     """Each wrong setting has exit code 2, a message on stderr without traceback, and no output."""
     monkeypatch.chdir(tmp_path)
+    (command.model / "plan.json").write_text("{}")
+    flags = [str(command.model / flag) if flag == "plan.json" else flag for flag in flags]
     assert command(*flags) == 2
     assert command.stderr.startswith("flexrun: error: ")
     assert words in command.stderr
@@ -296,6 +305,70 @@ def test_keys_and_values_of_other_bits_make_another_job(command):
     assert "another --group-size" in command.stderr
     assert command("--kv-bits", "4", "--weight-bits", "8") == 2
     assert "another --weight-bits" in command.stderr
+
+
+def test_bits_that_were_chosen_stay(command):
+    """Whoever continues the job computes with the bits of its first run, and only with these."""
+    command.write(*[{"prompt": text} for text in ("a", "b", "c", "d", "e")])
+    command.bits = {"weight_bits": 4, "kv_bits": 16}
+    command.next_engine = FakeEngine(break_at_sweep=4, error=KeyboardInterrupt())
+    assert command("--allow-quantization") == 130
+    assert command.config.free_bits == ("weight_bits", "kv_bits")
+    sidecar = Path(f"{command.output}.job.json")
+    recorded = sidecar.read_text()
+    assert json.loads(recorded)["--weight-bits"] == 4
+    assert not {"--kv-bits", "--allow-quantization"} & json.loads(recorded).keys()
+    command.bits = {"weight_bits": 16, "kv_bits": 4}  # another machine, another plan
+    command.next_engine = FakeEngine(break_at_sweep=2, error=KeyboardInterrupt())
+    assert command("--allow-quantization") == 130
+    assert (command.config.weight_bits, command.config.kv_bits) == (4, 16)
+    assert "as the job began: weights in 4 bits, KV cache in 16" in command.stderr
+    for more in ([], ["--allow-quantization", "--weight-bits", "16"]):
+        assert command(*more) == 2
+        assert "another --weight-bits, --head-bits" in command.stderr
+    assert command("--allow-quantization", "--temperature", "1") == 2
+    assert "belongs to a job with another --temperature\n" in command.stderr
+    command.next_engine = FakeEngine()
+    assert command("--allow-quantization") == 0
+    assert sidecar.read_text() == recorded
+    assert sorted(r["index"] for r in command.results()) == [0, 1, 2, 3, 4]
+    assert command("--weight-bits", "4") == 0
+
+
+def test_bits_are_settled_before_the_first_result(command):
+    """A run that is killed as soon as its engine is there has chosen; one before that has not."""
+    command.bits = {"weight_bits": 8, "kv_bits": 4}
+    script = (
+        "import os, sys\nfrom flexrun import cli\n"
+        "from tests.flexrun.fake_engine import FakeEngine\n"
+        "engine = FakeEngine(break_at_sweep=0)\n"
+        "engine.bits = {'weight_bits': 4, 'kv_bits': 16}\n"
+        "cli.make_engine = lambda config, tokenizer: WHAT\n"
+        "cli._tokenizer_for = lambda job, config: None\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    command.write({"prompt_token_ids": [1]})
+    flags = command.flags("--max-tokens", "3", "--allow-quantization")
+    for what, bits in (("engine", (4, 16)), ("os._exit(9)", (None, None))):
+        killed = [sys.executable, "-c", script.replace("WHAT", what), *flags]
+        assert subprocess.run(killed, cwd=ROOT, check=False).returncode == 9
+        assert command.output.read_bytes() == b""
+        assert command("--allow-quantization") == 0
+        assert (command.config.weight_bits, command.config.kv_bits) == bits
+        command.output.unlink()
+    assert command("--allow-quantization") == 0
+    assert command.config.free_bits  # who deletes the results starts over
+
+
+def test_bits_are_chosen_for_the_jobs_own_lengths(command):
+    """Completions are counted each, and lines that cannot run not at all."""
+    lines = [{"prompt": "abcd", "n": 3, "max_tokens": 6}, {"prompt_token_ids": [1, 2]}, "broken"]
+    command.write(*lines)
+    assert command("--allow-quantization") == 1
+    assert command.config.job_lengths == JobLengths(4, 3.0, 5.25)
+    command.output.unlink()
+    assert command() == 1
+    assert command.config.job_lengths is None
 
 
 def test_settings_that_keep_the_results_may_change(command):

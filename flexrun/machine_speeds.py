@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flexrun.attention_speed import MEASURED_BYTES, measured_speed
-from flexrun.calibration import measured_expansion, measured_flops
+from flexrun.calibration import measured_expansion, measured_flops, measured_reading
 from offload.direct_file import DirectFile
 from offload.links import FileExtent, Link
 from offload.paged_kv import KVFormat, PagedKV
@@ -38,7 +38,7 @@ class MachineSpeeds:
     def __init__(self, planner: ModelPlanner) -> None:
         self._planner = planner
         self._backend = planner.backend
-        self._products: float | None = None
+        self._known_products: dict[str, float] = {}
         self._expansion: dict[int, float] = {}
         self._attention: dict[int, float] = {}
 
@@ -54,7 +54,7 @@ class MachineSpeeds:
             disk_read=self._disk if from_disk or on_disk else math.inf,
             host_attention=self._attention_on_host(plan.policy) if hosted else math.inf,
             expansion=self._expanded(plan),
-            flops=self._flops(plan),
+            **self._products(plan),
         )
 
     @cached_property
@@ -117,12 +117,16 @@ class MachineSpeeds:
             self._expansion[bits] = measured_expansion(self._backend, weight, 0)
         return self._expansion[bits]
 
-    def _flops(self, plan: ModelPlan) -> float:
-        """Of products, which are the same whatever the bits."""
-        if self._products is None:
+    def _products(self, plan: ModelPlan) -> dict[str, float]:
+        """Of many rows and of few, which are the same whatever the bits."""
+        if not self._known_products:
+            device = self._backend, self._planner.dtype
             sizes = plan.shape.hidden_size, plan.shape.widest
-            self._products = measured_flops(self._backend, self._planner.dtype, *sizes, 0)
-        return self._products
+            self._known_products = {
+                "flops": measured_flops(*device, *sizes, 0),
+                "matrix_read": measured_reading(*device, plan.shape.hidden_size),
+            }
+        return self._known_products
 
     def _attention_on_host(self, policy: Policy) -> float:
         """Of the processor over pages like the ones that the policy stores."""

@@ -136,6 +136,7 @@ def _speeds(hardware: Hardware) -> str:
         "disk": hardware.disk_read,
         "attention on host": hardware.host_attention,
         "expansion": hardware.expansion,
+        "matrices": hardware.matrix_read,
     }
     parts = [f"{name} {format_size(v)}/s" for name, v in named.items() if v != math.inf]
     unit, name = (1e12, "T") if hardware.flops >= 1e12 else (1e9, "G")

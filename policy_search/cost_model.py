@@ -88,6 +88,22 @@ def compute_seconds(shape: ModelShape, hardware: Hardware, rows: int, positions:
     return flops / hardware.flops
 
 
+def product_seconds(
+    shape: ModelShape, hardware: Hardware, rows: int, positions: int, micro_batches: int
+) -> float:
+    """The same where rows may be few: each micro-batch reads the matrices that a row meets."""
+    matrices = shape.flops_per_row // 2 * shape.value_bytes
+    reading = micro_batches * matrices / hardware.matrix_read
+    return max(compute_seconds(shape, hardware, rows, positions), reading)
+
+
+def head_seconds(shape: ModelShape, hardware: Hardware, rows: float) -> float:
+    """Of the output head for `rows` that need logits."""
+    matrix = shape.head_flops_per_row // 2 * shape.value_bytes
+    reading = matrix / hardware.matrix_read if rows else 0.0
+    return max(rows * shape.head_flops_per_row / hardware.flops, reading)
+
+
 def expansion_seconds(shape: ModelShape, hardware: Hardware) -> float:
     """Of the device in every sweep, whatever its rows: weights become what is computed with."""
     return shape.expanded_in_sweep / hardware.expansion

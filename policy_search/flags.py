@@ -111,6 +111,9 @@ def add_speed_flags(group: argparse._ActionsContainer, *, placed: bool = False) 
         add("--host-attention", **nbytes, help=text)
     text = "per second, of quantized weights that are expanded (500GB; each core of a CPU: 6GB)"
     add("--expansion", **nbytes, help=text)
+    if placed:
+        text = "per second, of matrices that the device multiplies few rows with (1TB; a core: 5GB)"
+        add("--matrix-read", **nbytes, help=text)
     text = "of products on the device (100; each core of a CPU: 0.05)"
     add("--tflops", type=float, metavar="TFLOP/S", help=text)
 
@@ -126,6 +129,7 @@ def stated_hardware(arguments: argparse.Namespace, *, unified: bool = False) -> 
         "disk_read": 2e9,
         "host_attention": 50e9,
         "expansion": 6e9 * cores if unified else 500e9,
+        "matrix_read": 5e9 * cores if unified else 1e12,
         "tflops": 0.05 * cores if unified else 100.0,
     }
     speeds = {}
@@ -140,5 +144,6 @@ def stated_hardware(arguments: argparse.Namespace, *, unified: bool = False) -> 
         disk_read=speeds["disk_read"],
         host_attention=speeds["host_attention"],
         expansion=speeds["expansion"],
+        matrix_read=speeds["matrix_read"],
         flops=speeds["tflops"] * 1e12,
     )

@@ -27,5 +27,7 @@ class Hardware:
     """Of KV pages, one by one, on their way to the tier of sequences that wait."""
     expansion: float = math.inf
     """Bytes of weights as they are computed with, from those that are stored in another way."""
+    matrix_read: float = math.inf
+    """Bytes of matrices in products of few rows, which take as long as the device reads them."""
     flops: float = math.inf
     """Of matrix products on the device, with rows enough to be limited by compute."""

@@ -12,8 +12,9 @@ from policy_search.cost_model import (
     SweepWork,
     best_host_share,
     busy_seconds,
-    compute_seconds,
     expansion_seconds,
+    head_seconds,
+    product_seconds,
     sweep_seconds,
 )
 from policy_search.workload import JobLengths
@@ -79,12 +80,13 @@ class _Sweeps:
         positions = read + (rows - generating) * self.job.prompt / 2
         streamed, from_disk = streamed_bytes(shape, self.policy, unified=self.unified)
         on_host, on_disk = (read * nbytes for nbytes in self._kv_bytes_away())
+        batches = math.ceil(rows / self.policy.micro_batch_rows)
         work = SweepWork(
             weights=0 if self.unified else int(streamed + on_disk),
             host_kv=0 if self.unified else int(on_host),
             compute=expansion_seconds(shape, hardware)
-            + compute_seconds(shape, hardware, math.ceil(rows), math.ceil(positions)),
-            around=generating * shape.head_flops_per_row / hardware.flops,
+            + product_seconds(shape, hardware, math.ceil(rows), math.ceil(positions), batches),
+            around=head_seconds(shape, hardware, generating),
         )
         share = self._host_share(work)
         disk = (from_disk + on_disk) / hardware.disk_read

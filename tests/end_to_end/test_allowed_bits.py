@@ -43,6 +43,7 @@ def commands(tiny_llama_dir, tmp_path, capsys) -> Commands:
 def fast(monkeypatch):
     """Compute that is no bound: what it really takes for matrices so small depends on the hour."""
     monkeypatch.setattr(machine_speeds, "measured_flops", lambda *_: 1e12)
+    monkeypatch.setattr(machine_speeds, "measured_reading", lambda *_: 1e12)
     monkeypatch.setattr(machine_speeds, "measured_expansion", lambda *_: 1e9)
 
 
@@ -60,7 +61,7 @@ def test_a_job_keeps_the_bits_that_its_first_run_chose(commands, fast, tmp_path)
     assert commands.generate(ALLOWED, *SLOW_LINK, *BATCH) == 0
     assert "bits:    weights in 4, KV cache in 16, as --allow-quantization" in commands.stderr
     assert "layers in 4 bits" in commands.stderr
-    predicted = rates(commands.stdout)
+    predicted = {name: rate or 0.0 for name, rate in rates(commands.stdout).items()}
     assert predicted["4/16"] > 1.2 * predicted["8/16"] > 1.44 * predicted["16/16"]
     assert commands.tokens() == expected
     assert sidecar.read_text() == recorded  # as if the bits had been given
@@ -165,6 +166,7 @@ def test_speeds_are_measured_before_anything_is_loaded(tiny_llama_dir, tmp_path)
                 assert (hardware.host_attention < 1e15) == away
                 assert (hardware.expansion < 1e15) == (bits == 4)
                 assert 0 < hardware.flops < 1e15
+                assert 0 < hardware.matrix_read < 1e15
         assert backend.account.used == dict.fromkeys(Tier, 0)
     finally:
         backend.close()

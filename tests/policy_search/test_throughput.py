@@ -62,6 +62,19 @@ def test_rows_and_expansion_take_time() -> None:
     assert rate(one_by_one, hardware=slow, shape=shape) == pytest.approx(80 / 128.4, rel=1e-6)
 
 
+def test_few_rows_take_as_long_as_matrices_are_read() -> None:
+    """Five weights of two bytes that a row meets: a second a micro-batch, and two of the head."""
+    here = replace(POLICY, weights=Split(device=100))
+    slow = Hardware(host_to_device=100.0, matrix_read=10.0, flops=1e9)
+    assert rate(here, hardware=slow) == pytest.approx(80 / 12, rel=1e-6)
+    in_two = replace(here, micro_batch_rows=4)  # generating; prompts of 80 rows in 20
+    assert rate(in_two, hardware=slow) == pytest.approx(80 / (40 + 20), rel=1e-6)
+    head = replace(SHAPE, head_flops_per_row=20)
+    assert rate(here, hardware=slow, shape=head) == pytest.approx(80 / 32, rel=1e-6)
+    # Beside weights that take longer to arrive it is free.
+    assert rate(hardware=slow, shape=head) == pytest.approx(80 / 120, rel=1e-3)
+
+
 def test_a_large_job_takes_places_in_turn() -> None:
     """Of 800 sequences eight run: prompts of the others ride in the thousand sweeps."""
     many = replace(JOB, sequences=800)

@@ -335,6 +335,19 @@ def test_bits_that_were_chosen_stay(command):
     assert command("--weight-bits", "4") == 0
 
 
+@pytest.mark.parametrize("flags", [[], ["--weight-bits", "8", "--kv-bits", "4"]], ids=" ".join)
+def test_a_job_with_given_bits_keeps_them(command, flags):
+    """Allowing others later changes nothing: those of the finished results are known."""
+    command.write(*[{"prompt": text} for text in ("a", "b", "c", "d", "e")])
+    command.next_engine = FakeEngine(break_at_sweep=4, error=KeyboardInterrupt())
+    assert command(*flags) == 130
+    command.bits = {"weight_bits": 4, "kv_bits": 16}
+    command.next_engine = FakeEngine()
+    assert command("--allow-quantization") == 0
+    given = (8, 4) if flags else (16, 16)
+    assert (command.config.weight_bits, command.config.kv_bits) == given
+
+
 def test_bits_are_settled_before_the_first_result(command):
     """A run that is killed as soon as its engine is there has chosen; one before that has not."""
     command.bits = {"weight_bits": 8, "kv_bits": 4}

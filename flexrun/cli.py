@@ -22,6 +22,7 @@ from flexrun.report import report_text
 from flexrun.result_file import ResultFile
 from flexrun.tokenizer import Tokenizer
 from flexrun.trace import check_writable
+from policy_search.bits import bits_in_words
 from policy_search.flags import workload
 from policy_search.workload import JobLengths
 
@@ -111,8 +112,9 @@ def generate(arguments: argparse.Namespace) -> int:
         if results.finished:
             print(f"continuing: {len(results.finished)} requests are finished", file=sys.stderr)
         if config != given:
-            bits = f"weights in {config.weight_bits} bits, KV cache in {config.kv_bits}"
-            print(f"as the job began: {bits}", file=sys.stderr)
+            bits = config.quantization
+            text = bits_in_words(bits.weight_bits, bits.kv_bits)
+            print(f"as the job began: {text}", file=sys.stderr)
         if all(line.error or line.index in results.finished for line in job):
             return _finish_without_model(job, results)
         tokenizer = _tokenizer_for(job, config)

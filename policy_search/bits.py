@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from compression.selection import PLAIN_BITS
 from offload.errors import CapacityError
 from offload.tiers import format_size
 
@@ -62,8 +63,8 @@ class BitsChoice:
         rates = ", ".join(f"{p.name} {_rate(p)}" for p in self.plans)
         tokens = f"{job.prompt:.0f} + {job.output:.0f} tokens"
         return (
-            f"bits:    weights in {self.chosen.weight_bits}, KV cache in {self.chosen.kv_bits}, as "
-            f"--allow-quantization lets the plan choose\n"
+            f"bits:    {bits_in_words(self.chosen.weight_bits, self.chosen.kv_bits)}: "
+            "--allow-quantization lets the plan choose\n"
             f"         predicted tokens/s by bits of weights/KV cache: {rates}\n"
             f"         (fewer have to add {WORTH_FEWER_BITS:.0%}; {job.sequences} sequences of "
             f"{tokens})\n"
@@ -74,6 +75,13 @@ class BitsChoice:
         """The same for programs."""
         sizes = {"sequences": job.sequences, "prompt": job.prompt, "output": job.output}
         return {"chosen": self.chosen.name, "predicted_tokens_per_second": self.rates, "job": sizes}
+
+
+def bits_in_words(weight_bits: int, kv_bits: int) -> str:
+    """As people are told: 16 stands for no change, whatever a checkpoint stores."""
+    weights = "as stored" if weight_bits == PLAIN_BITS else f"in {weight_bits} bits"
+    cache = "as computed" if kv_bits == PLAIN_BITS else f"in {kv_bits} bits"
+    return f"weights {weights}, KV cache {cache}"
 
 
 def combinations(weight_bits: int | None, kv_bits: int | None) -> list[tuple[int, int]]:
@@ -118,9 +126,9 @@ def _nothing_fits(plans: tuple[BitsPlan, ...]) -> CapacityError:
     assert fewest is not None
     if most is fewest:
         return most
+    bits = bits_in_words(plans[-1].weight_bits, plans[-1].kv_bits)
     return CapacityError(
-        f"{most.message}; nor does it fit with weights in {plans[-1].weight_bits} bits and the KV "
-        f"cache in {plans[-1].kv_bits}, the fewest: {fewest.message}",
+        f"{most.message}; nor does it fit with the fewest bits ({bits}): {fewest.message}",
         hint=fewest.hint,
     )
 

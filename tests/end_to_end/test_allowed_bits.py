@@ -59,7 +59,9 @@ def test_a_job_keeps_the_bits_that_its_first_run_chose(commands, fast, tmp_path)
     recorded = sidecar.read_text()
     commands.output.unlink()
     assert commands.generate(ALLOWED, *SLOW_LINK, *BATCH) == 0
-    assert "bits:    weights in 4, KV cache in 16, as --allow-quantization" in commands.stderr
+    assert (
+        "bits:    weights in 4 bits, KV cache as computed: --allow-quantization" in commands.stderr
+    )
     assert "layers in 4 bits" in commands.stderr
     predicted = {name: rate or 0.0 for name, rate in rates(commands.stdout).items()}
     assert predicted["4/16"] > 1.2 * predicted["8/16"] > 1.44 * predicted["16/16"]
@@ -68,12 +70,12 @@ def test_a_job_keeps_the_bits_that_its_first_run_chose(commands, fast, tmp_path)
     lines = commands.output.read_bytes().splitlines(keepends=True)
     commands.output.write_bytes(b"".join(lines[:3]) + lines[3][:9])  # killed within a write
     assert commands.generate(ALLOWED, *ROOMY, *BATCH) == 0
-    assert "as the job began: weights in 4 bits, KV cache in 16" in commands.stderr
+    assert "as the job began: weights in 4 bits, KV cache as computed" in commands.stderr
     assert '"bits"' not in commands.stdout  # nothing was to be chosen
     assert commands.tokens() == expected
     commands.output.unlink()
     assert commands.generate(ALLOWED, *ROOMY, *BATCH) == 0  # a new job
-    assert "bits:    weights in 16, KV cache in 16" in commands.stderr
+    assert "bits:    weights as stored, KV cache as computed" in commands.stderr
     assert commands.tokens() != expected
 
 
@@ -81,7 +83,7 @@ def test_what_is_given_stays(commands, fast, tmp_path):
     """Weights of 16 bits on the machine that would take 4: nothing is prepared."""
     assert commands.generate(ALLOWED, "--weight-bits", "16", *SLOW_LINK, *BATCH) == 0
     assert rates(commands.stdout).keys() == {"16/16", "16/4"}
-    assert "bits:    weights in 16, KV cache in 16" in commands.stderr
+    assert "bits:    weights as stored, KV cache as computed" in commands.stderr
     assert not (tmp_path / "offload" / FOLDER).exists()
     everything = ["--weight-bits", "16", "--kv-bits", "16"]
     assert commands.generate(ALLOWED, *everything, *SLOW_LINK, *BATCH) == 0  # the same job
@@ -122,7 +124,7 @@ def test_a_model_that_fits_in_few_bits_only_gets_them(tiny_llama_dir, tmp_path, 
         assert engine_of(llm).bits["weight_bits"] == 4  # in 8 there is no room for a sequence
         generate(llm, PROMPTS[:2], 2)
     batch["device_memory"] = "100KiB"
-    with pytest.raises(CapacityError, match="weights in 4 bits and the KV cache in 4, the fewest"):
+    with pytest.raises(CapacityError, match="weights in 4 bits, KV cache in 4 bits"):
         LLM(tiny_llama_dir, **chosen, **batch, allow_quantization=True)
 
 

@@ -322,7 +322,7 @@ def test_bits_that_were_chosen_stay(command):
     command.next_engine = FakeEngine(break_at_sweep=2, error=KeyboardInterrupt())
     assert command("--allow-quantization") == 130
     assert (command.config.weight_bits, command.config.kv_bits) == (4, 16)
-    assert "as the job began: weights in 4 bits, KV cache in 16" in command.stderr
+    assert "as the job began: weights in 4 bits, KV cache as computed" in command.stderr
     for more in ([], ["--allow-quantization", "--weight-bits", "16"]):
         assert command(*more) == 2
         assert "another --weight-bits, --head-bits" in command.stderr

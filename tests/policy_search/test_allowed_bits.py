@@ -119,7 +119,7 @@ def test_a_model_that_fits_in_few_bits_only_gets_them(plan, model, capsys):
     budgets[3] = "2GiB"
     assert main(["--model", str(model), *budgets, *batch, ALLOWED]) == 2
     error = capsys.readouterr().err
-    assert "nor does it fit with weights in 4 bits and the KV cache in 16" in error
+    assert "nor does it fit with the fewest bits (weights in 4 bits, KV cache as computed)" in error
     assert error.count("missing on disk") == 2
 
 
@@ -128,7 +128,7 @@ def test_the_plan_says_why_and_can_be_used(plan, model, capsys, tmp_path):
     path = tmp_path / "policy.json"
     assert main(["--model", str(model), *SMALL_GPU, ALLOWED, "-o", str(path)]) == 0
     text = capsys.readouterr().out
-    assert "bits:    weights in 4, KV cache in 4, as --allow-quantization" in text
+    assert "bits:    weights in 4 bits, KV cache in 4 bits: --allow-quantization" in text
     assert "16/16 1" in text
     words = shlex.split(next(line for line in text.splitlines() if "flexrun generate" in line))
     config = engine_config(vars(build_parser("0").parse_args(words[1:])))

@@ -59,7 +59,10 @@ def test_if_nothing_fits_the_fewest_bits_are_named():
     """With the hint that is about them: they are the last resort."""
     with pytest.raises(CapacityError) as caught:
         choose_bits(combinations(None, None), rates(*[None] * 6))
-    assert "16/16 is too large; nor does it fit with weights in 4 bits" in caught.value.message
+    assert (
+        "16/16 is too large; nor does it fit with the fewest bits (weights in 4"
+        in caught.value.message
+    )
     assert caught.value.message.endswith("4/4 is too large")
     assert caught.value.hint == "buy 4"
     with pytest.raises(CapacityError, match=r"^8/16 is too large\n"):
@@ -70,7 +73,7 @@ def test_the_choice_is_explained():
     """Every rate, the rule, and what the prediction is for."""
     found = choose_bits(combinations(None, None), rates(None, 12.345678, 0.02, 20, 30, 31))
     text = found.text(JobLengths(7, 10.4, 3), Hardware(host_to_device=2**30, flops=2e12))
-    assert text.startswith("bits:    weights in 4, KV cache in 16, ")
+    assert text.startswith("bits:    weights in 4 bits, KV cache as computed: ")
     assert "16/16 does not fit, 8/16 12.35, 16/4 0.02, 8/4 20," in text
     assert "5%; 7 sequences of 10 + 3 tokens" in text
     assert text.endswith("link 1.00 GiB/s, products 2 TFLOP/s")

@@ -102,6 +102,7 @@ def test_experts_are_stacked_as_they_come(tmp_path):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
     config = MixtralConfig(**sizes, **heads, **experts, bos_token_id=None, eos_token_id=0)
+    torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
     byte_tokenizer().save_pretrained(tmp_path / "source")
     mixtral = Foreign(tmp_path / "source", tmp_path, "awq")

@@ -11,7 +11,7 @@ import torch
 
 from compression import groupwise
 from compression.crew import Crew
-from compression.expand_cpu import FLOAT8
+from compression.expand_cpu import FLOAT4, FLOAT8
 from compression.kernels_cpu import (
     EXPAND_BFLOAT16,
     EXPAND_FLOAT32,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compression.spec import GroupFormat
 
 _EXPANSIONS = {torch.float32: EXPAND_FLOAT32, torch.bfloat16: EXPAND_BFLOAT16}
+_NUMBERS = {"bfloat16": 0, "float16": 1, "float32": FLOAT8, "e8m0": FLOAT4}
 _VALUES = 1 << 22
 """That are there as float32 at a time."""
 _SHARE_BYTES = 64 * 1024
@@ -62,7 +63,8 @@ def _quantized(
 def expand(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
     """Fill `out` [rows, columns] from packed rows; both are contiguous."""
     expansion = _EXPANSIONS.get(out.dtype)
-    if expansion is None:
+    short = spec.float4 and out.shape[1] % spec.group
+    if expansion is None or short:
         groupwise.expand_into(packed, spec, out)
     else:
         _run(expansion, packed, out, spec)
@@ -76,9 +78,9 @@ def _run(
     assert values.is_contiguous()
     threads = torch.get_num_threads()
     shares = max(1, min(_SHARES * threads, -(-rows // LANES), packed.nbytes // _SHARE_BYTES))
-    half = FLOAT8 if spec.float8 else int(spec.numbers == "float16")
-    sizes = [0, shares, 0, rows, columns, spec.bits, spec.group, half]
-    job = np.array([*sizes, packed.data_ptr(), values.data_ptr(), every], np.int64)
+    sizes = [0, shares, 0, rows, columns, spec.row_bytes(columns)]
+    kind = [spec.bits, spec.group, _NUMBERS[spec.numbers]]
+    job = np.array([*sizes, *kind, packed.data_ptr(), values.data_ptr(), every], np.int64)
     _crew(threads).run(
         callback, ctypes.cast(job.ctypes.data, ctypes.POINTER(ctypes.c_int64)), shares
     )

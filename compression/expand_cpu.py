@@ -7,22 +7,43 @@ from typing import Any
 import numpy as np
 
 from compression.compiled import part
+from compression.float4_cpu import expand_float4
 from compression.number_bits import F, joined, number, widened_half
 
-FLOAT8 = 2
-"""Instead of whether numbers are float16."""
+FLOAT8, FLOAT4 = 2, 3
+"""Instead of whether numbers are float16: codes are floats."""
 
 
 def expansion(stored: Any) -> Any:
     """The kernel that expands rows to what `stored` makes of float32."""
-    expand_any, expand_bytes = _any_length(stored), _whole_bytes(stored)
-    expand_floats = _floats(stored)
+    expand_rows = _rows(stored)
 
     @part
     def _expand_rows(
         packed: Any, numbers: Any, columns: Any, bits: Any, group: Any, half: Any, out: Any, _: Any
     ) -> None:
-        """packed: uint8 [rows, row bytes], numbers: the same as uint16, out: [rows, columns]."""
+        """packed: uint8 [rows, row bytes], numbers: the same as uint16, out: [rows, columns].
+
+        A row of floats of 4 bits may have an odd number of bytes: they have no use for `numbers`.
+        """
+        if half != FLOAT4:
+            expand_rows(packed, numbers, columns, bits, group, half, out)
+            return
+        for row in range(packed.shape[0]):
+            expand_float4(packed[row], columns, out[row])
+
+    return _expand_rows
+
+
+def _rows(stored: Any) -> Any:
+    """For all but floats of 4 bits."""
+    expand_any, expand_bytes = _any_length(stored), _whole_bytes(stored)
+    expand_floats = _floats(stored)
+
+    @part
+    def _expand_rows(
+        packed: Any, numbers: Any, columns: Any, bits: Any, group: Any, half: Any, out: Any
+    ) -> None:
         groups = (columns + group - 1) // group
         first = packed.shape[1] // 2 - 2 * groups
         for row in range(packed.shape[0]):

@@ -37,10 +37,13 @@ def expand_with_triton(packed: torch.Tensor, spec: GroupFormat, out: torch.Tenso
     from compression.kernels_gpu import expand_kernel
 
     rows, columns = out.shape
+    numbers = packed.view(-1)
+    if not spec.float4:
+        numbers = numbers.view(torch.int16 if spec.float8 else getattr(torch, spec.numbers))
     blocks = triton.cdiv(spec.groups(columns), _GROUPS_PER_PROGRAM)
     expand_kernel[(rows, blocks)](
         packed,
-        packed.view(-1).view(torch.int16 if spec.float8 else getattr(torch, spec.numbers)),
+        numbers,
         out,
         columns,
         spec.row_bytes(columns),
@@ -50,6 +53,7 @@ def expand_with_triton(packed: torch.Tensor, spec: GroupFormat, out: torch.Tenso
         BLOCK=_GROUPS_PER_PROGRAM,
         WHOLE=columns % spec.group == 0,
         FLOAT8=spec.float8,
+        FLOAT4=spec.float4,
     )
 
 

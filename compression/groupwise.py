@@ -17,6 +17,8 @@ import torch
 from compression.errors import QuantizationError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from compression.spec import GroupFormat
 
 METHOD = 1
@@ -32,6 +34,8 @@ ROUNDS, POLISH = 2, 6
 _EXPANDED_AT_A_TIME = 1 << 20
 LARGEST = 1e18
 """Of a value: sums of squares are float32."""
+FLOAT4 = tuple(sign * size for sign in (1, -1) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+"""What codes of 4 bits that are floats stand for."""
 LEAST_SPREAD = 0.25
 """Of codes around their mean, squared and added up: below it they are all the same."""
 
@@ -170,30 +174,31 @@ def pack(
     codes: torch.Tensor, scale: torch.Tensor, centre: torch.Tensor, spec: GroupFormat
 ) -> torch.Tensor:
     """Rows as they are stored: codes [rows, columns], scale and centre [rows, groups]."""
-    dtype = getattr(torch, spec.numbers)
-    numbers = [each.to(dtype).contiguous().view(torch.uint8) for each in (scale, centre)]
+    numbers = torch.cat([scale, centre], dim=1).to(getattr(torch, spec.numbers))
     # Which integer a NaN becomes is not defined.
-    pieces = [codes.nan_to_num(0.0).to(torch.uint8)]
+    return pack_floats(codes.nan_to_num(0.0).to(torch.uint8), numbers, spec)
+
+
+def pack_floats(codes: torch.Tensor, numbers: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
+    """The same from the bits of codes (uint8) and numbers as they are: scales [rows, groups]."""
+    pieces: Sequence[torch.Tensor] = [codes]
     if spec.bits == 4:
-        pieces = [_in_halves(each) for each in pieces[0].split(spec.group, 1)]
+        pieces = [_in_halves(each) for each in codes.split(spec.group, 1)]
     used = sum(piece.shape[1] for piece in pieces)
-    gap = pieces[0].new_zeros(len(codes), spec.code_bytes(codes.shape[1]) - used)
-    return torch.cat([*pieces, gap, *numbers], dim=1)
-
-
-def pack_float8(floats: torch.Tensor, scale: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
-    """Rows of float8_e4m3fn [rows, columns] and scales [rows, groups], as they are stored."""
-    codes = floats.contiguous().view(torch.uint8)
-    gap = codes.new_zeros(len(codes), spec.code_bytes(codes.shape[1]) - codes.shape[1])
-    return torch.cat([codes, gap, scale.float().contiguous().view(torch.uint8)], dim=1)
+    gap = codes.new_zeros(len(codes), spec.code_bytes(codes.shape[1]) - used)
+    return torch.cat([*pieces, gap, numbers.contiguous().view(torch.uint8)], dim=1)
 
 
 def any_rows(values: torch.Tensor, spec: GroupFormat) -> torch.Tensor:
     """Packed rows of any format, to try a kernel with; values [rows, columns] are about 1."""
-    if not spec.float8:
-        return quantize_minmax(values, spec)
-    scale = values[:, : spec.groups(values.shape[1])].abs() + 0.1
-    return pack_float8(values.to(torch.float8_e4m3fn), scale, spec)
+    first = values[:, : spec.groups(values.shape[1])]
+    if spec.float8:
+        codes = values.to(torch.float8_e4m3fn).view(torch.uint8)
+        return pack_floats(codes, first.abs() + 0.1, spec)
+    if spec.float4:
+        codes, scale = ((100 * each).int() for each in (values, first))
+        return pack_floats((codes & 15).byte(), ((scale & 3) + 125).byte(), spec)
+    return quantize_minmax(values, spec)
 
 
 def _in_halves(codes: torch.Tensor) -> torch.Tensor:
@@ -207,16 +212,26 @@ def expand(
     packed: torch.Tensor, spec: GroupFormat, columns: int, dtype: torch.dtype
 ) -> torch.Tensor:
     """Values [rows, columns] of type `dtype` from packed rows. Computed in float32."""
-    if spec.float8:
-        floats = packed[:, :columns].contiguous().view(torch.float8_e4m3fn).float()
-        scale = packed[:, spec.code_bytes(columns) :].contiguous().view(torch.float32)
-        return (floats * scale.repeat_interleave(spec.group, 1)[:, :columns]).to(dtype)
+    if spec.float8 or spec.float4:
+        return _expand_floats(packed, spec, columns).to(dtype)
     codes, scale, centre = unpack(packed, spec, columns)
     values = codes.float() - spec.zero_code
     each = [
         number.float().repeat_interleave(spec.group, 1)[:, :columns] for number in (scale, centre)
     ]
     return torch.addcmul(each[1], values, each[0]).to(dtype)
+
+
+def _expand_floats(packed: torch.Tensor, spec: GroupFormat, columns: int) -> torch.Tensor:
+    codes = _codes_of(packed, spec, columns)
+    scale = packed[:, spec.code_bytes(columns) :].contiguous()
+    if spec.float8:
+        floats = codes.contiguous().view(torch.float8_e4m3fn).float()
+        scale = scale.view(torch.float32)
+    else:
+        floats = codes.new_tensor(FLOAT4, dtype=torch.float32)[codes.int()]
+        scale = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
+    return floats * scale.repeat_interleave(spec.group, 1)[:, :columns]
 
 
 def expand_into(packed: torch.Tensor, spec: GroupFormat, out: torch.Tensor) -> None:
@@ -234,8 +249,12 @@ def unpack(
     numbers = getattr(torch, spec.numbers)
     scale = packed[:, stored : stored + size].contiguous().view(numbers)
     centre = packed[:, stored + size :].contiguous().view(numbers)
+    return _codes_of(packed, spec, columns), scale, centre
+
+
+def _codes_of(packed: torch.Tensor, spec: GroupFormat, columns: int) -> torch.Tensor:
     if spec.bits == 8:
-        return packed[:, :columns], scale, centre
+        return packed[:, :columns]
     pieces, at = [], 0
     for start in range(0, columns, spec.group):
         count = min(spec.group, columns - start)
@@ -243,4 +262,4 @@ def unpack(
         both = packed[:, at : at + half]
         pieces += [both & 15, (both >> 4)[:, : count - half]]
         at += half
-    return torch.cat(pieces, dim=1), scale, centre
+    return torch.cat(pieces, dim=1)

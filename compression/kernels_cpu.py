@@ -1,8 +1,8 @@
 """Entry points of group quantization on the CPU: jobs whose rows are shared among threads.
 
-A job is a table of int64: next share, shares, finished shares, rows, columns, bits, group, the type
-of scales (0 bfloat16, 1 float16, `FLOAT8` float32), the addresses of packed rows and of values, and
-of which `SHARES` the search for codes begins.
+A job is a table of int64: next share, shares, finished shares, rows, columns, bytes of a packed
+row, bits, group, the type of scales (0 bfloat16, 1 float16; or `FLOAT8`, `FLOAT4`), the addresses
+of packed rows and of values, and of which `SHARES` the search for codes begins.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from compression.number_bits import bfloat16_of
 from compression.quantize_cpu import quantize_rows
 from compression.vectors import LANES
 
-JOB = 11
+JOB = 12
 """Numbers of a job."""
-FINISHED, PACKED, VALUES = 2, 8, 9
+FINISHED, PACKED, VALUES = 2, 9, 10
 """Places in it."""
 _bytes, _uint16s = pointer_to(types.uint8), pointer_to(types.uint16)
 _floats = pointer_to(types.float32)
@@ -44,10 +44,9 @@ def _shares(rows_of: Any, values_of: Any) -> Any:
 
     @kernel
     def _take_shares(job: Any) -> None:
-        shares, rows, columns, bits, group, half = job[1], job[3], job[4], job[5], job[6], job[7]
-        every = job[10]
-        groups, blocks = (columns + group - 1) // group, (rows + LANES - 1) // LANES
-        row_bytes = 2 * ((columns * bits + 15) // 16) + 4 * groups
+        shares, rows, columns, row_bytes = job[1], job[3], job[4], job[5]
+        bits, group, half, every = job[6], job[7], job[8], job[11]
+        blocks = (rows + LANES - 1) // LANES
         packed = carray(_bytes(job[PACKED]), (rows, row_bytes))
         numbers = carray(_uint16s(job[PACKED]), (rows, row_bytes // 2))
         values = carray(values_of(job[VALUES]), (rows, columns))

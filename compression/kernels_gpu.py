@@ -11,10 +11,21 @@ LARGEST = tl.constexpr(_LARGEST)
 
 
 @triton.jit
+def _values(code, scale, centre, FLOAT4: tl.constexpr):
+    """Of codes of 4 bits. As a float16 one that is a float is 2^14 too small."""
+    if FLOAT4:
+        bits = ((code & 8) << 12 | (code & 7) << 9).to(tl.int16)
+        values = bits.to(tl.float16, bitcast=True).to(tl.float32) * 16384 * scale
+    else:
+        values = (code - 8).to(tl.float32) * scale + centre
+    return values
+
+
+@triton.jit
 def expand_kernel(
     packed, numbers, out, columns, row_bytes, code_bytes,
     BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    FLOAT8: tl.constexpr,
+    FLOAT8: tl.constexpr, FLOAT4: tl.constexpr,
 ):  # fmt: skip
     """One row and BLOCK of its groups. numbers: the rows as scales and centres are typed.
 
@@ -30,6 +41,13 @@ def expand_kernel(
         low = tl.load(numbers + first, mask=there, other=0).to(tl.int32) & 0xFFFF
         high = tl.load(numbers + first + 1, mask=there, other=0).to(tl.int32) << 16
         scale = (low | high).to(tl.float32, bitcast=True)[:, None]
+        centre = 0.0
+    elif FLOAT4:  # a byte, of which 0 is the power of two that is not normal
+        power = tl.load(numbers + row * row_bytes + code_bytes + group, mask=there, other=1)
+        power = power.to(tl.int32)
+        power = tl.where(power == 0, 1 << 22, power << 23)
+        scale = power.to(tl.float32, bitcast=True)[:, None]
+        centre = 0.0
     else:
         first = (row * row_bytes + code_bytes) // 2 + group
         scale = tl.load(numbers + first, mask=there, other=0.0).to(tl.float32)[:, None]
@@ -56,8 +74,8 @@ def expand_kernel(
         half = GROUP // 2 if WHOLE else (count + 1) // 2
         held = there if WHOLE else there & (at < half)
         both = tl.load(codes + at, mask=held, other=0).to(tl.int32)
-        low = ((both & 15) - 8).to(tl.float32) * scale + centre
-        high = ((both >> 4) - 8).to(tl.float32) * scale + centre
+        low = _values(both & 15, scale, centre, FLOAT4)
+        high = _values(both >> 4, scale, centre, FLOAT4)
         tl.store(into + at, low.to(kind), mask=held)
         held = there if WHOLE else there & (at < count - half)
         tl.store(into + half + at, high.to(kind), mask=held)

@@ -78,3 +78,9 @@ def number_bits(value: Any, half: Any) -> Any:
 def joined(low: Any, high: Any) -> Any:
     """The float32 with these two halves of its bits."""
     return float_of(U(low) | U(high) << U(16))
+
+
+@part
+def power_of_two(bits: Any) -> Any:
+    """The float32 2^(bits - 127), for a byte of bits; 0 stands for one that is not normal."""
+    return float_of(U(bits) << U(23)) if bits else float_of(U(1 << 22))

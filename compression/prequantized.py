@@ -14,6 +14,11 @@ a scale, which is that of a block of 128 by 128, of an output, or of the matrix:
 
     fp8                 weight [out, in], weight_scale_inv [out / 128, in / 128], or [] or [1]
     compressed-tensors  (float-quantized) weight [out, in], weight_scale [out, 1], [1] or []
+
+Floats of 4 bits, two to a byte, the first in its low half, have a scale of 8 bits for 32 inputs. A
+layer's experts are stacked; the model has their inputs first, [experts, in, out]:
+
+    mxfp4               NAME_blocks [experts, out, in / 32, 16], NAME_scales [experts, out, in / 32]
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from compression.errors import QuantizationError
 from compression.spec import GROUPS, GroupFormat
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _PARTS = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
@@ -39,9 +44,12 @@ _PARTS = {
     ),
     "fp8": ("weight", "weight_scale_inv"),
     "float-quantized": ("weight", "weight_scale"),
+    "mxfp4": ("blocks", "scales"),
 }
 """Ends of the names of what a matrix is stored as; the first is there for each."""
-USE_ANOTHER = "use the unquantized checkpoint, or one in GPTQ, AWQ, FP8 or compressed-tensors W4A16"
+USE_ANOTHER = (
+    "use the unquantized checkpoint, or one in GPTQ, AWQ, FP8, MXFP4 or compressed-tensors W4A16"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,27 +66,50 @@ class Prequantized:
         """See `_PARTS`."""
         return _PARTS[self.method]
 
-    def has(self, part: str, dtype: str) -> bool:
-        """Whether a tensor with this end of its name, of this type, belongs to a quantized one."""
+    def part_of(self, key: str, dtype: str) -> tuple[str, str] | None:
+        """The matrix that the tensor `key` is a part of, and which part; None if of none."""
+        module, _, part = key.rpartition("_" if self.spec.float4 else ".")
         plain = self.spec.float8 and part == "weight" and "float8" not in dtype
-        return part in self.parts and not plain
+        if part not in self.parts or plain:
+            return None
+        return (module if self.spec.float4 else f"{module}.weight"), part
+
+    @property
+    def plain(self) -> str:
+        """The type of what is not quantized, where config.json names none."""
+        return "bfloat16" if self.spec.float4 else "float32"
 
     @property
     def codes(self) -> str:
         """The part that every quantized matrix has."""
         return self.parts[0]
 
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
-        """Outputs and inputs of a matrix whose codes have the shape `stored`."""
-        first, second = stored
-        if self.spec.float8:
-            return first, second
+    def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
+        """In the model, of a matrix whose codes have the shape `stored`: outputs, inputs.
+
+        Raises `QuantizationError`.
+        """
+        whole = len(stored) == 4 and stored[3] == 16 if self.spec.float4 else len(stored) == 2
+        if not whole:
+            raise QuantizationError(f"its codes have the shape {tuple(stored)}", hint=USE_ANOTHER)
+        first, second = stored[:2]
         shapes = {
             "gptq": (second, 8 * first),
             "awq": (8 * second, first),
             "compressed-tensors": (first, 8 * second),
+            "mxfp4": (first, self.spec.group * stored[-2], second),
         }
-        return shapes[self.method]
+        return shapes.get(self.method, (first, second))
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise `QuantizationError` if `name`, of this `shape` in the model, cannot be stored."""
+        inputs = self.spec.as_rows(shape)[-1]
+        if self.spec.float4 and inputs % self.spec.group:
+            raise QuantizationError(
+                f"{name} has {inputs} inputs, which is no whole number of groups of "
+                f"{self.spec.group}, as {self.method} has them",
+                hint="check that config.json belongs to this checkpoint",
+            )
 
 
 def prequantized(settings: Mapping[str, Any]) -> Prequantized:
@@ -88,6 +119,8 @@ def prequantized(settings: Mapping[str, Any]) -> Prequantized:
     """
     method = settings.get("quant_method", "unnamed")
     method = str(getattr(method, "value", method))
+    if method == "mxfp4":
+        return Prequantized(method, GroupFormat(4, 32, "e8m0"))
     if method == "fp8" or settings.get("format") == "float-quantized":
         return _of_float8(method, settings)
     if method == "compressed-tensors":

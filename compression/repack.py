@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from compression.errors import QuantizationError
-from compression.groupwise import pack, pack_float8
+from compression.groupwise import pack, pack_floats
 from compression.prequantized import USE_ANOTHER
 
 if TYPE_CHECKING:
@@ -20,10 +20,17 @@ if TYPE_CHECKING:
     from compression.prequantized import Prequantized
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_NOT_A_NUMBER = 255
+"""Of scales that are bytes."""
 
 
 def rows(scheme: Prequantized, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A matrix as rows of `scheme.spec`: uint8 [outputs, row bytes]. Raises `QuantizationError`."""
+    """A matrix as rows of `scheme.spec`: uint8 [..., outputs, row bytes].
+
+    Raises `QuantizationError`.
+    """
+    if scheme.spec.float4:
+        return _float4_rows(*(parts[name] for name in scheme.parts))
     if scheme.spec.float8:
         return _float8_rows(scheme, *(parts[name] for name in scheme.parts))
     codes, zeros, scale = _by_output(scheme, parts)
@@ -55,7 +62,26 @@ def _float8_rows(scheme: Prequantized, floats: torch.Tensor, scale: torch.Tensor
         raise QuantizationError(
             f"scales of {tuple(scale.shape)} do not belong to {outputs} outputs of {inputs} inputs"
         )
-    return pack_float8(floats, scale.expand(outputs, groups), spec)
+    codes = floats.contiguous().view(torch.uint8)
+    return pack_floats(codes, scale.float().expand(outputs, groups), spec)
+
+
+def _float4_rows(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Of neighbours that share a byte, each shares one with the value half a group away."""
+    if blocks.dtype != torch.uint8 or scale.dtype != torch.uint8:
+        raise QuantizationError(
+            f"codes of type {blocks.dtype} with scales of type {scale.dtype} are not supported",
+            hint=USE_ANOTHER,
+        )
+    if scale.shape != blocks.shape[:-1]:
+        raise QuantizationError(
+            f"scales of {tuple(scale.shape)} do not belong to codes of {tuple(blocks.shape)}"
+        )
+    if (scale == _NOT_A_NUMBER).any():
+        raise QuantizationError(f"some scales are not numbers ({_NOT_A_NUMBER})")
+    first, second = blocks.chunk(2, -1)
+    even, odd = first & 15 | second << 4, first >> 4 | second & 0xF0
+    return torch.cat([torch.stack([even, odd], -1).flatten(-3), scale], -1)
 
 
 def _by_output(

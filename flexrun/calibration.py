@@ -94,7 +94,7 @@ def measured_expansion(backend: DeviceBackend, weight: Weight, workspace: int) -
 
     `workspace`: see `measured_flops`.
     """
-    columns, dtype = weight.shape[-1], weight.compute_dtype or weight.dtype
+    columns, dtype = weight.row_shape[-1], weight.compute_dtype or weight.dtype
     rows = weight.shape.numel() // columns
     stored, expanded = weight.nbytes // rows, columns * dtype.itemsize
     room = backend.account.available(Tier.DEVICE)

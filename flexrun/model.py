@@ -13,6 +13,7 @@ from flexrun.errors import UsageError, not_exact
 from flexrun.model_trace import AttentionShape, trace
 from flexrun.paused_forward import PausedForward, install_pauses
 from flexrun.skeleton import one_line, skeleton
+from offload.checkpoint import scheme_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,6 +70,16 @@ def load_config(directory: Path) -> PretrainedConfig:
             hint="check config.json; a newer architecture needs a newer transformers",
         ) from error
     return config
+
+
+def stored_type(directory: Path, config: PretrainedConfig) -> torch.dtype:
+    """The type of the plain tensors of a checkpoint, by its config. Raises `CheckpointError`."""
+    named = getattr(config.get_text_config(), "dtype", None)
+    if named is None:
+        scheme = scheme_of(directory, config)
+        named = torch.float32 if scheme is None else getattr(torch, scheme.plain)
+    assert isinstance(named, torch.dtype)
+    return named
 
 
 def build_model(

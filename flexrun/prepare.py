@@ -11,7 +11,7 @@ from flexrun.architecture_check import ensure_exact
 from flexrun.disk_weights import usable_in_place
 from flexrun.errors import CapacityError
 from flexrun.machine import offload_directory
-from flexrun.model import build_model, load_config
+from flexrun.model import build_model, load_config, stored_type
 from flexrun.model_files import resolve_model
 from flexrun.model_weights import find_weights
 from offload.checkpoint import Checkpoint
@@ -59,7 +59,7 @@ def _open(config: EngineConfig) -> tuple[Checkpoint, list[list[Weight]]]:
     directory = resolve_model(config.model)
     hf_config = load_config(directory)
     ensure_exact(hf_config)  # no disk is filled for a model that will not be run
-    stored = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
+    stored = stored_type(directory, hf_config)
     dtype = stored if config.dtype == "auto" else getattr(torch, config.dtype)
     model = build_model(hf_config, dtype, torch.device("cpu"))
     checkpoint = Checkpoint(directory, model.module, dtype, model.stored_dtypes)

@@ -18,7 +18,7 @@ from flexrun.executor import Executor
 from flexrun.kv_setup import open_kv
 from flexrun.loading import load_weights
 from flexrun.machine import choose_types, offload_directory, open_backend
-from flexrun.model import build_model, load_config
+from flexrun.model import build_model, load_config, stored_type
 from flexrun.model_files import resolve_model
 from flexrun.model_plan import ModelPlanner
 from offload.activations import ActivationStore
@@ -54,7 +54,7 @@ class Runtime:
         ensure_exact(hf_config)
         self.backend = open_backend(config)
         closing.callback(self.backend.close)
-        stored = getattr(hf_config.get_text_config(), "dtype", None) or torch.float32
+        stored = stored_type(self.directory, hf_config)
         self.stored, self.dtype = choose_types(config.dtype, stored, self.backend.device)
         self.model = build_model(hf_config, self.dtype, self.backend.device, self.stored)
         checkpoint = Checkpoint(

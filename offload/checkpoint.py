@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping
     from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
     from compression.prequantized import Prequantized
 
@@ -47,7 +47,7 @@ class Checkpoint:
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.directory = directory
-        scheme = _scheme_of(directory, model)
+        scheme = scheme_of(directory, model.config)
         self.unexpected: tuple[str, ...] = ()
         """Keys of the checkpoint that the model has no use for."""
         self._model = model
@@ -179,15 +179,15 @@ class Checkpoint:
             if conversion.converter is None:
                 shape = stored.shape
                 if isinstance(stored, PackedTensor):
-                    shape = (*shape[:-1], stored.spec.row_bytes(shape[-1]))
+                    shape = stored.spec.packed_shape(shape)
                 self._check_shape(name, shape, conversion)
 
     def _check_shape(self, name: str, shape: tuple[int, ...], conversion: Conversion) -> None:
         expected = tuple(self._declared[name].shape)
-        if (spec := conversion.spec) is not None:
-            expected = (*expected[:-1], spec.row_bytes(expected[-1]))
+        stored = conversion.sources[0][1]
+        if isinstance(stored, PackedTensor):
+            expected = stored.rows_of(name, expected)
         if tuple(shape) != expected:
-            stored = conversion.sources[0][1]
             raise CheckpointError(
                 f"{name} must have the shape {expected} but has {tuple(shape)} "
                 f"in the checkpoint ({stored.path}, {stored.key})",
@@ -244,8 +244,9 @@ def _ignored_keys(model: PreTrainedModel) -> re.Pattern[str]:
     return re.compile("|".join([*patterns, r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]))
 
 
-def _scheme_of(directory: Path, model: PreTrainedModel) -> Prequantized | None:
-    settings = getattr(model.config, "quantization_config", None)
+def scheme_of(directory: Path, config: PretrainedConfig) -> Prequantized | None:
+    """How the checkpoint's matrices are quantized, if they are. Raises `CheckpointError`."""
+    settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
     try:

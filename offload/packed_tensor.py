@@ -47,21 +47,29 @@ class PackedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Outputs and inputs."""
-        codes = self.parts[self.scheme.codes].shape
-        if len(codes) != 2:
-            raise CheckpointError(
-                f"{self.key} is quantized, but its codes have the shape {codes}",
-                hint="use an unquantized checkpoint of this model",
-            )
-        return self.scheme.shape((codes[0], codes[1]))
+        """In the model. Raises `CheckpointError`."""
+        try:
+            return self.scheme.shape(self.parts[self.scheme.codes].shape)
+        except QuantizationError as error:
+            raise self._unusable(error.message, error.hint) from None
+
+    def rows_of(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the rows of `name`, which has `shape` in the model.
+
+        Raises `CheckpointError` if no codes can stand for it.
+        """
+        try:
+            self.scheme.check(name, shape)
+        except QuantizationError as error:
+            raise CheckpointError(f"{self.path}: {error.message}", error.hint) from None
+        return self.spec.packed_shape(shape)
 
     def is_usable_as(self, dtype: torch.dtype) -> bool:
         """Never: places change."""
         return False
 
     def read(self) -> torch.Tensor:
-        """uint8 [outputs, row bytes]. Raises `CheckpointError`."""
+        """uint8 [..., outputs, row bytes]. Raises `CheckpointError`."""
         try:
             return rows(self.scheme, {name: part.read() for name, part in self.parts.items()})
         except QuantizationError as error:
@@ -84,14 +92,10 @@ def join_parts(
     parts: dict[str, dict[str, StoredTensor]] = {}
     others: list[StoredTensor | PackedTensor] = []
     for tensor in stored:
-        module, _, name = tensor.key.rpartition(".")
-        if scheme.has(name, str(tensor.dtype)):
-            parts.setdefault(module, {})[name] = tensor
-        else:
+        found = scheme.part_of(tensor.key, str(tensor.dtype))
+        if found is None:
             others.append(tensor)
-    whole = [
-        PackedTensor(f"{module}.weight", scheme, each)
-        for module, each in parts.items()
-        if scheme.codes in each
-    ]
+        else:
+            parts.setdefault(found[0], {})[found[1]] = tensor
+    whole = [PackedTensor(key, scheme, each) for key, each in parts.items() if scheme.codes in each]
     return [*others, *whole]

@@ -41,6 +41,11 @@ class Weight:
         return self.shape.numel() * self.dtype.itemsize
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of the values as they are expanded, row after row; the model may see them turned."""
+        return tuple(self.shape) if self.spec is None else self.spec.as_rows(self.shape)
+
+    @property
     def expanded_bytes(self) -> int:
         """In the type that is computed in, padded; 0 where it is stored like that."""
         if self.spec is None and self.compute_dtype in (None, self.dtype):
@@ -74,10 +79,12 @@ class Weight:
             return self.parameter(data)
         dtype = self.compute_dtype or self.dtype
         if room is None:
-            expanded = torch.empty(self.shape, dtype=dtype, device=data.device)
+            expanded = torch.empty(self.row_shape, dtype=dtype, device=data.device)
         else:
-            expanded = room[: self.shape.numel() * dtype.itemsize].view(dtype).view(self.shape)
+            expanded = room[: self.shape.numel() * dtype.itemsize].view(dtype).view(self.row_shape)
         self.fill(expanded, data)
+        if self.spec is not None and self.spec.turned:
+            expanded = expanded.transpose(-1, -2)  # products read a matrix either way
         return torch.nn.Parameter(expanded, requires_grad=False)
 
     def fill(self, out: torch.Tensor, data: torch.Tensor) -> None:
@@ -85,7 +92,7 @@ class Weight:
         if self.spec is None:
             out.copy_(data.view(self.dtype).view(out.shape))
         else:
-            columns = self.shape[-1]
+            columns = self.row_shape[-1]
             packed = data.view(-1, self.spec.row_bytes(columns))
             expand(packed, self.spec, out.view(-1, columns))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ _OTHER_NAMES = {
     "num_attention_heads": ("n_head", "n_heads"),
     "max_position_embeddings": ("n_positions",),
 }
+_KEPT_IN_FLOAT32 = {"gpt_oss": re.compile(r"norm[^.]*\.weight$")}
+"""Tensors that are float32 in the model of a family, whatever type the others have."""
 DEFAULT_CONTEXT = 2048
 """What the engine, too, takes where the config states no context length."""
 
@@ -136,9 +139,15 @@ class ModelConfig:
         """Most positions of one sequence."""
         return self.optional("max_position_embeddings") or DEFAULT_CONTEXT
 
+    def type_of(self, name: str, dtype: str) -> str:
+        """The type that the tensor `name` is stored in where others are stored as `dtype`."""
+        kept = _KEPT_IN_FLOAT32.get(self.model_type)
+        return "float32" if kept is not None and kept.search(name) else dtype
+
     def types(self, requested: str, *, unified: bool) -> tuple[str, str]:
         """The types that weights are stored and computed in. Raises `PolicyError`."""
-        stored = self.settings.get("dtype") or self.settings.get("torch_dtype") or "float32"
+        unnamed = "float32" if self.prequantized is None else self.prequantized.plain
+        stored = self.settings.get("dtype") or self.settings.get("torch_dtype") or unnamed
         stored = str(stored).removeprefix("torch.") if requested == "auto" else requested
         if stored not in BITS:
             raise PolicyError(

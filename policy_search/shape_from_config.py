@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from compression.errors import QuantizationError
 from compression.selection import Quantization, experts_of
 from compression.spec import nbytes
 from offload.disk_layout import DiskPlace
@@ -64,11 +66,10 @@ def shape_from_config(
     computed = computed or dtype
     stored = stored_tensors(config.directory)
     shapes, specs, formats = _tensors(config, stored, dtype, quantization)
-    specs, to_write = _on_disk(specs, {} if formats else stored, dtype)
+    specs, to_write = _on_disk(config, specs, {} if formats else stored, dtype)
     layers = config.number("num_hidden_layers")
     value_bytes, groups = nbytes((1,), computed), quantization.kv_groups(computed)
-    in_other_form = [t for t in specs if computed != dtype or t.name in formats]
-    expanded = _bytes_by_unit(in_other_form, shapes, computed)
+    expanded = _expanded_by_unit(config, specs, shapes, formats, dtype, computed)
     by_unit = [sum(t.nbytes for t in specs if t.unit == unit) for unit in range(layers + 1)]
     if not all(by_unit):
         raise PolicyError(
@@ -118,24 +119,38 @@ def _tensors(
         shapes, packed = _as_in_the_model(stored, scheme)
     else:
         shapes = shapes_by_formula(config)
-        if scheme is not None:  # which matrices it left alone is not known
+        if scheme is not None and scheme.spec.turned:
+            packed = {name for name, shape in shapes.items() if len(shape) == 3}
+        elif scheme is not None:  # which matrices it left alone is not known
             bits, group = scheme.spec.bits, scheme.spec.group
             quantization = replace(quantization, weight_bits=bits, group=group)
     specs = _specs(config, shapes, config.number("num_hidden_layers"), dtype)
     formats = _formats(config, specs, shapes, dtype, quantization)
     if scheme is not None:
         formats |= dict.fromkeys(packed, scheme.spec)
+        with _refused_by_planner(str(config.directory)):
+            for name in packed:
+                scheme.check(name, shapes[name])
     sizes = {name: each.nbytes(shapes[name]) for name, each in formats.items()}
     specs = [replace(each, nbytes=sizes.get(each.name, each.nbytes)) for each in specs]
     return shapes, specs, formats
 
 
-def _bytes_by_unit(specs: Sequence[TensorSpec], shapes: Shapes, dtype: str) -> dict[int, int]:
-    """Bytes of tensors in the type that is computed in."""
+def _expanded_by_unit(
+    config: ModelConfig,
+    specs: Sequence[TensorSpec],
+    shapes: Shapes,
+    formats: Mapping[str, GroupFormat],
+    dtype: str,
+    computed: str,
+) -> dict[int, int]:
+    """Bytes, in the type that is computed in, of tensors that are stored in another form."""
     units: dict[int, int] = {}
     for spec in specs:
-        if spec.unit >= 0:
-            expanded = padded(nbytes(shapes[spec.name], dtype), CACHE_LINE)
+        kind = config.type_of(spec.name, computed)
+        same = spec.name not in formats and kind == config.type_of(spec.name, dtype)
+        if spec.unit >= 0 and not same:
+            expanded = padded(nbytes(shapes[spec.name], kind), CACHE_LINE)
             units[spec.unit] = units.get(spec.unit, 0) + expanded
     return units
 
@@ -176,17 +191,18 @@ def _specs(config: ModelConfig, shapes: Shapes, layers: int, dtype: str) -> list
             unit = layers if tied else -1
         else:
             unit = _RESIDENT
-        specs.append(TensorSpec(name, unit, nbytes(shape, dtype)))
+        specs.append(TensorSpec(name, unit, nbytes(shape, config.type_of(name, dtype))))
     return specs
 
 
 def _on_disk(
+    config: ModelConfig,
     specs: Sequence[TensorSpec],
     stored: Mapping[str, StoredTensor] | None,
     dtype: str,
 ) -> tuple[list[TensorSpec], int]:
     """Where each weight is read from, and the bytes to prepare where the files will not do."""
-    places = _in_place(specs, stored or {}, dtype)
+    places = _in_place(config, specs, stored or {}, dtype)
     if places is not None:
         return [replace(spec, disk=places[spec.name]) for spec in specs], 0
     units: dict[int, list[TensorSpec]] = {}
@@ -200,12 +216,15 @@ def _on_disk(
 
 
 def _in_place(
-    specs: Sequence[TensorSpec], stored: Mapping[str, StoredTensor], dtype: str
+    config: ModelConfig,
+    specs: Sequence[TensorSpec],
+    stored: Mapping[str, StoredTensor],
+    dtype: str,
 ) -> dict[str, DiskPlace] | None:
     places = {}
     for spec in specs:
-        found = stored.get(spec.name)
-        if found is None or found.dtype != dtype or found.offset % nbytes((1,), dtype):
+        found, kind = stored.get(spec.name), config.type_of(spec.name, dtype)
+        if found is None or found.dtype != kind or found.offset % nbytes((1,), kind):
             return None
         places[spec.name] = DiskPlace(found.file, found.offset, spec.nbytes, DISK_BLOCK)
     return places
@@ -242,9 +261,18 @@ def _matrices(
 ) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     """Name, shape, and whether it comes quantized, of every tensor; its parts are one."""
     for name, tensor in stored.items():
-        module, _, part = name.rpartition(".")
-        if scheme is not None and scheme.has(part, tensor.dtype):
-            if part == scheme.codes and len(tensor.shape) == 2:
-                yield f"{module}.weight", scheme.shape((tensor.shape[0], tensor.shape[1])), True
-        else:
+        found = None if scheme is None else scheme.part_of(name, tensor.dtype)
+        if scheme is None or found is None:
             yield name, tensor.shape, False
+        elif found[1] == scheme.codes:
+            with _refused_by_planner(f"{tensor.file}: {found[0]} cannot be used"):
+                shape = scheme.shape(tensor.shape)
+            yield found[0], shape, True
+
+
+@contextmanager
+def _refused_by_planner(what: str) -> Iterator[None]:
+    try:
+        yield
+    except QuantizationError as error:
+        raise PolicyError(f"{what}: {error.message}", error.hint) from None

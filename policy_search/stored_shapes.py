@@ -23,6 +23,7 @@ _TYPES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8",
     "I32": "int32",
+    "U8": "uint8",
 }
 
 

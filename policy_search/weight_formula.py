@@ -29,6 +29,8 @@ class _Family:
     may_tie: bool = False
     """The head is the embedding table unless the config says otherwise."""
     reads_bias: bool = True
+    turned_experts: bool = False
+    """gpt-oss: experts have inputs before outputs, and biases; heads have sinks."""
 
 
 _FAMILIES = {
@@ -42,6 +44,7 @@ _FAMILIES = {
     "qwen3_moe": _Family(query_norm="head"),
     "olmo2": _Family(query_norm="all"),
     "olmoe": _Family(query_norm="all"),
+    "gpt_oss": _Family(qkv_bias=True, turned_experts=True),
     "gemma": _Family(may_tie=True),
     "gemma2": _Family(norms=4, may_tie=True),
     "gemma3_text": _Family(norms=4, query_norm="head", may_tie=True),
@@ -65,7 +68,7 @@ def shapes_by_formula(config: ModelConfig) -> Shapes:
         shapes["lm_head.weight"] = (vocab, hidden)
     for layer in range(config.number("num_hidden_layers")):
         prefix = f"model.layers.{layer}."
-        for part in (_attention(config, family), _feed_forward(config, layer)):
+        for part in (_attention(config, family), _feed_forward(config, family, layer)):
             shapes |= {prefix + name: shape for name, shape in part}
         shapes |= {f"{prefix}norm{n}.weight": (hidden,) for n in range(family.norms)}
     return shapes
@@ -74,7 +77,7 @@ def shapes_by_formula(config: ModelConfig) -> Shapes:
 def _attention(config: ModelConfig, family: _Family) -> Named:
     hidden, head_dim = config.number("hidden_size"), config.head_dim
     heads, kv_heads = config.number("num_attention_heads"), config.kv_heads
-    bias = family.reads_bias and config.flag("attention_bias")
+    bias = family.reads_bias and config.settings.get("attention_bias", family.qkv_bias)
     for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
         yield f"self_attn.{name}_proj.weight", (count * head_dim, hidden)
         if bias or family.qkv_bias:
@@ -85,13 +88,18 @@ def _attention(config: ModelConfig, family: _Family) -> Named:
     yield "self_attn.o_proj.weight", (hidden, heads * head_dim)
     if bias:
         yield "self_attn.o_proj.bias", (hidden,)
+    if family.turned_experts:
+        yield "self_attn.sinks", (heads,)
 
 
-def _feed_forward(config: ModelConfig, layer: int) -> Named:
+def _feed_forward(config: ModelConfig, family: _Family, layer: int) -> Named:
     hidden = config.number("hidden_size")
     experts = config.optional("num_local_experts") or config.optional("num_experts")
     if experts and _has_experts(config, layer):
         wide = config.optional("moe_intermediate_size") or config.number("intermediate_size")
+        if family.turned_experts:
+            yield from _turned_experts(experts, hidden, wide)
+            return
         yield "mlp.gate.weight", (experts, hidden)
         yield "mlp.experts.gate_up_proj", (experts, 2 * wide, hidden)
         yield "mlp.experts.down_proj", (experts, hidden, wide)
@@ -101,6 +109,14 @@ def _feed_forward(config: ModelConfig, layer: int) -> Named:
         yield f"mlp.{name}_proj.weight", shape
         if config.flag("mlp_bias"):
             yield f"mlp.{name}_proj.bias", shape[:1]
+
+
+def _turned_experts(experts: int, hidden: int, wide: int) -> Named:
+    yield "mlp.router.weight", (experts, hidden)
+    yield "mlp.router.bias", (experts,)
+    for name, inputs, outputs in (("gate_up", hidden, 2 * wide), ("down", wide, hidden)):
+        yield f"mlp.experts.{name}_proj", (experts, inputs, outputs)
+        yield f"mlp.experts.{name}_proj_bias", (experts, outputs)
 
 
 def _has_experts(config: ModelConfig, layer: int) -> bool:

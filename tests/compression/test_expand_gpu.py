@@ -31,15 +31,25 @@ def test_rows_are_those_of_the_reference(bits, group, columns, numbers):
             assert torch.equal(out.cpu(), expected)
 
 
-@pytest.mark.parametrize("columns", [3, 127, 128, 128 * 17 + 50])
-def test_floats_of_8_bits(columns):
-    """With a scale of 32 bits for each group."""
-    spec = GroupFormat(8, 128, "float32")
+@pytest.mark.parametrize("spec", [GroupFormat(8, 128, "float32"), GroupFormat(4, 32, "e8m0")])
+@pytest.mark.parametrize("columns", [3, 96, 127, 128, 128 * 17 + 50])
+def test_floats_of_few_bits(columns, spec):
+    """With a scale of 32 bits for each group, or of 8: rows may have an odd number of bytes."""
     values = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns))
     packed = groupwise.any_rows(values, spec)
     out = torch.full(values.shape, torch.nan, device=DEVICE)
     gpu.expand_with_triton(packed.to(DEVICE), spec, out)
     assert torch.equal(out.cpu(), groupwise.expand(packed, spec, columns, torch.float32))
+
+
+def test_every_power_of_two():
+    """Whose products with codes are numbers; the smallest is not normal."""
+    spec = GroupFormat(4, 32, "e8m0")
+    codes = torch.arange(16).repeat(2).byte().expand(253, 32)
+    packed = groupwise.pack_floats(codes, torch.arange(253).byte().view(-1, 1), spec)
+    out = torch.full((253, 32), torch.nan, device=DEVICE)
+    gpu.expand_with_triton(packed.to(DEVICE), spec, out)
+    assert torch.equal(out.cpu(), groupwise.expand(packed, spec, 32, torch.float32))
 
 
 def test_a_kernel_that_fails_is_replaced(monkeypatch, caplog):

@@ -171,7 +171,6 @@ def changed(source: Path, target: Path, **settings: Any) -> Path:
         ("awq", {"version": "gemv"}, "method awq, version gemv"),
         ("fp8", {"weight_block_size": [64, 64]}, "method fp8 with blocks of .64, 64. is not"),
         ("awq", {"quant_method": "bitsandbytes"}, "method bitsandbytes"),
-        ("awq", {"quant_method": "mxfp4"}, "method mxfp4"),
         ("compressed", {"format": "nvfp4-pack-quantized"}, "format nvfp4-pack-quantized"),
     ],
 )

@@ -40,6 +40,7 @@ MORE: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 24,
         "mlp_only_layers": [1],
     },
+    "gpt_oss": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 3},
     "llama": {"attention_bias": True, "mlp_bias": True},
 }
@@ -54,6 +55,7 @@ FAMILIES = (
     "qwen3_moe",
     "olmo2",
     "olmoe",
+    "gpt_oss",
     "gemma",
     "gemma2",
     "gemma3_text",

@@ -23,6 +23,7 @@ from bench_links import header, markdown
 from make_random_model import make_model
 
 from compression.expansion import expand, quantize
+from compression.groupwise import any_rows
 from compression.spec import GroupFormat
 from flexrun import LLM, SamplingParams
 from flexrun.engine import Engine
@@ -118,6 +119,8 @@ def kernels(repeats: int) -> dict[str, float]:
     spec = GroupFormat(4, 64)
     values = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     packed, out = quantize(values, spec), torch.empty_like(values)
+    mxfp4 = GroupFormat(4, 32, "e8m0")
+    floats = any_rows(values.float(), mxfp4)
 
     def rate(call: Callable[[], object]) -> float:
         seconds = []
@@ -130,6 +133,7 @@ def kernels(repeats: int) -> dict[str, float]:
     return {
         "quantize": rate(lambda: quantize(values, spec)),
         "expand": rate(lambda: expand(packed, spec, out)),
+        "expand_mxfp4": rate(lambda: expand(floats, mxfp4, out)),
         "copy": rate(lambda: out.copy_(values)),
     }
 
@@ -158,7 +162,8 @@ def show(report: dict[str, Any]) -> str:
         f"(each pair {' '.join(f'{f:.2f}' for f in report['factors'])}; target {LEAST_FACTOR}; "
         f"{report['bytes_factor']:.2f} times fewer bytes)",
         f"kernels: expanding {rates['expand'] / 1e9:.1f} GB/s of bfloat16 "
-        f"(target {LEAST_EXPANSION / 1e9:.0f}), quantizing {rates['quantize'] / 1e6:.0f} MB/s "
+        f"(target {LEAST_EXPANSION / 1e9:.0f}), from MXFP4 {rates['expand_mxfp4'] / 1e9:.1f} GB/s, "
+        f"quantizing {rates['quantize'] / 1e6:.0f} MB/s "
         f"(target {LEAST_QUANTIZING / 1e6:.0f}); a copy {rates['copy'] / 1e9:.1f} GB/s",
     ])  # fmt: skip
 

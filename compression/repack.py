@@ -79,9 +79,15 @@ def _float4_rows(blocks: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         )
     if (scale == _NOT_A_NUMBER).any():
         raise QuantizationError(f"some scales are not numbers ({_NOT_A_NUMBER})")
-    first, second = blocks.chunk(2, -1)
-    even, odd = first & 15 | second << 4, first >> 4 | second & 0xF0
-    return torch.cat([torch.stack([even, odd], -1).flatten(-3), scale], -1)
+    experts, outputs, groups, stored = blocks.shape
+    packed = blocks.new_empty(experts, outputs, groups * (stored + 1))
+    packed[..., groups * stored :] = scale
+    codes = packed[..., : groups * stored].unflatten(-1, (groups, stored))
+    for mine, target in zip(blocks, codes):  # an expert at a time: together they may be gigabytes
+        first, second = mine.chunk(2, -1)
+        target[..., ::2] = first & 15 | second << 4
+        target[..., 1::2] = first >> 4 | second & 0xF0
+    return packed
 
 
 def _by_output(

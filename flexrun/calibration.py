@@ -182,19 +182,27 @@ class RowBudget:
         self._set(int(planned), int(planned))
 
     def learn(
-        self, rows: int, computed: float, arriving: Sequence[float], alone: Sequence[float]
+        self,
+        rows: int,
+        computed: float,
+        arriving: Sequence[float],
+        alone: Sequence[float],
+        *,
+        expanded: bool = True,
     ) -> None:
         """A sweep of `rows` is over.
 
         Seconds of all sweeps so far: `computed` by the device; `arriving`, in which each of the
         links was busy that weights come over; `alone`, what its bytes would take if nothing else
-        ran. A disk that reads while the processor computes is slower than one by itself.
+        ran. A disk that reads while the processor computes is slower than one by itself. If weights
+        were not `expanded` for it, its rows took another time than those of larger sweeps.
         """
         busy = _Busy(computed, tuple(arriving), tuple(alone))
         before, self._before = self._before, busy
         seconds = computed - before.computed - self._expansion
         bound = self.rows if self._prompts else self._guessed
-        if seconds > 0 and rows >= min(bound, self._scheduler.max_rows) // 2:
+        enough = rows >= min(bound, self._scheduler.max_rows) // 2
+        if expanded and enough and seconds > 0:
             longest = (_longest(busy.arriving, before.arriving), _longest(busy.alone, before.alone))
             self._last.append(_Sweep(seconds / rows, *longest))
         if len(self._last) == _REMEMBERED:

@@ -149,7 +149,12 @@ class Executor:
     def _bind(self, unit: int) -> None:
         self._weights.arrive(unit)
         with self._timed(COMPUTE, "weights"):
-            self._weights.bind(unit)
+            self._weights.bind(unit, self._rows_of(unit))
+
+    def _rows_of(self, unit: int) -> list[int]:
+        if unit == len(self._model.layers):
+            return [len(running.logit_rows) for running in self._micro_batches]
+        return [len(running.input_ids) for running in self._micro_batches]
 
     def _compute(self, action: Action, unit: int, number: int) -> None:
         running = self._micro_batches[number]

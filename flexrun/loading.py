@@ -130,6 +130,7 @@ def load_weights(
             source,
             depth,
             smallest_relay,
+            model.products,
         )
         closing.callback(store.close)
         if weights.quantized:

@@ -151,8 +151,11 @@ class Runtime:
         return store
 
     def measure_links(self) -> None:
-        """Find out what the links can do, before they have anything else to do."""
+        """Find out what device and links can do, before they have anything else to do."""
         with torch.inference_mode():
+            if self.backend.device.type == "cuda":
+                most = min(self.policy.micro_batch_rows, self.policy.logit_rows)
+                self.weights.store.measure_products(most)
             self.raw_speeds = raw_speeds(self.backend, self.weights.store.raw_copies())
             link = self.raw_speeds.get(Link.HOST_TO_DEVICE)
             self._split.measure(link, self.weights.store.streamed_bytes)
@@ -176,6 +179,7 @@ class Runtime:
         choose: Callable[[list[int], torch.Tensor], torch.Tensor],
     ) -> dict[int, list[int]]:
         """One sweep: the next token of every sequence that wants one, and of guessed ones."""
+        packed = self.weights.store.kept_packed
         try:
             with torch.inference_mode():
                 chosen = self._executor.run(plan, tokens, choose)
@@ -189,7 +193,8 @@ class Runtime:
             busy, counters = self.timeline.busy_seconds, self.transfers.counters
             arriving = [busy(str(link)) for link in self.raw_speeds]
             alone = [counters[link].total_bytes / v for link, v in self.raw_speeds.items()]
-            self._budget.learn(plan.rows, busy(COMPUTE), arriving, alone)
+            expanded = self.weights.store.kept_packed == packed
+            self._budget.learn(plan.rows, busy(COMPUTE), arriving, alone, expanded=expanded)
         return chosen
 
     def _types(self) -> str:

@@ -6,17 +6,18 @@ slab, [from DISK | from HOST], so a unit costs a few large copies however many t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from offload.backend import DeviceBackend
+from offload.expansion import Expansion
 from offload.links import FileExtent, Link
 from offload.raw_speed import RawCopy
 from offload.slabs import DiskSlab, Slab, Weight
 from offload.staging import StagingBuffers
 from offload.tiers import STAGING_BUFFERS, Tier, staging_buffer_bytes
+from offload.unit import Slot, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -24,34 +25,6 @@ if TYPE_CHECKING:
     from offload.slabs import DiskSource
     from offload.transfer import Transfer
     from offload.transfer_engine import TransferEngine
-
-
-@dataclass(slots=True)
-class _Slot:
-    """Working memory for one unit's streamed bytes."""
-
-    data: torch.Tensor
-    free: Any = None
-    """Event after which the bytes may be overwritten."""
-    bound: dict[int, list[tuple[Weight, torch.nn.Parameter]]] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Unit:
-    stays: list[Weight]
-    """At home where the device computes."""
-    host: Slab
-    disk: DiskSlab
-    host_home: torch.Tensor | None = None
-    ring: list[_Slot] = field(default_factory=list)
-    """The slots that this unit may use: shared by all layers, or the head's own."""
-    slot: _Slot | None = None
-    """Where its bytes are, or are on their way to, in this sweep."""
-    transfers: list[Transfer] = field(default_factory=list)
-
-    @property
-    def streamed_bytes(self) -> int:
-        return self.disk.nbytes + self.host.nbytes
 
 
 class WeightStore:
@@ -73,9 +46,11 @@ class WeightStore:
         disk: DiskSource | None,
         depth: int,
         smallest_relay: int = 0,
+        products: frozenset[str] = frozenset(),
     ) -> None:
         """`smallest_relay`: bytes of one buffer between disk and a separate device that others
-        want, too; without any, there are buffers if weights come that way.
+        want, too; without any, there are buffers if weights come that way. `products`: names of
+        weights that only their own `torch.nn.Linear` uses.
         """
         self._backend = backend
         self._transfers = transfers
@@ -100,11 +75,11 @@ class WeightStore:
         self._staging: list[torch.Tensor] = []
         self._make_rings(depth)
         self._make_relay(smallest_relay)
-        self._expanded = self._make_expanded()
+        self._expansion = self._make_expansion(products)
         for unit in (*self._units, table):
             self._bind_what_stays(unit)
 
-    def _unit(self, unit: Sequence[Weight], tiers: Mapping[str, Tier], here: set[Tier]) -> _Unit:
+    def _unit(self, unit: Sequence[Weight], tiers: Mapping[str, Tier], here: set[Tier]) -> Unit:
         def on(tier: Tier) -> list[Weight]:
             return [weight for weight in unit if tiers[weight.name] is tier]
 
@@ -115,7 +90,7 @@ class WeightStore:
             assert self._disk is not None
             extents = {weight.name: self._disk.extent(weight.name) for weight in on_disk}
             self._views |= extents
-        return _Unit(
+        return Unit(
             stays=[weight for weight in unit if tiers[weight.name] in here],
             host=Slab([] if Tier.HOST in here else on(Tier.HOST)),
             disk=DiskSlab(on_disk, extents, shifted=not self._backend.unified),
@@ -134,7 +109,7 @@ class WeightStore:
             size = max((unit.streamed_bytes for unit in units), default=0)
             if size:
                 what = "working memory for streamed weights"
-                ring = [_Slot(self._allocate(Tier.DEVICE, size, what)) for _ in range(count)]
+                ring = [Slot(self._allocate(Tier.DEVICE, size, what)) for _ in range(count)]
                 for unit in units:
                     unit.ring = ring
 
@@ -147,16 +122,17 @@ class WeightStore:
             self._staging = list(slab.split(size))
             self._transfers.use_staging(StagingBuffers(self._staging, self._backend))
 
-    def _make_expanded(self) -> torch.Tensor | None:
-        """Room for one unit's weights in the type that is computed in, where that is not theirs."""
+    def _make_expansion(self, products: frozenset[str]) -> Expansion | None:
+        """Where weights are not all stored in the type that is computed in."""
         largest = max(
             sum(weight.expanded_bytes for weight in (*u.stays, *u.host.weights, *u.disk.weights))
             for u in self._units
         )
         what = "weights in the type that is computed in"
-        return self._allocate(Tier.DEVICE, largest, what) if largest else None
+        room = self._allocate(Tier.DEVICE, largest, what) if largest else None
+        return None if room is None else Expansion(room, products)
 
-    def _bind_what_stays(self, unit: _Unit) -> None:
+    def _bind_what_stays(self, unit: Unit) -> None:
         for weight in unit.stays:
             if not weight.expanded_bytes:
                 view = self._views[weight.name]
@@ -214,39 +190,57 @@ class WeightStore:
         for transfer in self._units[number].transfers:
             transfer.wait()
 
-    def bind(self, number: int) -> None:
-        """Make the weights of unit `number`, which have arrived, the model's parameters."""
+    def bind(self, number: int, rows: Sequence[int] = ()) -> None:
+        """Make the weights of unit `number`, which have arrived, the model's parameters.
+
+        `rows`: of each micro-batch that computes with them, where that is known.
+        """
         unit = self._units[number]
         self._next_bind += 1
-        if self._expanded is not None:
-            self._expand(unit)
+        data = None if unit.slot is None else unit.slot.data
+        if self._expansion is not None:
+            self._expansion.bind(self._not_bound(unit, data), rows)
             return
         if unit.slot is None:
             return
         bound = unit.slot.bound.get(number)
         if bound is None:
-            bound = [(weight, weight.parameter(view)) for weight, view in self._arrived(unit)]
+            arrived = self._not_bound(unit, data)
+            bound = [(weight, weight.parameter(view)) for weight, view in arrived]
             unit.slot.bound[number] = bound
         for weight, parameter in bound:
             weight.bind(parameter)
 
-    def _arrived(self, unit: _Unit) -> Iterable[tuple[Weight, torch.Tensor]]:
-        if unit.slot is not None:
-            data, split = unit.slot.data, unit.disk.nbytes
-            yield from unit.disk.views(data[:split])
-            yield from unit.host.views(data[split : unit.streamed_bytes])
-
-    def _expand(self, unit: _Unit) -> None:
-        """Once per unit and sweep, however many micro-batches ride."""
-        assert self._expanded is not None
+    def _not_bound(
+        self, unit: Unit, slot: torch.Tensor | None
+    ) -> Iterable[tuple[Weight, torch.Tensor]]:
+        """What is bound in every sweep, with its bytes: streamed ones are in `slot`."""
         # What is computed in the type that it is stored in is bound for good, and maybe reordered.
-        at_home = [(w, self._views[w.name]) for w in unit.stays if w.expanded_bytes]
-        start = 0
-        for weight, data in [*at_home, *self._arrived(unit)]:
-            assert isinstance(data, torch.Tensor)
-            end = start + weight.expanded_bytes
-            weight.bind(weight.expand(data, self._expanded[start:end]))
-            start = end
+        for weight in unit.stays:
+            if weight.expanded_bytes:
+                view = self._views[weight.name]
+                assert isinstance(view, torch.Tensor)
+                yield weight, view
+        if slot is not None:
+            split = unit.disk.nbytes
+            yield from unit.disk.views(slot[:split])
+            yield from unit.host.views(slot[split : unit.streamed_bytes])
+
+    def measure_products(self, most_rows: int) -> None:
+        """Find out on a GPU which weights are not worth expanding for up to `most_rows` rows.
+
+        Only before the first prefetch.
+        """
+        if self._expansion is None:
+            return
+        for unit in self._units:
+            slot = unit.ring[0].data if unit.streamed_bytes else None
+            self._expansion.measure(self._not_bound(unit, slot), most_rows)
+
+    @property
+    def kept_packed(self) -> int:
+        """Matrices that were multiplied with as they are stored, one each sweep."""
+        return 0 if self._expansion is None else self._expansion.kept_packed
 
     def release(self, number: int) -> None:
         """The compute submitted so far is the last that reads unit `number` in this sweep."""
@@ -294,5 +288,5 @@ class WeightStore:
         self._homes.clear()
         self._views.clear()
         self._units.clear()
-        self._expanded = None
+        self._expansion = None
         self._staging.clear()

@@ -255,8 +255,8 @@ def test_room_for_expanded_weights_is_counted(rounded, tmp_path, device):
             runtime = engine_of(llm)._runtime
             store = runtime.weights.store
             assert runtime.shape.expanded_bytes == largest
-            assert store._expanded is not None
-            assert store._expanded.nbytes == largest
+            assert store._expansion is not None
+            assert store._expansion._room.nbytes == largest
             share = Split.parse(weights).fraction(Tier.DEVICE)
             assert runtime.backend.account.used[Tier.DEVICE] > largest + share * sum(
                 nbytes // 2 for nbytes in by_unit.values()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,7 +99,7 @@ class FakeParts:
     def arrive(self, unit: int) -> None:
         self.notes.events.append(("weights are here", unit))
 
-    def bind(self, unit: int) -> None:
+    def bind(self, unit: int, rows: Sequence[int]) -> None:
         self.notes.events.append((Action.BIND, unit, -1))
 
     def release(self, unit: int) -> None:

@@ -1,0 +1,188 @@
+"""Products of few rows with matrices that stay packed on a GPU.
+
+Reading codes is a third and less of what expanding them, and reading 16 bits for each, takes. It
+has to be done again for every product, and for many rows making values is more work than that.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from math import gcd
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from compression import groupwise
+
+if TYPE_CHECKING:
+    from compression.spec import GroupFormat
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 32
+"""For which the kernel is meant: it computes any number, so many at a time."""
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Of a result's size and 1: more than twice what rounding it takes."""
+_LEAST_ROWS = 16
+"""Of a product of matrices in registers; missing ones are zeros."""
+_PROGRAMS = 4
+"""That a multiprocessor has at a time: fewer of them leave it waiting for memory."""
+_LEAST_STEPS = 4
+"""Of one program: less would not fill its pipeline."""
+
+
+class _Tile(NamedTuple):
+    """What one program holds at a time."""
+
+    rows: int
+    outputs: int
+    groups: int
+
+
+def can_multiply(spec: GroupFormat, columns: int) -> bool:
+    """Whether the kernel knows the format: codes are integers, and all groups of a row are whole.
+
+    Of a short group the halves of bytes would be other columns.
+    """
+    return not spec.float8 and columns % spec.group == 0
+
+
+def multiply(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    spec: GroupFormat,
+    bias: torch.Tensor | None,
+    room: torch.Tensor,
+    *,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """x [rows, inputs] times packed rows [outputs, row bytes]: [rows, outputs], plus `bias`.
+
+    Where outputs alone would not fill the GPU, inputs are cut into pieces, whose sums wait in
+    `room` (uint8 [any]) until they are added up: as many pieces as it has room for, or `splits`.
+    The order of additions depends on sizes only.
+    """
+    import triton
+
+    from compression.product_kernels_gpu import INTERPRETED, product_kernel, sum_kernel
+
+    rows, outputs, columns = len(x), len(packed), x.shape[1]
+    out = x.new_empty(rows, outputs)
+    if not rows:
+        return out
+    x = x if x.stride(1) == 1 else x.contiguous()
+    tile = _tile(rows, spec, x.dtype)
+    steps = triton.cdiv(spec.groups(columns), tile.groups)
+    blocks = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, tile.rows)
+    wanted = _filling(blocks[0] * blocks[1], steps, x.device) if splits is None else splits
+    steps_each = triton.cdiv(steps, max(1, min(wanted, room.nbytes // (4 * rows * outputs))))
+    parts = triton.cdiv(steps, steps_each)
+    sums = out if parts == 1 else room[: 4 * parts * rows * outputs].view(torch.float32)
+    constants, has_bias = _constants(spec, tile, columns), bias is not None
+    product_kernel[(*blocks, parts)](
+        x,
+        packed,
+        packed.view(-1).view(getattr(torch, spec.numbers)),
+        bias,
+        sums,
+        rows,
+        outputs,
+        steps_each,
+        x.stride(0),
+        spec.groups(columns) // constants["GROUPS_BY"],
+        spec.row_bytes(columns) // constants["ROW_BY"],
+        spec.code_bytes(columns),
+        **constants,
+        BIAS=has_bias and parts == 1,
+        UPCAST=INTERPRETED,  # it takes products of bfloat16 for those of integers
+    )
+    if parts > 1:
+        sum_kernel[(rows, triton.cdiv(outputs, 256))](
+            sums, bias, out, rows, outputs, PARTS=parts, BLOCK=256, BIAS=has_bias
+        )
+    return out
+
+
+def _tile(rows: int, spec: GroupFormat, dtype: torch.dtype) -> _Tile:
+    """Of 64 neighbouring bytes or more, as much as registers and shared memory have room for.
+
+    And, if so, of two groups: of each row two scales are the least that is asked for ahead of time.
+    """
+    outputs = 32 if dtype == torch.float32 else 128
+    of_group = spec.group * spec.bits // 8
+    least = 2 if of_group <= 64 and dtype != torch.float32 else 1
+    return _Tile(
+        _LEAST_ROWS if rows <= _LEAST_ROWS else MOST_ROWS, outputs, max(least, 64 // of_group)
+    )
+
+
+def _constants(spec: GroupFormat, tile: _Tile, columns: int) -> dict[str, int]:
+    """What kernels are compiled for."""
+    return {
+        "BITS": spec.bits,
+        "GROUP": spec.group,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.outputs,
+        "BLOCK_G": tile.groups,
+        "GROUPS_BY": gcd(spec.groups(columns), 8),
+        "ROW_BY": gcd(spec.row_bytes(columns), 16),
+    }
+
+
+def _filling(blocks: int, steps: int, device: torch.device) -> int:
+    """Pieces of inputs that fill the GPU, if each block of outputs has `steps`."""
+    return min(_PROGRAMS * _multiprocessors(device) // blocks, steps // _LEAST_STEPS)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1  # Triton's interpreter
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def reference(
+    x: torch.Tensor, packed: torch.Tensor, spec: GroupFormat, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The same by plain operations."""
+    matrix = groupwise.expand(packed, spec, x.shape[1], x.dtype)
+    return torch.nn.functional.linear(x, matrix, bias)
+
+
+@functools.cache
+def works(spec: GroupFormat, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernel gives what plain operations give on this device; tried once.
+
+    With few rows and many, whole and in pieces, and outputs that fill no block. Says why not in a
+    warning.
+    """
+    try:
+        for rows, splits in ((3, 1), (MOST_ROWS, 3)):
+            error = _largest_error(spec, dtype, device, rows, splits)
+            if not error <= TOLERANCE[dtype]:  # nor if it is not a number
+                logger.warning("the Triton kernel that multiplies codes is off by %.2g", error)
+                return False
+    except Exception as failure:  # whatever a compiler may raise
+        logger.warning("the Triton kernel that multiplies codes does not run here: %s", failure)
+        return False
+    return True
+
+
+def _largest_error(
+    spec: GroupFormat, dtype: torch.dtype, device: torch.device, rows: int, splits: int
+) -> float:
+    """Against products in float32 with the same weights, as they are rounded to `dtype`."""
+    outputs, columns = 200, 23 * spec.group
+    own = torch.Generator().manual_seed(0)
+    values = torch.randn(outputs, columns, generator=own) / columns**0.5
+    packed = groupwise.any_rows(values, spec)
+    x, bias = (
+        torch.randn(*size, generator=own).to(dtype) for size in ((rows, columns), (outputs,))
+    )
+    matrix = groupwise.expand(packed, spec, columns, dtype).float()
+    expected = torch.nn.functional.linear(x.float(), matrix, bias.float())
+    room = torch.empty(4 * splits * rows * outputs, dtype=torch.uint8, device=device)
+    there = x.to(device), packed.to(device), spec, bias.to(device), room
+    found = multiply(*there, splits=splits)
+    return float(((found.cpu().float() - expected).abs() / (1 + expected.abs())).max())

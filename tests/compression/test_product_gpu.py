@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -123,3 +124,23 @@ def test_a_kernel_that_is_wrong_is_found_out(monkeypatch, caplog):
         assert not product_gpu.works(spec, dtype, DEVICE)
         assert caplog.text.count(message) == 1
     product_gpu.works.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 32])
+@pytest.mark.parametrize("sizes", [(4096, 14336), (14335, 4096), (1000, 11008), (576, 1536)])
+def test_real_sizes(sizes, rows):
+    """In bfloat16, in pieces where outputs are few: the product of the expanded matrix."""
+    outputs, columns = sizes
+    made: dict[str, Any] = {
+        "device": DEVICE,
+        "generator": torch.Generator(DEVICE).manual_seed(rows),
+    }
+    spec, dtype = GroupFormat(4, 64), torch.bfloat16
+    packed = groupwise.quantize_minmax(torch.randn(sizes, **made) / columns**0.5, spec)
+    x = torch.randn(rows, columns, **made).to(dtype)
+    room = torch.empty(2 * outputs * columns, dtype=torch.uint8, device=DEVICE)
+    found = product_gpu.multiply(x, packed, spec, None, room)
+    matrix = groupwise.expand(packed, spec, columns, dtype).float()
+    expected = torch.nn.functional.linear(x.float(), matrix)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)

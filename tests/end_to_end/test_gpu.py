@@ -10,6 +10,8 @@ import torch
 
 from flexrun import LLM, CapacityError
 from flexrun.twin import random_twin
+from offload.expansion import Expansion
+from offload.slabs import Weight
 from offload.tiers import Tier
 from policy_search.policy import Policy
 from tests.end_to_end import test_architectures
@@ -62,6 +64,27 @@ def test_quantized_weights(tiny_llama_dir, tmp_path_factory, weights, bits):
     done = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **settings(weights, "device=100", **chosen))
     on_cpu = settings("device=100", "device=100", **chosen) | {"device": "cpu"}
     assert done.tokens == run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **on_cpu).tokens
+
+
+@pytest.mark.parametrize("weights", SPLITS)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_products(tiny_llama_dir, tmp_path_factory, monkeypatch, weights, bits):
+    """Few rows multiply what stays packed, in slots that are used again: the tokens of the CPU."""
+
+    def few(self: Expansion, weight: Weight, rows: list[int]) -> bool:
+        return max(rows) <= 8 and self.can_stay_packed(weight)
+
+    offload = tmp_path_factory.getbasetemp() / "quantized"
+    chosen = {"weight_bits": bits, "head_bits": 8, "offload_dir": offload}
+    on_cpu = settings("device=100", "device=100", **chosen) | {"device": "cpu"}
+    expected = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **on_cpu).tokens
+    monkeypatch.setattr(Expansion, "stays_packed", few)
+    with LLM(tiny_llama_dir, **settings(weights, "device=100", **chosen)) as llm:
+        assert generate(llm, PROMPTS, NEW_TOKENS).tokens == expected
+        store = engine_of(llm)._runtime.weights.store
+        assert store.kept_packed > 0
+        assert store._expansion is not None
+        assert store._expansion._times, "both ways are measured at the start"
 
 
 @pytest.mark.parametrize("attention", ["device", "host"])

@@ -81,6 +81,15 @@ def test_small_sweeps_say_nothing_about_full_ones():
     assert scheduler.speculation.most_rows == 0
 
 
+def test_sweeps_without_expansion_say_nothing_about_others():
+    """Their rows were multiplied with packed weights: what they took is not what others would."""
+    scheduler = make_scheduler()
+    budget = RowBudget(scheduler, 1.0, 20, prompts=True, guess=True, expansion=0.4)
+    for sweep in range(1, 12):
+        budget.learn(20, sweep * 0.5, *link(sweep), expanded=False)
+    assert scheduler.free_rows == budget.rows == 20
+
+
 def test_one_slow_sweep_changes_little():
     """The first sweep compiles kernels: it takes a hundred times as long."""
     scheduler, total = make_scheduler(), 100.0

@@ -32,12 +32,15 @@ _LEAST_STEPS = 4
 """Of one program: less would not fill its pipeline."""
 
 
-class _Tile(NamedTuple):
-    """What one program holds at a time."""
+class _Plan(NamedTuple):
+    """How a product is cut."""
 
-    rows: int
-    outputs: int
-    groups: int
+    grid: tuple[int, int, int]
+    """Programs: blocks of outputs, blocks of rows, pieces of inputs."""
+    steps: int
+    """Of each program, over its inputs."""
+    constants: dict[str, int]
+    """What the kernel is compiled for."""
 
 
 def can_multiply(spec: GroupFormat, columns: int) -> bool:
@@ -61,10 +64,8 @@ def multiply(
 
     Where outputs alone would not fill the GPU, inputs are cut into pieces, whose sums wait in
     `room` (uint8 [any]) until they are added up: as many pieces as it has room for, or `splits`.
-    The order of additions depends on sizes only.
+    The order of additions depends on sizes and the GPU only.
     """
-    import triton
-
     from compression.product_kernels_gpu import INTERPRETED, product_kernel, sum_kernel
 
     rows, outputs, columns = len(x), len(packed), x.shape[1]
@@ -72,15 +73,10 @@ def multiply(
     if not rows:
         return out
     x = x if x.stride(1) == 1 else x.contiguous()
-    tile = _tile(rows, spec, x.dtype)
-    steps = triton.cdiv(spec.groups(columns), tile.groups)
-    blocks = triton.cdiv(outputs, tile.outputs), triton.cdiv(rows, tile.rows)
-    wanted = _filling(blocks[0] * blocks[1], steps, x.device) if splits is None else splits
-    steps_each = triton.cdiv(steps, max(1, min(wanted, room.nbytes // (4 * rows * outputs))))
-    parts = triton.cdiv(steps, steps_each)
+    plan = plan_product((rows, outputs, columns), spec, x.dtype, x.device, room.nbytes, splits)
+    constants, parts, has_bias = plan.constants, plan.grid[2], bias is not None
     sums = out if parts == 1 else room[: 4 * parts * rows * outputs].view(torch.float32)
-    constants, has_bias = _constants(spec, tile, columns), bias is not None
-    product_kernel[(*blocks, parts)](
+    product_kernel[plan.grid](
         x,
         packed,
         packed.view(-1).view(getattr(torch, spec.numbers)),
@@ -88,7 +84,7 @@ def multiply(
         sums,
         rows,
         outputs,
-        steps_each,
+        plan.steps,
         x.stride(0),
         spec.groups(columns) // constants["GROUPS_BY"],
         spec.row_bytes(columns) // constants["ROW_BY"],
@@ -98,41 +94,49 @@ def multiply(
         UPCAST=INTERPRETED,  # it takes products of bfloat16 for those of integers
     )
     if parts > 1:
-        sum_kernel[(rows, triton.cdiv(outputs, 256))](
+        sum_kernel[(rows, -(-outputs // 256))](
             sums, bias, out, rows, outputs, PARTS=parts, BLOCK=256, BIAS=has_bias
         )
     return out
 
 
-def _tile(rows: int, spec: GroupFormat, dtype: torch.dtype) -> _Tile:
-    """Of 64 neighbouring bytes or more, as much as registers and shared memory have room for.
+@functools.cache
+def plan_product(
+    sizes: tuple[int, int, int],
+    spec: GroupFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    room: int,
+    splits: int | None = None,
+) -> _Plan:
+    """For `sizes` (rows, outputs, inputs) and so many bytes of `room`.
 
-    And, if so, of two groups: of each row two scales are the least that is asked for ahead of time.
+    A program takes 64 neighbouring bytes of a row, or more, in each step, and as many rows as
+    registers and shared memory have room for; and, if so, two groups: of each row two scales are
+    the least that is asked for ahead of time.
     """
-    outputs = 32 if dtype == torch.float32 else 128
+    rows, outputs, columns = sizes
+    block_m = _LEAST_ROWS if rows <= _LEAST_ROWS else MOST_ROWS
+    block_n = 32 if dtype == torch.float32 else 128
     of_group = spec.group * spec.bits // 8
-    least = 2 if of_group <= 64 and dtype != torch.float32 else 1
-    return _Tile(
-        _LEAST_ROWS if rows <= _LEAST_ROWS else MOST_ROWS, outputs, max(least, 64 // of_group)
-    )
-
-
-def _constants(spec: GroupFormat, tile: _Tile, columns: int) -> dict[str, int]:
-    """What kernels are compiled for."""
-    return {
+    block_g = max(2 if of_group <= 64 and dtype != torch.float32 else 1, 64 // of_group)
+    groups = spec.groups(columns)
+    steps = -(-groups // block_g)
+    blocks = -(-outputs // block_n), -(-rows // block_m)
+    if splits is None:  # to fill the GPU
+        programs = _PROGRAMS * _multiprocessors(device)
+        splits = min(programs // (blocks[0] * blocks[1]), steps // _LEAST_STEPS)
+    each = -(-steps // max(1, min(splits, room // (4 * rows * outputs))))
+    constants = {
         "BITS": spec.bits,
         "GROUP": spec.group,
-        "BLOCK_M": tile.rows,
-        "BLOCK_N": tile.outputs,
-        "BLOCK_G": tile.groups,
-        "GROUPS_BY": gcd(spec.groups(columns), 8),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_G": block_g,
+        "GROUPS_BY": gcd(groups, 8),
         "ROW_BY": gcd(spec.row_bytes(columns), 16),
     }
-
-
-def _filling(blocks: int, steps: int, device: torch.device) -> int:
-    """Pieces of inputs that fill the GPU, if each block of outputs has `steps`."""
-    return min(_PROGRAMS * _multiprocessors(device) // blocks, steps // _LEAST_STEPS)
+    return _Plan((*blocks, -(-steps // each)), each, constants)
 
 
 @functools.cache

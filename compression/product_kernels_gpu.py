@@ -1,8 +1,7 @@
 """Triton kernels that multiply rows with matrices of codes, which no memory holds expanded.
 
-Values are made in registers, and rounded as those that are expanded. Products of the codes
-themselves, times scales, and of sums of rows, times centres, would need fewer operations for
-groups of 128, more for those of 32, and would be those of other weights than many rows see.
+Values are made in registers, and rounded as those that are expanded: all rows see the same weights.
+The other way is products of the codes themselves, times scales, and sums of rows, times centres.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from compression.product_gpu import MOST_ROWS, _constants, _tile
+from compression.product_gpu import MOST_ROWS, plan_product
 from compression.product_kernels_gpu import product_kernel
 from compression.spec import GroupFormat
 
@@ -29,7 +29,8 @@ ALIGNED = (*TYPES, "x_row", "code_bytes", "outputs")
 
 def build(capability: int, spec: GroupFormat, dtype: torch.dtype, rows: int) -> dict[str, Any]:
     """What the compiler makes of a matrix with 4096 inputs."""
-    constants = _constants(spec, _tile(rows, spec, dtype), 4096) | {"BIAS": True, "UPCAST": False}
+    plan = plan_product((rows, 4096, 4096), spec, dtype, torch.device("cpu"), 0)
+    constants: dict[str, Any] = plan.constants | {"BIAS": True, "UPCAST": False}
     names = product_kernel.arg_names
     types = {name: type_.format(NAMES[dtype]) for name, type_ in TYPES.items()}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}

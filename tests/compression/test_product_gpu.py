@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -61,11 +62,9 @@ def test_products_are_those_of_expanded_matrices(bits, group, dtype):
     draw = random.Random(bits + group)
     error = ERROR[dtype] if ON_GPU else 2 * ERROR[dtype]
     for numbers in ("bfloat16", "float16"):
-        for _ in range(3):
-            product = Product(draw, GroupFormat(bits, group, numbers), dtype)
-            for bias in (None, product.bias):
-                for splits in (1, 3):
-                    assert product.error(bias, splits) < error
+        product = Product(draw, GroupFormat(bits, group, numbers), dtype)
+        for bias, splits in itertools.product((None, product.bias), (1, 3)):
+            assert product.error(bias, splits) < error
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17, 33])

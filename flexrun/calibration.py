@@ -188,21 +188,22 @@ class RowBudget:
         arriving: Sequence[float],
         alone: Sequence[float],
         *,
-        expanded: bool = True,
+        expanded: float = 1.0,
     ) -> None:
         """A sweep of `rows` is over.
 
         Seconds of all sweeps so far: `computed` by the device; `arriving`, in which each of the
         links was busy that weights come over; `alone`, what its bytes would take if nothing else
-        ran. A disk that reads while the processor computes is slower than one by itself. If weights
-        were not `expanded` for it, its rows took another time than those of larger sweeps.
+        ran. A disk that reads while the processor computes is slower than one by itself. Of what is
+        expanded in a full sweep, a part was `expanded`. The head's few rows are often multiplied
+        with it packed; where layers are, too, the rows were few and say nothing about many.
         """
         busy = _Busy(computed, tuple(arriving), tuple(alone))
         before, self._before = self._before, busy
-        seconds = computed - before.computed - self._expansion
+        seconds = computed - before.computed - expanded * self._expansion
         bound = self.rows if self._prompts else self._guessed
         enough = rows >= min(bound, self._scheduler.max_rows) // 2
-        if expanded and enough and seconds > 0:
+        if seconds > 0 and enough and expanded > 0.5:
             longest = (_longest(busy.arriving, before.arriving), _longest(busy.alone, before.alone))
             self._last.append(_Sweep(seconds / rows, *longest))
         if len(self._last) == _REMEMBERED:

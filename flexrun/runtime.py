@@ -179,7 +179,7 @@ class Runtime:
         choose: Callable[[list[int], torch.Tensor], torch.Tensor],
     ) -> dict[int, list[int]]:
         """One sweep: the next token of every sequence that wants one, and of guessed ones."""
-        packed = self.weights.store.kept_packed
+        before = self.weights.store.expanded_bytes
         try:
             with torch.inference_mode():
                 chosen = self._executor.run(plan, tokens, choose)
@@ -193,8 +193,12 @@ class Runtime:
             busy, counters = self.timeline.busy_seconds, self.transfers.counters
             arriving = [busy(str(link)) for link in self.raw_speeds]
             alone = [counters[link].total_bytes / v for link, v in self.raw_speeds.items()]
-            expanded = self.weights.store.kept_packed == packed
-            self._budget.learn(plan.rows, busy(COMPUTE), arriving, alone, expanded=expanded)
+            expanded, most = (
+                self.weights.store.expanded_bytes - before,
+                self.shape.expanded_in_sweep,
+            )
+            share = expanded / most if most else 1.0
+            self._budget.learn(plan.rows, busy(COMPUTE), arriving, alone, expanded=share)
         return chosen
 
     def _types(self) -> str:

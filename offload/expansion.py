@@ -60,8 +60,8 @@ class Expansion:
         """Milliseconds of expanding one."""
         self._times: dict[tuple[_Kind, int], _Product] = {}
         """By `MEASURED_ROWS`."""
-        self.kept_packed = 0
-        """Matrices that a sweep did not expand, over all sweeps."""
+        self.expanded_bytes = 0
+        """That were filled, in all sweeps together."""
 
     def bind(self, weights: Iterable[tuple[Weight, torch.Tensor]], rows: Sequence[int]) -> None:
         """Make weights, of which the bytes have arrived, what micro-batches of `rows` use.
@@ -70,10 +70,10 @@ class Expansion:
         """
         for (weight, data), room in self._places(weights):
             if self.stays_packed(weight, rows):
-                self.kept_packed += 1
                 weight.bind(PackedMatrix(weight, data, room))
             else:
                 weight.bind(weight.expand(data, room))
+                self.expanded_bytes += weight.expanded_bytes
 
     def _places(
         self, weights: Iterable[tuple[Weight, torch.Tensor]]

@@ -238,9 +238,9 @@ class WeightStore:
             self._expansion.measure(self._not_bound(unit, slot), most_rows)
 
     @property
-    def kept_packed(self) -> int:
-        """Matrices that were multiplied with as they are stored, one each sweep."""
-        return 0 if self._expansion is None else self._expansion.kept_packed
+    def expanded_bytes(self) -> int:
+        """That weights were expanded to in all sweeps so far."""
+        return 0 if self._expansion is None else self._expansion.expanded_bytes
 
     def release(self, number: int) -> None:
         """The compute submitted so far is the last that reads unit `number` in this sweep."""

@@ -80,9 +80,11 @@ def test_packed_products(tiny_llama_dir, tmp_path_factory, monkeypatch, weights,
     expected = run(tiny_llama_dir, PROMPTS, NEW_TOKENS, **on_cpu).tokens
     monkeypatch.setattr(Expansion, "stays_packed", few)
     with LLM(tiny_llama_dir, **settings(weights, "device=100", **chosen)) as llm:
-        assert generate(llm, PROMPTS, NEW_TOKENS).tokens == expected
-        store = engine_of(llm)._runtime.weights.store
-        assert store.kept_packed > 0
+        done = generate(llm, PROMPTS, NEW_TOKENS)
+        assert done.tokens == expected
+        runtime = engine_of(llm)._runtime
+        store, each = runtime.weights.store, runtime.shape.expanded_in_sweep
+        assert 0 < store.expanded_bytes < len(done.plans) * each
         assert store._expansion is not None
         assert store._expansion._times, "both ways are measured at the start"
 

@@ -57,6 +57,12 @@ def most_logits(plan: SweepPlan) -> int:
     )
 
 
+def expanded_bytes(llm: LLM) -> tuple[int, int]:
+    """In all sweeps so far, and in each if all is expanded."""
+    runtime = engine_of(llm)._runtime
+    return runtime.weights.store.expanded_bytes, runtime.shape.expanded_in_sweep
+
+
 def done_with(llm: LLM) -> Run:
     return generate(llm, PROMPTS, NEW_TOKENS)
 
@@ -71,25 +77,28 @@ def test_tokens_are_those_of_expanded_matrices(
     chosen = settings(device, weights, offload, weight_bits=4, head_bits=8)
     with LLM(tiny_llama_dir, **chosen) as llm:
         done = done_with(llm)
-        kept = engine_of(llm)._runtime.weights.store.kept_packed
+        expanded, plain = expanded_bytes(llm)
     many = sum(max(batch.rows for batch in plan.micro_batches) > FEW for plan in done.plans)
     heads = sum(most_logits(plan) > FEW for plan in done.plans)
     assert 0 < many < len(done.plans)
     assert counts["layers"] == many * MATRICES
     assert counts["head"] == heads
     sweeps = len(done.plans)
-    assert kept == (sweeps - many) * MATRICES + sweeps - heads
-    assert counts["products"] > kept, "several micro-batches ride"
+    assert 0 < expanded < sweeps * plain
+    packed = (sweeps - many) * MATRICES + sweeps - heads
+    assert counts["products"] > packed, "several micro-batches ride"
     monkeypatch.undo()
     with LLM(tiny_llama_dir, **chosen) as llm:
         assert done_with(llm).tokens == done.tokens
-        assert engine_of(llm)._runtime.weights.store.kept_packed == 0
+        expanded, plain = expanded_bytes(llm)
+    assert expanded == sweeps * plain
 
 
 def test_plain_weights_are_never_packed(tiny_llama_dir, tmp_path, counts):
     """Neither those of the type that is computed in nor those that are only widened."""
     for dtype in ("float32", "bfloat16"):
         with LLM(tiny_llama_dir, **settings("cpu", "disk=100", tmp_path) | {"dtype": dtype}) as llm:
-            done_with(llm)
-            assert engine_of(llm)._runtime.weights.store.kept_packed == 0
+            sweeps = len(done_with(llm).plans)
+            expanded, plain = expanded_bytes(llm)
+            assert expanded == sweeps * plain
     assert counts["products"] == 0

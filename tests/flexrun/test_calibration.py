@@ -86,8 +86,18 @@ def test_sweeps_without_expansion_say_nothing_about_others():
     scheduler = make_scheduler()
     budget = RowBudget(scheduler, 1.0, 20, prompts=True, guess=True, expansion=0.4)
     for sweep in range(1, 12):
-        budget.learn(20, sweep * 0.5, *link(sweep), expanded=False)
+        budget.learn(20, sweep * 0.5, *link(sweep), expanded=0.3)
     assert scheduler.free_rows == budget.rows == 20
+
+
+def test_a_head_that_was_not_expanded_is_no_reason_not_to_learn():
+    """Of half a second a quarter less: sixty rows are free."""
+    scheduler, computed = make_scheduler(), 0.0
+    budget = RowBudget(scheduler, 1.0, 20, prompts=True, guess=True, expansion=0.4)
+    for sweep in range(1, 12):
+        computed += 0.3 + budget.rows * 0.01
+        budget.learn(budget.rows, computed, *link(sweep), expanded=0.75)
+    assert scheduler.free_rows == budget.rows == pytest.approx(60, abs=1)
 
 
 def test_one_slow_sweep_changes_little():

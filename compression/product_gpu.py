@@ -48,7 +48,7 @@ def can_multiply(spec: GroupFormat, columns: int) -> bool:
 
     Of a short group the halves of bytes would be other columns.
     """
-    return not spec.float8 and columns % spec.group == 0
+    return not (spec.float8 or spec.float4) and columns % spec.group == 0
 
 
 def multiply(

@@ -187,7 +187,6 @@ class RowBudget:
         computed: float,
         arriving: Sequence[float],
         alone: Sequence[float],
-        *,
         expanded: float = 1.0,
     ) -> None:
         """A sweep of `rows` is over.

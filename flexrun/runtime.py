@@ -193,13 +193,15 @@ class Runtime:
             busy, counters = self.timeline.busy_seconds, self.transfers.counters
             arriving = [busy(str(link)) for link in self.raw_speeds]
             alone = [counters[link].total_bytes / v for link, v in self.raw_speeds.items()]
-            expanded, most = (
-                self.weights.store.expanded_bytes - before,
-                self.shape.expanded_in_sweep,
+            self._budget.learn(
+                plan.rows, busy(COMPUTE), arriving, alone, self._expanded_since(before)
             )
-            share = expanded / most if most else 1.0
-            self._budget.learn(plan.rows, busy(COMPUTE), arriving, alone, expanded=share)
         return chosen
+
+    def _expanded_since(self, before: int) -> float:
+        """In this sweep, the share of what a full one expands; 1 if that is nothing."""
+        expanded, most = self.weights.store.expanded_bytes - before, self.shape.expanded_in_sweep
+        return expanded / most if most else 1.0
 
     def _types(self) -> str:
         stored, computed = (str(t).removeprefix("torch.") for t in (self.stored, self.dtype))

@@ -162,6 +162,7 @@ def works(spec: GroupFormat, dtype: torch.dtype, device: torch.device) -> bool:
     warning.
     """
     try:
+        _refuse_old_triton()
         for rows, splits in ((3, 1), (MOST_ROWS, 3)):
             error = _largest_error(spec, dtype, device, rows, splits)
             if not error <= TOLERANCE[dtype]:  # nor if it is not a number
@@ -171,6 +172,14 @@ def works(spec: GroupFormat, dtype: torch.dtype, device: torch.device) -> bool:
         logger.warning("the Triton kernel that multiplies codes does not run here: %s", failure)
         return False
     return True
+
+
+def _refuse_old_triton() -> None:
+    import triton
+
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    if version < (3, 3):  # it would not raise, but end the process
+        raise RuntimeError("Triton 3.3 is the oldest that compiles it")
 
 
 def _largest_error(

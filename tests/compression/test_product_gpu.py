@@ -125,6 +125,19 @@ def test_a_kernel_that_is_wrong_is_found_out(monkeypatch, caplog):
     product_gpu.works.cache_clear()
 
 
+@pytest.mark.parametrize("version", ["2.9.1", "3.2.0+git1"])
+def test_compilers_that_would_end_the_process_are_not_asked(monkeypatch, caplog, version):
+    """They are too old, which a warning says."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(product_gpu, "multiply", None)
+    product_gpu.works.cache_clear()
+    assert not product_gpu.works(GroupFormat(4, 64), torch.float32, DEVICE)
+    product_gpu.works.cache_clear()
+    assert "3.3 is the oldest" in caplog.text
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 16, 32])
 @pytest.mark.parametrize("sizes", [(4096, 14336), (14335, 4096), (1000, 11008), (576, 1536)])

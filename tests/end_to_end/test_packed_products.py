@@ -14,6 +14,7 @@ from flexrun.plan import SweepPlan
 from offload import packed_matrix
 from offload.expansion import Expansion
 from offload.slabs import Weight
+from tests.backends import make_copies_late
 from tests.end_to_end.harness import Run, engine_of, generate
 from tests.end_to_end.test_quantized import NEW_TOKENS, PROMPTS, settings
 
@@ -92,6 +93,26 @@ def test_tokens_are_those_of_expanded_matrices(
         assert done_with(llm).tokens == done.tokens
         expanded, plain = expanded_bytes(llm)
     assert expanded == sweeps * plain
+
+
+@pytest.mark.parametrize("attention", ["device", "host"])
+def test_packed_bytes_are_there_until_the_last_product(
+    tiny_llama_dir, tmp_path_factory, counts, monkeypatch, attention
+):
+    """However late copies come, and where layers break off in attention."""
+    offload = tmp_path_factory.getbasetemp() / "packed_products"
+    more = {"weight_bits": 4, "head_bits": 8, "kv_cache": "host=100", "attention": attention}
+    chosen = settings("emulated", "host=50,disk=50", offload, **more)
+    found = []
+    for late in (False, True):
+        if late:
+            make_copies_late(monkeypatch, seed=0)
+        with LLM(tiny_llama_dir, **chosen) as llm:
+            found.append(done_with(llm).tokens)
+    assert counts["products"] > 0
+    monkeypatch.undo()
+    with LLM(tiny_llama_dir, **chosen) as llm:
+        assert found == [done_with(llm).tokens] * 2
 
 
 def test_plain_weights_are_never_packed(tiny_llama_dir, tmp_path, counts):

@@ -137,7 +137,7 @@ def _kind(weight: Weight) -> _Kind:
 
 
 def _multiply(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.linear(x[:, : matrix.shape[1]], matrix)
+    return torch.nn.functional.linear(x[:, : matrix.shape[1]].to(matrix.dtype), matrix)
 
 
 def _milliseconds(calls: Sequence[Callable[[], Any]]) -> list[float]:

@@ -12,14 +12,12 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 
 from compression.compiled import address_of, operation
-from compression.vectors import FLOATS, INTS, LANES, fused, vector
+from compression.vectors import FEATURES, FLOATS, INTS, LANES, REGISTER, fused, joined, vector
 
-_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
-_ADDS_WORDS = "+avx512vnni" in _FEATURES
-MULTIPLIES_WORDS = _ADDS_WORDS or "+avx2" in _FEATURES
+_ADDS_WORDS = "+avx512vnni" in FEATURES
+MULTIPLIES_WORDS = _ADDS_WORDS or (REGISTER < LANES and "+avx2" in FEATURES)
 """Whether compiled code may multiply pairs of 16-bit integers and add them up in 32 bits.
 
 That is four times as fast as products of pairs of bfloat16 where there are those, twice as fast as
@@ -107,12 +105,6 @@ def load_rows(_: Any, array: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         return builder.bitcast(joined(builder, ab, cd), FLOATS)
 
     return vector(array, *[types.intp] * 4), generate
-
-
-def joined(builder: Any, a: Any, b: Any) -> Any:
-    """Two vectors of words of 32 bits as one."""
-    count = 2 * a.type.count
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_WORD, count), [*range(count)]))
 
 
 @operation

@@ -158,13 +158,13 @@ def reference(
 def works(spec: GroupFormat, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel gives what plain operations give on this device; tried once.
 
-    With few rows and many, whole and in pieces, and outputs that fill no block. Says why not in a
-    warning.
+    With few rows and many, whole and in pieces, outputs that fill no block, and with rows of codes
+    whose places are as the compiler likes them, and not. Says why not in a warning.
     """
     try:
         _refuse_old_triton()
-        for rows, splits in ((3, 1), (MOST_ROWS, 3)):
-            error = _largest_error(spec, dtype, device, rows, splits)
+        for rows, splits, groups in ((3, 1, 23), (3, 3, 32), (MOST_ROWS, 1, 32)):
+            error = _largest_error(spec, dtype, device, (rows, splits, groups))
             if not error <= TOLERANCE[dtype]:  # nor if it is not a number
                 logger.warning("the Triton kernel that multiplies codes is off by %.2g", error)
                 return False
@@ -183,10 +183,14 @@ def _refuse_old_triton() -> None:
 
 
 def _largest_error(
-    spec: GroupFormat, dtype: torch.dtype, device: torch.device, rows: int, splits: int
+    spec: GroupFormat, dtype: torch.dtype, device: torch.device, sizes: tuple[int, int, int]
 ) -> float:
-    """Against products in float32 with the same weights, as they are rounded to `dtype`."""
-    outputs, columns = 200, 23 * spec.group
+    """Against products in float32 with the same weights, as they are rounded to `dtype`.
+
+    `sizes`: rows, pieces, groups.
+    """
+    rows, splits, groups = sizes
+    outputs, columns = 200, groups * spec.group
     own = torch.Generator().manual_seed(0)
     values = torch.randn(outputs, columns, generator=own) / columns**0.5
     packed = groupwise.any_rows(values, spec)

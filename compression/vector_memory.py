@@ -19,6 +19,7 @@ from compression.vectors import (
     MULTIPLIES_PAIRS,
     REGISTER,
     fused,
+    joined,
     vector,
 )
 
@@ -72,10 +73,6 @@ def _two(builder: Any, dtype: Any, at: Any, count: int = LANES) -> list[Any]:
     return [_widened(builder, dtype, each, lanes) for each in cells]
 
 
-def _joined(builder: Any, a: Any, b: Any) -> Any:
-    return builder.shuffle_vector(a, b, ir.Constant(INTS, [*range(LANES)]))
-
-
 @operation
 def load_two(_: Any, array: Any, index: Any) -> Any:
     """32 elements from `index` on as two vectors; of bfloat16 the even ones, then the odd ones."""
@@ -96,7 +93,7 @@ def load_halves(_: Any, array: Any, index: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = signature.args[0]
         at = address_of(context, builder, kind, *arguments)
-        return _joined(builder, *_two(builder, kind.dtype, at, LANES // 2))
+        return joined(builder, *_two(builder, kind.dtype, at, LANES // 2))
 
     return vector(array, types.intp), generate
 
@@ -113,7 +110,7 @@ def load_two_rows(_: Any, array: Any, a: Any, b: Any) -> Any:
         for index in arguments[1:]:
             at = address_of(context, builder, kind, arguments[0], index)
             rows.append(_two(builder, kind.dtype, at, LANES // 2))
-        two = [_joined(builder, *pair) for pair in zip(*rows)]
+        two = [joined(builder, *pair) for pair in zip(*rows)]
         return context.make_tuple(builder, signature.return_type, two)
 
     return types.UniTuple(vector, 2)(array, types.intp, types.intp), generate
@@ -145,10 +142,10 @@ def splits_pairs(_: Any, array: Any) -> Any:
 
 @part
 def load_turned(array: Any, row: Any, i: Any, dim: Any) -> Any:
-    """Elements row + i to row + i + 16 of a row, or as many that are nearly those.
+    """Elements row + i to row + i + 16 of a row, in the order that `splits_pairs` tells.
 
-    See `splits_pairs`: a register of bfloat16 becomes two of float32 without moving anything
-    between lanes.
+    A register of bfloat16 becomes two of float32 without moving anything between lanes: with 16
+    lanes each, the even or the odd ones of the 32 elements that hold these, where `dim` has them.
     """
     if REGISTER < LANES:
         return load_halves(array, row + i)

@@ -20,10 +20,11 @@ from numba.extending import register_model
 from compression.compiled import operation, part
 
 LANES = 16
-_FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
-REGISTER = 16 if "+avx512f" in _FEATURES else 8
+FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
+"""Of this processor, as LLVM names them."""
+REGISTER = 16 if "+avx512f" in FEATURES else 8
 """float32 that kernels take to fit a register: what they do with them keeps to their lanes."""
-MULTIPLIES_PAIRS = "+avx512bf16" in _FEATURES
+MULTIPLIES_PAIRS = "+avx512bf16" in FEATURES
 """Whether compiled code may multiply pairs of bfloat16 and add them up in float32."""
 F = np.float32
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
@@ -48,6 +49,12 @@ def _call(builder: Any, name: str, arguments: Any) -> Any:
     """One of LLVM's own functions of vectors."""
     kind = ir.FunctionType(FLOATS, [FLOATS] * len(arguments))
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
+
+
+def joined(builder: Any, a: Any, b: Any) -> Any:
+    """Two vectors of one type as one."""
+    lanes = ir.Constant(ir.VectorType(_INT, 2 * a.type.count), [*range(2 * a.type.count)])
+    return builder.shuffle_vector(a, b, lanes)
 
 
 @operation

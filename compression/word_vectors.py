@@ -11,9 +11,9 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from compression.code_vectors import joined, words_added
+from compression.code_vectors import words_added
 from compression.compiled import address_of, operation
-from compression.vectors import FLOATS, INTS, LANES, vector
+from compression.vectors import FLOATS, INTS, LANES, joined, vector
 
 _BYTE, _SHORT, _INT = ir.IntType(8), ir.IntType(16), ir.IntType(32)
 _EIGHT = ir.VectorType(_INT, LANES // 2)

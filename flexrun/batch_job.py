@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flexrun.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
     from flexrun.job_file import JobLine
     from flexrun.request import Request, RequestOutput
@@ -39,9 +39,6 @@ class JobEngine(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
-
-    @property
-    def bits(self) -> Mapping[str, Any]: ...
 
     @property
     def has_unfinished(self) -> bool: ...

@@ -9,6 +9,7 @@ import json
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flexrun import __version__
@@ -28,7 +29,7 @@ from policy_search.workload import JobLengths
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from flexrun.batch_job import JobEngine
     from flexrun.config import EngineConfig
@@ -81,7 +82,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if config.free_bits and job.requests:
         config = replace(config, job_lengths=JobLengths.of(job.lengths()))
     with ExitStack() as stack:
-        engine = make_engine(config, None)
+        engine = make_engine(config, None, lambda bits: None)
         stack.callback(engine.close)
         code = main_bench(engine, job)
         engine.write_trace()
@@ -120,19 +121,24 @@ def generate(arguments: argparse.Namespace) -> int:
         tokenizer = _tokenizer_for(job, config)
         if config.free_bits:
             config = replace(config, job_lengths=job_lengths(job, tokenizer))
-        engine = make_engine(config, tokenizer)
+        engine = make_engine(config, tokenizer, partial(_settle, job, config, results))
         stack.callback(engine.close)
-        if config.free_bits:  # from now on this job's, whoever continues it
-            results.record(fingerprint(job, replace(config, **engine.bits)))
         print(engine.describe(), file=sys.stderr)
         return _run(job, results, engine, tokenizer)
 
 
-def make_engine(config: EngineConfig, tokenizer: Tokenizer | None) -> JobEngine:
-    """Load the model."""
+def make_engine(
+    config: EngineConfig, tokenizer: Tokenizer | None, on_bits: Callable[[dict[str, Any]], None]
+) -> JobEngine:
+    """Load the model; `on_bits` is told what its plan has chosen, before weights are quantized."""
     from flexrun.engine import Engine  # imports torch
 
-    return Engine(config, tokenizer)
+    return Engine(config, tokenizer, on_bits)
+
+
+def _settle(job: JobFile, config: EngineConfig, results: ResultFile, bits: dict[str, Any]) -> None:
+    """Bits that were chosen are from now on this job's, whoever continues it."""
+    results.record(fingerprint(job, replace(config, **bits)))
 
 
 def _tokenizer_for(job: JobFile, config: EngineConfig) -> Tokenizer | None:

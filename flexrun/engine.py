@@ -21,6 +21,8 @@ from flexrun.trace import write_trace
 from policy_search.bits import CHOSEN
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flexrun.config import EngineConfig
     from flexrun.plan import SweepPlan
     from flexrun.request import CompletionOutput, Request
@@ -32,13 +34,19 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Loads a model under its budgets and completes requests, sweep by sweep."""
 
-    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        on_bits: Callable[[dict[str, Any]], None] = lambda bits: None,
+    ) -> None:
+        """`on_bits` is told the bits that the plan has chosen, before weights are quantized."""
         self._config = config
         self._tokenizer = tokenizer
         self._counters = RunCounters()
         start = time.perf_counter()
         with contextlib.ExitStack() as stack:
-            self._runtime = Runtime(config, stack)
+            self._runtime = Runtime(config, stack, on_bits)
             self._runtime.measure_links()
             self._closing = stack.pop_all()
         self._counters.load_seconds = time.perf_counter() - start

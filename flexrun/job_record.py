@@ -16,6 +16,7 @@ from flexrun.arguments import flag_of
 from flexrun.errors import RequestError
 from flexrun.job_file import token_ids_of
 from flexrun.result_file import recorded_job
+from policy_search.policy import CHOICES
 from policy_search.workload import JobLengths
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ def with_recorded_bits(job: JobFile, config: EngineConfig, output: Path) -> Engi
     if not config.free_bits or recorded is None or not output.is_file():
         return config
     bits = {name: recorded.get(flag_of(name), PLAIN_BITS) for name in config.free_bits}
+    if any(found not in CHOICES[name] for name, found in bits.items()):
+        return config  # no record of ours: refused for what differs
     settled = replace(config, **bits)
     if fingerprint(job, settled) == recorded:
         return settled

@@ -15,6 +15,7 @@ from offload.direct_file import DirectFile
 from offload.links import FileExtent, Link
 from offload.paged_kv import KVFormat, PagedKV
 from offload.raw_speed import RawCopy, raw_speeds
+from offload.safetensors_file import find_files
 from offload.tiers import DISK_BLOCK, Tier
 from policy_search.hardware import Hardware
 from policy_search.throughput import streamed_bytes
@@ -72,7 +73,7 @@ class MachineSpeeds:
 
         No limit where there is no memory to read into.
         """
-        files = self._planner.checkpoint.directory.glob("*.safetensors")
+        files = find_files(self._planner.checkpoint.directory)
         path = max(files, key=lambda each: each.stat().st_size)
         link = self._backend.disk_in
         tier = Tier.DEVICE if self._backend.unified else Tier.HOST
@@ -147,8 +148,8 @@ class MachineSpeeds:
         nbytes = max(1, nbytes // page_bytes) * page_bytes
         # An emulated device computes on the same cores.
         threads = torch.get_num_threads() // (2 if self._backend.device.type == "cpu" else 1)
-        account.charge(Tier.HOST, nbytes, "a test of attention")
         attention = CpuAttention(max(1, threads))
+        account.charge(Tier.HOST, nbytes, "a test of attention")
         try:
             written = self._backend.reserve(nbytes).fill_(1).view(form.cells)
             pool = PagedKV.of(written, layer, policy.page_tokens, form)

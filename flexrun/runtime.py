@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,6 +29,7 @@ from offload.raw_speed import raw_speeds
 from offload.tiers import Tier, format_size
 from offload.timeline import COMPUTE, Timeline
 from offload.transfer_engine import TransferEngine
+from policy_search.bits import CHOSEN
 from policy_search.hardware import Hardware
 from policy_search.memory import parked_rows, smallest_relay, workspace
 
@@ -48,7 +49,13 @@ if TYPE_CHECKING:
 class Runtime:
     """A model with its weights, KV cache, scheduler and executor; closed by the given stack."""
 
-    def __init__(self, config: EngineConfig, closing: contextlib.ExitStack) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        closing: contextlib.ExitStack,
+        on_bits: Callable[[dict[str, Any]], None] = lambda bits: None,
+    ) -> None:
+        """`on_bits` is told the bits that the plan has chosen, if it may choose any."""
         self.directory = resolve_model(config.model)
         hf_config = load_config(self.directory)
         ensure_exact(hf_config)
@@ -63,7 +70,9 @@ class Runtime:
         self._offload_directory = offload_directory(config)
         parts = self.model, checkpoint, self.dtype, self.backend, self._offload_directory
         planner = ModelPlanner(*parts)
-        config, self.bits = with_chosen_bits(config, planner)
+        given, (config, self.bits) = config, with_chosen_bits(config, planner)
+        if given.free_bits:
+            on_bits({name: getattr(config, name) for name in CHOSEN})
         weights, disk, self.shape, self.policy = planner.plan(config)
         self._finds_row_budget = config.max_rows is None and config.policy is None
         self._expanded = weights.most_expanded
@@ -154,8 +163,8 @@ class Runtime:
         """Find out what device and links can do, before they have anything else to do."""
         with torch.inference_mode():
             if self.backend.device.type == "cuda":
-                most = min(self.policy.micro_batch_rows, self.policy.logit_rows)
-                self.weights.store.measure_products(most)
+                rows = self.policy.micro_batch_rows, self.policy.logit_rows
+                self.weights.store.measure_products(*rows)
             self.raw_speeds = raw_speeds(self.backend, self.weights.store.raw_copies())
             link = self.raw_speeds.get(Link.HOST_TO_DEVICE)
             self._split.measure(link, self.weights.store.streamed_bytes)

@@ -58,4 +58,4 @@ def _linear(
     assert spec is not None
     flat = rows.reshape(-1, rows.shape[-1])
     out = multiply(flat, weight._packed, spec, bias, weight._room)
-    return out.view(*rows.shape[:-1], -1)
+    return out.view(*rows.shape[:-1], out.shape[1])

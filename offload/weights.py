@@ -226,16 +226,17 @@ class WeightStore:
             yield from unit.disk.views(slot[:split])
             yield from unit.host.views(slot[split : unit.streamed_bytes])
 
-    def measure_products(self, most_rows: int) -> None:
-        """Find out on a GPU which weights are not worth expanding for up to `most_rows` rows.
+    def measure_products(self, most_rows: int, head_rows: int) -> None:
+        """Find out on a GPU which weights are not worth expanding for few rows.
 
-        Only before the first prefetch.
+        Of up to `most_rows` rows, in the last unit `head_rows`. Only before the first prefetch.
         """
         if self._expansion is None:
             return
         for unit in self._units:
             slot = unit.ring[0].data if unit.streamed_bytes else None
-            self._expansion.measure(self._not_bound(unit, slot), most_rows)
+            rows = head_rows if unit is self._units[-1] else most_rows
+            self._expansion.measure(self._not_bound(unit, slot), rows)
 
     @property
     def expanded_bytes(self) -> int:

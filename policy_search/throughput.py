@@ -52,7 +52,7 @@ def predicted_rate(
     running = max(1.0, min(policy.max_sequences, job.sequences, room / held))
     sweeps = _Sweeps(shape, policy, memory, job, hardware, unified)
     prompts = running * job.prompt
-    filling = math.ceil(prompts / policy.max_rows)
+    filling = max(1, math.ceil(prompts / policy.max_rows))
     seconds = filling * sweeps.seconds(prompts / filling, 0.0)
     tokens = job.sequences * job.output
     rows = tokens + (job.sequences - running) * job.prompt

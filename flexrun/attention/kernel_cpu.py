@@ -145,6 +145,7 @@ def _gather_vector(
         if full:
             d = _weighted(weights, w + 3, x, y, d)
     if pairs < high:
+        memory.prefetch(cells, asked + pairs * step)
         x, w = memory.load_turned(cells, value + pairs * dim, i, dim), BLOCK * pairs
         a = v.fma(v.splat(memory.load_one(weights, w)), x, a)
         b = v.fma(v.splat(memory.load_one(weights, w + 1)), x, b)

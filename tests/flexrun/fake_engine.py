@@ -33,8 +33,6 @@ class FakeEngine:
         self.waiting: list[Request] = []
         self.most_waiting = 0
         self.closed = False
-        self.bits = {"weight_bits": 16, "kv_bits": 16}
-        """What its plan would choose."""
         self._generated: dict[int, int] = {}
         self._progress = FakeProgress()
 

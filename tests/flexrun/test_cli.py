@@ -40,11 +40,11 @@ class Command:
         self.stdout = self.stderr = ""
         self._capsys = capsys
 
-    def make_engine(self, config, tokenizer):
+    def make_engine(self, config, tokenizer, on_bits):
         self.config = config
-        if self.bits is not None:
-            given = {name: getattr(config, name) for name in self.bits}
-            self.next_engine.bits = {k: given[k] or bits for k, bits in self.bits.items()}
+        if config.free_bits:
+            plan = self.bits or {"weight_bits": 16, "kv_bits": 16}
+            on_bits({name: getattr(config, name) or bits for name, bits in plan.items()})
         self.engines.append(self.next_engine)
         return self.next_engine
 
@@ -179,7 +179,7 @@ def test_a_killed_run_continues(command):
     command.write(*[{"prompt_token_ids": [i]} for i in range(1, 8)])
     script = (
         "import sys\nfrom flexrun import cli\nfrom tests.flexrun.fake_engine import FakeEngine\n"
-        "cli.make_engine = lambda config, tokenizer: FakeEngine(break_at_sweep=7)\n"
+        "cli.make_engine = lambda config, *others: FakeEngine(break_at_sweep=7)\n"
         "cli._tokenizer_for = lambda job, config: None\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
@@ -328,6 +328,11 @@ def test_bits_that_were_chosen_stay(command):
         assert "another --weight-bits, --head-bits" in command.stderr
     assert command("--allow-quantization", "--temperature", "1") == 2
     assert "belongs to a job with another --temperature\n" in command.stderr
+    sidecar.write_text(recorded.replace('"--weight-bits": 4', '"--weight-bits": 3'))
+    assert command("--allow-quantization") == 2
+    assert "belongs to a job with another " in command.stderr
+    assert "--weight-bits" in command.stderr
+    sidecar.write_text(recorded)
     command.next_engine = FakeEngine()
     assert command("--allow-quantization") == 0
     assert sidecar.read_text() == recorded
@@ -349,20 +354,21 @@ def test_a_job_with_given_bits_keeps_them(command, flags):
 
 
 def test_bits_are_settled_before_the_first_result(command):
-    """A run that is killed as soon as its engine is there has chosen; one before that has not."""
+    """A run that is killed while its weights are quantized has chosen; one before has not."""
     command.bits = {"weight_bits": 8, "kv_bits": 4}
     script = (
         "import os, sys\nfrom flexrun import cli\n"
-        "from tests.flexrun.fake_engine import FakeEngine\n"
-        "engine = FakeEngine(break_at_sweep=0)\n"
-        "engine.bits = {'weight_bits': 4, 'kv_bits': 16}\n"
-        "cli.make_engine = lambda config, tokenizer: WHAT\n"
+        "def killed(config, tokenizer, on_bits):\n"
+        "    WHAT\n"
+        "    os._exit(9)\n"
+        "cli.make_engine = killed\n"
         "cli._tokenizer_for = lambda job, config: None\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     command.write({"prompt_token_ids": [1]})
     flags = command.flags("--max-tokens", "3", "--allow-quantization")
-    for what, bits in (("engine", (4, 16)), ("os._exit(9)", (None, None))):
+    chosen = "on_bits({'weight_bits': 4, 'kv_bits': 16})"
+    for what, bits in ((chosen, (4, 16)), ("pass", (None, None))):
         killed = [sys.executable, "-c", script.replace("WHAT", what), *flags]
         assert subprocess.run(killed, cwd=ROOT, check=False).returncode == 9
         assert command.output.read_bytes() == b""
@@ -395,7 +401,7 @@ def test_settings_that_keep_the_results_may_change(command):
 def test_a_model_that_does_not_fit_leaves_nothing(command, monkeypatch, tmp_path):
     """If the engine cannot start, the exit code is 2 and no output file is left."""
 
-    def refuse(config, tokenizer):
+    def refuse(*_):
         raise CapacityError("12 GiB are missing", "raise --host-memory")
 
     monkeypatch.setattr(cli, "make_engine", refuse)
@@ -407,7 +413,7 @@ def test_a_model_that_does_not_fit_leaves_nothing(command, monkeypatch, tmp_path
 def test_ctrl_c_while_loading_leaves_nothing(command, monkeypatch):
     """Ctrl-C before the first sweep has exit code 130 and no traceback."""
 
-    def interrupt(config, tokenizer):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "make_engine", interrupt)

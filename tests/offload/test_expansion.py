@@ -56,10 +56,11 @@ def test_a_linear_module_multiplies_with_a_packed_matrix(plain_product):
         weight.bind(matrix)
         rows = torch.randn(2, 3, 128)
         found = linear(rows)
+        assert linear(rows[:, :0]).shape == (2, 0, 10)
         expected = torch.nn.functional.linear(rows, weight.expand(data), bias)
     assert torch.equal(found, expected)
     assert type(found) is torch.Tensor
-    assert plain_product == [6]
+    assert plain_product == [6, 0]
     assert (matrix.shape, matrix.dtype) == (weight.shape, torch.float32)
     with pytest.raises(NotImplementedError, match="add"):
         _ = matrix + 1

@@ -47,6 +47,11 @@ def test_a_sweep_takes_as_long_as_its_weights() -> None:
     assert rate(unified=True) > 1000  # weights on HOST are where they are computed with
 
 
+def test_a_job_without_prompts_has_a_rate() -> None:
+    """A context of one token leaves none of a prompt."""
+    assert rate(job=JobLengths(8, 20, 10).within(1)) > 0
+
+
 def test_rows_and_expansion_take_time() -> None:
     """A thousand operations a second: prompts of 80 rows take 0.8 s, a token of all 0.08."""
     here = replace(POLICY, weights=Split(device=100))

@@ -14,6 +14,7 @@ from flexrun.request import SamplingParams
 from offload.tiers import Split, parse_size
 from policy_search.flags import add_quantization_flags, add_workload_flags, count
 from policy_search.policy import CHOICES, Policy
+from policy_search.workload import JobLengths
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -240,6 +241,11 @@ def _check_allowed(config: EngineConfig, spell: Callable[[str], str]) -> None:
     allowed = spell("allow_quantization")
     if not isinstance(config.allow_quantization, bool):
         raise UsageError(f"{allowed} must be true or false, not {config.allow_quantization!r}")
+    if config.job_lengths is not None and not isinstance(config.job_lengths, JobLengths):
+        raise UsageError(
+            f"{spell('job_lengths')} must be a policy_search.workload.JobLengths, not "
+            f"{config.job_lengths!r}"
+        )
     if config.allow_quantization and config.policy is not None:
         raise UsageError(
             f"{allowed} lets the plan choose bits, but with {spell('policy')} the plan is made: "

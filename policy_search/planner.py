@@ -70,9 +70,9 @@ class Planner:
         job: JobLengths,
         hardware: Hardware,
     ) -> BitsChoice:
-        """The bits for `job`; None: free. Raises `CapacityError` if nothing fits.
+        """The bits for `job`, which fits the context; None: free.
 
-        A checkpoint that comes quantized keeps its own.
+        A checkpoint that comes quantized keeps its own. Raises `CapacityError` if nothing fits.
         """
         if self.config.prequantized is not None and weight_bits is None:
             weight_bits = quantized.weight_bits
@@ -80,7 +80,7 @@ class Planner:
         def predict(weights: int, kv: int) -> float:
             plan = self.plan(replace(quantized, weight_bits=weights, kv_bits=kv))
             known = replace(hardware, host_attention=attention_speed(hardware, kv))
-            return predicted_rate(*plan, job.within(self.context), known, unified=self.unified)
+            return predicted_rate(*plan, job, known, unified=self.unified)
 
         return choose_bits(combinations(weight_bits, kv_bits), predict)
 

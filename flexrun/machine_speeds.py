@@ -39,7 +39,7 @@ class MachineSpeeds:
     def __init__(self, planner: ModelPlanner) -> None:
         self._planner = planner
         self._backend = planner.backend
-        self._known_products: dict[str, float] = {}
+        self._known_products: tuple[float, float] | None = None
         self._expansion: dict[int, float] = {}
         self._attention: dict[int, float] = {}
 
@@ -50,12 +50,14 @@ class MachineSpeeds:
         on_host, on_disk = (memory[tier].kv for tier in (Tier.HOST, Tier.DISK))
         hosted = on_host and not unified and plan.policy.attention != "device"
         moves = not unified and (streamed or on_host or on_disk)
+        flops, reading = self._products(plan)
         return Hardware(
             host_to_device=self._link if moves else math.inf,
             disk_read=self._disk if from_disk or on_disk else math.inf,
             host_attention=self._attention_on_host(plan.policy) if hosted else math.inf,
             expansion=self._expanded(plan),
-            **self._products(plan),
+            flops=flops,
+            matrix_read=reading,
         )
 
     @cached_property
@@ -118,15 +120,15 @@ class MachineSpeeds:
             self._expansion[bits] = measured_expansion(self._backend, weight, 0)
         return self._expansion[bits]
 
-    def _products(self, plan: ModelPlan) -> dict[str, float]:
+    def _products(self, plan: ModelPlan) -> tuple[float, float]:
         """Of many rows and of few, which are the same whatever the bits."""
-        if not self._known_products:
+        if self._known_products is None:
             device = self._backend, self._planner.dtype
             sizes = plan.shape.hidden_size, plan.shape.widest
-            self._known_products = {
-                "flops": measured_flops(*device, *sizes, 0),
-                "matrix_read": measured_reading(*device, plan.shape.hidden_size),
-            }
+            self._known_products = (
+                measured_flops(*device, *sizes, 0),
+                measured_reading(*device, plan.shape.hidden_size),
+            )
         return self._known_products
 
     def _attention_on_host(self, policy: Policy) -> float:

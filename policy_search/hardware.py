@@ -12,10 +12,13 @@ it is not measured: it is bound by compute there."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """Speeds that the cost model asks for."""
+    """Speeds that the cost model asks for; what is infinite has no limit."""
 
     host_to_device: float
     """Of copies from pinned RAM to the device."""
+    device_to_host: float = math.inf
+    links_together: float = math.inf
+    """Bytes per second of all links in sum, while all of them work: they meet in RAM."""
     host_attention: float = math.inf
     """Bytes of keys and values in RAM that the processor attends to, a row for each sequence."""
     contention: float = 0.0
@@ -23,11 +26,21 @@ class Hardware:
     the device is emulated they share memory and caches."""
     disk_read: float = math.inf
     """Bytes of weights that arrive from disk."""
+    disk_write: float = math.inf
+    """Bytes of KV pages that are written to it."""
     swap: float = math.inf
     """Of KV pages, one by one, on their way to the tier of sequences that wait."""
     expansion: float = math.inf
     """Bytes of weights as they are computed with, from those that are stored in another way."""
     matrix_read: float = math.inf
     """Bytes of matrices in products of few rows, which take as long as the device reads them."""
+    device_attention: float = math.inf
+    """Bytes of keys and values in the device's memory that it attends to, a row for each
+    sequence."""
     flops: float = math.inf
     """Of matrix products on the device, with rows enough to be limited by compute."""
+    attention_flops: float = math.inf
+    """Of attention on the device with many rows of each sequence, in the computation of prompts."""
+    products: tuple[tuple[int, float], ...] = ()
+    """Rows, rising, and the operations per second of a product of so many with a matrix that is
+    larger than caches; empty: as `flops` and `matrix_read` say."""

@@ -14,12 +14,12 @@ import torch
 from offload.links import Link
 from offload.tiers import Tier
 from policy_search.cost_model import (
-    expansion_seconds,
     free_rows,
     swapping_is_cheaper,
     weight_seconds,
 )
 from policy_search.hardware import Hardware
+from policy_search.operators import expansion_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

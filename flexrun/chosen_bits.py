@@ -11,7 +11,7 @@ from compression.selection import PLAIN_BITS
 from flexrun.machine_speeds import MachineSpeeds
 from policy_search.bits import choose_bits, combinations
 from policy_search.memory import memory_of
-from policy_search.throughput import predicted_rate
+from policy_search.throughput import predict as predict_job
 from policy_search.workload import JobLengths, Workload
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def with_chosen_bits(
         known = plan.shape, plan.policy
         memory = memory_of(*known, planner.limits, context, unified=unified)
         hardware = measured[weight_bits, kv_bits] = speeds.of(plan, memory)
-        return predicted_rate(*known, memory, job, hardware, unified=unified)
+        return predict_job(*known, memory, job, hardware, unified=unified).tokens_per_second
 
     with torch.inference_mode():
         choice = choose_bits(combinations(config.weight_bits, config.kv_bits), predict)

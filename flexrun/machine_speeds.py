@@ -18,7 +18,7 @@ from offload.raw_speed import RawCopy, raw_speeds
 from offload.safetensors_file import find_files
 from offload.tiers import DISK_BLOCK, Tier
 from policy_search.hardware import Hardware
-from policy_search.throughput import streamed_bytes
+from policy_search.sweep_cost import streamed_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

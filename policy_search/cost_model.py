@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from policy_search.operators import compute_seconds, expansion_seconds
+
 if TYPE_CHECKING:
     from policy_search.hardware import Hardware
     from policy_search.model_shape import ModelShape
@@ -80,33 +82,6 @@ def weight_seconds(streamed: int, from_disk: int, hardware: Hardware) -> float:
     of them that come from disk.
     """
     return max(streamed / hardware.host_to_device, from_disk / hardware.disk_read)
-
-
-def compute_seconds(shape: ModelShape, hardware: Hardware, rows: int, positions: int) -> float:
-    """Of `rows` that attend to `positions` keys, each row's counted."""
-    flops = rows * shape.flops_per_row + positions * shape.attention_flops
-    return flops / hardware.flops
-
-
-def product_seconds(
-    shape: ModelShape, hardware: Hardware, rows: int, positions: int, micro_batches: int
-) -> float:
-    """The same where rows may be few: each micro-batch reads the matrices that a row meets."""
-    matrices = shape.flops_per_row // 2 * shape.value_bytes
-    reading = micro_batches * matrices / hardware.matrix_read
-    return max(compute_seconds(shape, hardware, rows, positions), reading)
-
-
-def head_seconds(shape: ModelShape, hardware: Hardware, rows: float) -> float:
-    """Of the output head for `rows` that need logits."""
-    matrix = shape.head_flops_per_row // 2 * shape.value_bytes
-    reading = matrix / hardware.matrix_read if rows else 0.0
-    return max(rows * shape.head_flops_per_row / hardware.flops, reading)
-
-
-def expansion_seconds(shape: ModelShape, hardware: Hardware) -> float:
-    """Of the device in every sweep, whatever its rows: weights become what is computed with."""
-    return shape.expanded_in_sweep / hardware.expansion
 
 
 def swapping_is_cheaper(shape: ModelShape, hardware: Hardware, tokens: int) -> bool:

@@ -44,3 +44,8 @@ class Hardware:
     products: tuple[tuple[int, float], ...] = ()
     """Rows, rising, and the operations per second of a product of so many with a matrix that is
     larger than caches; empty: as `flops` and `matrix_read` say."""
+    layer_seconds: tuple[tuple[int, float], ...] = ()
+    """Rows of a micro-batch, rising, and the seconds that a decoder layer of the model to plan for
+    takes for them, attention apart; empty: as `products` say."""
+    sweep_overhead: float = 0.0
+    """Seconds of every sweep in which neither device nor link works."""

@@ -12,7 +12,7 @@ from policy_search.bits import choose_bits, combinations
 from policy_search.hardware import PACKED_ATTENTION
 from policy_search.memory import default_max_rows, default_max_sequences, memory_of
 from policy_search.shape_from_config import shape_from_config
-from policy_search.throughput import predicted_rate
+from policy_search.throughput import predict as predict_job
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,7 +80,7 @@ class Planner:
         def predict(weights: int, kv: int) -> float:
             plan = self.plan(replace(quantized, weight_bits=weights, kv_bits=kv))
             known = replace(hardware, host_attention=attention_speed(hardware, kv))
-            return predicted_rate(*plan, job, known, unified=self.unified)
+            return predict_job(*plan, job, known, unified=self.unified).tokens_per_second
 
         return choose_bits(combinations(weight_bits, kv_bits), predict)
 

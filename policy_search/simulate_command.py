@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 from offload.pages import PagePools
 from offload.tiers import Tier, format_size
 from policy_search.cost_model import (
-    compute_seconds,
-    expansion_seconds,
     free_rows,
     weight_seconds,
 )
@@ -27,6 +25,7 @@ from policy_search.flags import (
     workload,
 )
 from policy_search.model_config import ModelConfig
+from policy_search.operators import compute_seconds, expansion_seconds
 from policy_search.policy import CHOICES, Policy
 from policy_search.shape_from_config import shape_from_config
 from policy_search.simulator import simulate

@@ -11,12 +11,12 @@ from policy_search.cost_model import (
     SweepWork,
     best_host_share,
     busy_seconds,
-    expansion_seconds,
     free_rows,
     sweep_seconds,
 )
 from policy_search.hardware import Hardware
 from policy_search.model_shape import ModelShape
+from policy_search.operators import expansion_seconds
 
 SHAPE = ModelShape(
     weight_bytes=40,

@@ -12,7 +12,8 @@ from policy_search.hardware import Hardware
 from policy_search.memory import TierMemory
 from policy_search.model_shape import ModelShape
 from policy_search.policy import Policy
-from policy_search.throughput import predicted_rate, streamed_bytes
+from policy_search.sweep_cost import streamed_bytes
+from policy_search.throughput import predict
 from policy_search.workload import JobLengths, Lengths
 
 SHAPE = ModelShape(
@@ -34,7 +35,8 @@ LINK = Hardware(host_to_device=100.0, flops=1e9)
 def rate(policy=POLICY, job=JOB, hardware=LINK, shape=SHAPE, *, unified=False, **kv: int) -> float:
     kv = kv or {"device": 10**6}
     memory = {tier: TierMemory(0, kv.get(tier.value, 0), 0, 10**9) for tier in Tier}
-    return predicted_rate(shape, policy, memory, job, hardware, unified=unified)
+    found = predict(shape, policy, memory, job, hardware, unified=unified)
+    return found.tokens_per_second
 
 
 def test_a_sweep_takes_as_long_as_its_weights() -> None:

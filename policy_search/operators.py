@@ -1,0 +1,92 @@
+"""Seconds of the operations that a sweep consists of on the device (no torch).
+
+Products with matrices take as long as their operations or as reading the matrices, whatever takes
+longer (the roofline model, Williams, 2009), or as was measured for so many rows. Attention of
+single rows reads all their sequences' keys and values and is bound by that; of many rows of a
+sequence it is bound by operations. Vidur (MLSys 2024) prices batches by operators in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from policy_search.hardware import Hardware
+    from policy_search.model_shape import ModelShape
+
+
+def compute_seconds(shape: ModelShape, hardware: Hardware, rows: float, positions: float) -> float:
+    """Of many `rows` that attend to `positions` keys, each row's counted, on average."""
+    flops = rows * shape.flops_per_row + positions * shape.attention_flops
+    return flops / hardware.flops
+
+
+def product_seconds(shape: ModelShape, hardware: Hardware, rows: float, batches: int) -> float:
+    """Of `rows` in so many micro-batches, attention apart; each reads the matrices once more."""
+    if not rows:
+        return 0.0
+    each = rows / batches
+    if hardware.layer_seconds:
+        return batches * shape.num_layers * _between(hardware.layer_seconds, each)
+    flops = rows * shape.flops_per_row
+    if hardware.products:
+        return flops / _rate(hardware.products, each)
+    matrices = shape.flops_per_row // 2 * shape.value_bytes
+    return max(flops / hardware.flops, batches * matrices / hardware.matrix_read)
+
+
+def attention_seconds(
+    shape: ModelShape, hardware: Hardware, read: float, read_bytes: float, positions: float
+) -> float:
+    """Of single rows that attend to `read` positions in sum, `read_bytes` of keys and values, and
+    of prompts' rows that attend to `positions`.
+    """
+    flops = shape.attention_flops
+    many = hardware.attention_flops if hardware.attention_flops < math.inf else hardware.flops
+    single = max(read * flops / hardware.flops, read_bytes / hardware.device_attention)
+    return single + positions * flops / many
+
+
+def head_seconds(shape: ModelShape, hardware: Hardware, rows: float) -> float:
+    """Of the output head for `rows` that need logits."""
+    if not rows:
+        return 0.0
+    flops = rows * shape.head_flops_per_row
+    if hardware.products:
+        return flops / _rate(hardware.products, rows)
+    matrix = shape.head_flops_per_row // 2 * shape.value_bytes
+    return max(flops / hardware.flops, matrix / hardware.matrix_read)
+
+
+def expansion_seconds(shape: ModelShape, hardware: Hardware) -> float:
+    """Of the device in every sweep, whatever its rows: weights become what is computed with."""
+    return shape.expanded_in_sweep / hardware.expansion
+
+
+def _rate(points: Sequence[tuple[int, float]], rows: float) -> float:
+    """Operations per second with `rows`: in proportion to them below the first point."""
+    first, rate = points[0]
+    if rows <= first:
+        return rate * rows / first
+    for (less, slow), (more, fast) in zip(points, points[1:]):  # noqa: RUF007  # few points
+        if rows <= more:
+            # Seconds of a product are linear in between.
+            low, high = less / slow, more / fast
+            return rows / (low + (high - low) * (rows - less) / (more - less))
+    return points[-1][1]
+
+
+def _between(points: Sequence[tuple[int, float]], rows: float) -> float:
+    """Seconds with `rows`: linear between points, and beyond the last two."""
+    less, low = points[0]
+    if rows <= less or len(points) == 1:
+        return low * max(1.0, rows / less)
+    for more, high in points[1:]:
+        if rows <= more:
+            break
+        if (more, high) != points[-1]:
+            less, low = more, high
+    return low + (high - low) * (rows - less) / (more - less)

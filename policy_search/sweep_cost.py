@@ -1,0 +1,148 @@
+"""What a sweep takes under one policy: seconds of every resource, and of the sweep (no torch).
+
+The terms of FlexGen's cost model (ICML 2023, section 4.3 and appendix A.3), with the sweep's time
+as the largest of them instead of sums of some, pages that single rows attend to in RAM, prompts
+that ride in the sweeps of sequences that generate, and keys and values shared by query heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from offload.placement import place
+from offload.tiers import Tier
+from policy_search.cost_model import SweepWork, best_host_share, busy_seconds, sweep_seconds
+from policy_search.kv_memory import hosted_row_bytes
+from policy_search.operators import (
+    attention_seconds,
+    expansion_seconds,
+    head_seconds,
+    product_seconds,
+)
+from policy_search.sweep_load import SweepTerms
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from policy_search.hardware import Hardware
+    from policy_search.memory import TierMemory
+    from policy_search.model_shape import ModelShape
+    from policy_search.policy import Policy
+    from policy_search.sweep_load import SweepLoad
+
+UP, DOWN = "host->device", "device->host"
+TO_DISK = "host->disk"
+
+
+class SweepCost:
+    """Prices sweeps of one model, policy and machine."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        policy: Policy,
+        memory: Mapping[Tier, TierMemory],
+        hardware: Hardware,
+        *,
+        unified: bool,
+    ) -> None:
+        """`memory` is what `policy` takes: it says how the pages are spread."""
+        self.shape = shape
+        self.policy = policy
+        self._hardware = hardware
+        self._unified = unified
+        self._from_disk_link = "disk->device" if unified else "disk->host"
+        self.streamed, self.from_disk = streamed_bytes(shape, policy, unified=unified)
+        total = sum(used.kv for used in memory.values()) or 1
+        # All sequences have an equal share of their pages on each tier.
+        self._kv = {tier: shape.kv_token_bytes * memory[tier].kv / total for tier in Tier}
+        if unified:
+            self._kv[Tier.HOST] = 0.0  # where they are computed with
+        self._hosted = hosted_row_bytes(shape)
+        self._expansion = expansion_seconds(shape, hardware)
+        row_bytes = shape.hidden_size * shape.value_bytes
+        self._parked = policy.activations.fraction(Tier.HOST) * row_bytes * shape.num_layers
+        """Bytes of a row's hidden states that leave and come back in a sweep."""
+
+    def terms(self, load: SweepLoad) -> SweepTerms:
+        """Of a sweep of `load`."""
+        hardware, kv = self._hardware, self._kv
+        pages = int(load.read * kv[Tier.HOST])
+        work = self._work(load, pages, 0.0)
+        share = self._host_share(work)
+        if share:
+            work = self._work(load, pages, share)
+        moved = self._moved(load, work, share)
+        busy = busy_seconds(work, hardware, share) | {
+            link: nbytes / speed for link, (nbytes, speed) in moved.items()
+        }
+        if not self.policy.overlap:
+            return SweepTerms(sum(busy.values()) + hardware.sweep_overhead, busy)
+        together = sum(nbytes for nbytes, _ in moved.values()) / hardware.links_together
+        longest = max(sweep_seconds(work, hardware, share), together, *busy.values())
+        return SweepTerms(longest + hardware.sweep_overhead, busy)
+
+    def _work(self, load: SweepLoad, pages: int, share: float) -> SweepWork:
+        """Of link, device and processor if HOST attends to `share` of the `pages`."""
+        shape, hardware, kv = self.shape, self._hardware, self._kv
+        batches = math.ceil(load.rows / self.policy.micro_batch_rows)
+        here = load.read * shape.kv_token_bytes - share * pages
+        part = here / (load.read * shape.kv_token_bytes) if load.read else 0.0
+        attending = attention_seconds(
+            shape, hardware, part * load.read, here, load.positions - load.read
+        )
+        products = product_seconds(shape, hardware, load.rows, batches)
+        away = 0.0 if self._unified else kv[Tier.DISK]
+        moved = load.read * away + load.stored * (kv[Tier.HOST] + away)
+        return SweepWork(
+            weights=0 if self._unified else int(self.streamed + moved),
+            host_kv=pages,
+            compute=self._expansion + products + attending,
+            around=head_seconds(shape, hardware, load.generating),
+        )
+
+    def _moved(
+        self, load: SweepLoad, work: SweepWork, share: float
+    ) -> dict[str, tuple[float, float]]:
+        """Bytes of every link, and its speed."""
+        hardware, kv = self._hardware, self._kv
+        read = self.from_disk + (load.read + load.stored) * kv[Tier.DISK]
+        moved = {
+            self._from_disk_link: (read, hardware.disk_read),
+            TO_DISK: (load.rows * kv[Tier.DISK], hardware.disk_write),
+        }
+        if self._unified:
+            return moved
+        hosted = load.generating * share * self.shape.num_layers
+        parked = load.rows * self._parked
+        up = work.weights + (1 - share) * work.host_kv + hosted * self._hosted[Tier.DEVICE] + parked
+        down = load.rows * (kv[Tier.HOST] + kv[Tier.DISK]) + parked
+        down += hosted * (self._hosted[Tier.HOST] - self._hosted[Tier.DEVICE])
+        return moved | {
+            UP: (up, hardware.host_to_device),
+            DOWN: (down, hardware.device_to_host),
+        }
+
+    def _host_share(self, work: SweepWork) -> float:
+        """Of the pages on HOST that single rows attend to there."""
+        if not work.host_kv or self.policy.attention == "device":
+            return 0.0
+        if self.policy.attention == "host":
+            return 1.0
+        return best_host_share(work, self._hardware)
+
+
+def streamed_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> tuple[int, int]:
+    """Bytes of weights that reach the device in each sweep, and those of them from disk.
+
+    Of an embedding table of its own only rows are read.
+    """
+    if shape.tensors:
+        tiers = place(shape.tensors, policy.weights)
+        used = [tensor for tensor in shape.tensors if tensor.unit >= 0]
+        homes = {t: sum(each.nbytes for each in used if tiers[each.name] is t) for t in Tier}
+    else:
+        homes = {t: int(shape.weight_bytes * policy.weights.fraction(t)) for t in Tier}
+    from_disk = homes[Tier.DISK]
+    return from_disk + (0 if unified else homes[Tier.HOST]), from_disk

@@ -1,0 +1,69 @@
+"""What a plan is for: throughput, within the time that there is (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from policy_search.errors import PolicyError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from policy_search.search import Candidate
+
+ALIKE = 0.01
+"""Plans whose rates differ by less are as fast: better is the one whose requests are over sooner."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Goal:
+    """The most tokens per second, under limits. Raises `PolicyError` where they are none."""
+
+    max_latency: float | None = None
+    """Seconds that a request may take from the job's start, or from when it begins."""
+    deadline: float | None = None
+    """Seconds for the whole job."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (("--max-latency", self.max_latency), ("--deadline", self.deadline)):
+            if value is not None and not value > 0:
+                raise PolicyError(f"{flag} must be above 0, not {value:g}", hint="it is in seconds")
+
+    def best(self, candidates: Sequence[Candidate]) -> Candidate:
+        """Of at least one. Raises `PolicyError` if none meets the limits."""
+        meeting = [each for each in candidates if self.met_by(each)]
+        if not meeting:
+            raise self._missed(candidates)
+        most = max(each.prediction.tokens_per_second for each in meeting)
+        alike = [
+            each for each in meeting if each.prediction.tokens_per_second >= (1 - ALIKE) * most
+        ]
+        return min(alike, key=lambda each: each.prediction.request_seconds)
+
+    def met_by(self, candidate: Candidate) -> bool:
+        """Whether `candidate` keeps to the limits."""
+        found = candidate.prediction
+        in_time = self.deadline is None or found.job_seconds <= self.deadline
+        return in_time and (self.max_latency is None or found.request_seconds <= self.max_latency)
+
+    def _missed(self, candidates: Sequence[Candidate]) -> PolicyError:
+        shortest = min(each.prediction.request_seconds for each in candidates)
+        fastest = min(each.prediction.job_seconds for each in candidates)
+        if self.max_latency is not None and shortest > self.max_latency:
+            return PolicyError(
+                f"no plan finishes a request within {self.max_latency:g} s: the quickest takes "
+                f"{shortest:.3g} s",
+                hint=f"raise --max-latency to {shortest:.3g}, or give more memory",
+            )
+        if self.deadline is not None and fastest > self.deadline:
+            return PolicyError(
+                f"no plan finishes the job within {self.deadline:g} s: the fastest takes "
+                f"{fastest:.3g} s",
+                hint=f"raise --deadline to {fastest:.3g}, or lower --requests",
+            )
+        return PolicyError(
+            f"no plan meets both --max-latency {self.max_latency:g} and --deadline "
+            f"{self.deadline:g}: requests take {shortest:.3g} s or more, the job {fastest:.3g} s",
+            hint="raise one of them",
+        )

@@ -1,0 +1,111 @@
+"""The linear program of one batch: what it needs of the model, in bytes and seconds (no torch)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from offload.tiers import STAGING_BUFFERS, Tier, staging_buffer_bytes
+from policy_search.kv_memory import embedding_rows, hosted_row_bytes, kv_working, packed_working
+from policy_search.linear_program import PhaseBytes, Problem
+from policy_search.memory import workspace
+from policy_search.operators import (
+    attention_seconds,
+    expansion_seconds,
+    head_seconds,
+    product_seconds,
+)
+from policy_search.throughput import job_phases
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from policy_search.hardware import Hardware
+    from policy_search.model_shape import ModelShape
+    from policy_search.policy import Policy
+    from policy_search.throughput import Phase
+    from policy_search.workload import JobLengths
+
+SHARE_FOR_STAGING = 0.1
+"""Most of DEVICE that buffers for pages on their way are taken to need."""
+
+
+def placement_problem(
+    shape: ModelShape,
+    policy: Policy,
+    limits: Mapping[Tier, int],
+    job: JobLengths,
+    hardware: Hardware,
+    *,
+    unified: bool,
+    context: int,
+    margin: float,
+) -> Problem:
+    """With weights that are streamed, under the batch of `policy`, whose splits say only on which
+    tiers there may be pages. A part of every tier, the `margin`, stays empty.
+    """
+    phases = job_phases(policy, math.inf, job)
+    placeable = shape.weight_bytes - shape.resident_bytes
+    tables = sum(tensor.nbytes for tensor in shape.tensors if tensor.unit < 0)
+    held = job.prompt + job.output + policy.page_tokens
+    rows = policy.max_rows * shape.hidden_size * shape.value_bytes
+    fixed = _fixed(shape, policy, limits, context, unified=unified)
+    return Problem(
+        phases=tuple(
+            _bytes(shape, phase, policy, hardware) for phase in (phases.filling, phases.generating)
+        ),
+        weights=placeable,
+        streamed=placeable - tables,
+        kv=phases.running * held * shape.kv_token_bytes,
+        hidden=0 if unified else rows,
+        room={tier: limits[tier] * (1 - margin) - fixed[tier] for tier in Tier},
+        hardware=hardware,
+        unified=unified,
+        attention=policy.attention,
+    )
+
+
+def _bytes(shape: ModelShape, phase: Phase, policy: Policy, hardware: Hardware) -> PhaseBytes:
+    load, kv = phase.load, shape.kv_token_bytes
+    batches = math.ceil(load.rows / policy.micro_batch_rows)
+    prompts = attention_seconds(shape, hardware, 0.0, 0.0, load.positions - load.read)
+    products = product_seconds(shape, hardware, load.rows, batches)
+    sent, back = (hosted_row_bytes(shape)[tier] for tier in (Tier.HOST, Tier.DEVICE))
+    hosted = load.generating * shape.num_layers
+    return PhaseBytes(
+        sweeps=phase.sweeps,
+        compute=expansion_seconds(shape, hardware) + products + prompts,
+        around=head_seconds(shape, hardware, load.generating) + hardware.sweep_overhead,
+        read=load.read * kv,
+        stored=load.stored * kv,
+        new=load.rows * kv,
+        hidden=load.rows * shape.hidden_size * shape.value_bytes * shape.num_layers,
+        sent=hosted * (sent - back),
+        results=hosted * back,
+    )
+
+
+def _fixed(
+    shape: ModelShape,
+    policy: Policy,
+    limits: Mapping[Tier, int],
+    context: int,
+    *,
+    unified: bool,
+) -> dict[Tier, float]:
+    """Bytes of every tier that are needed whatever the shares."""
+    ring = shape.working_bytes(policy.depth) + shape.expanded_bytes
+    fixed: dict[Tier, float] = dict.fromkeys(Tier, 0.0)
+    fixed[Tier.DEVICE] = workspace(shape, policy) + ring + shape.resident_bytes
+    fixed[Tier.DEVICE] += packed_working(shape, policy, unified=unified)
+    if not unified:
+        buffer = staging_buffer_bytes(max(shape.largest_layer_bytes, shape.head_bytes))
+        fixed[Tier.HOST] += STAGING_BUFFERS * buffer + embedding_rows(shape, policy, unified)
+    if policy.kv_cache.device < 100:
+        page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
+        most = int(SHARE_FOR_STAGING * limits[Tier.DEVICE]) // (4 * page_bytes)
+        pages = max(1, min(-(-context // policy.page_tokens), most))
+        for tier, nbytes in kv_working(shape, policy, pages, unified).items():
+            fixed[tier] += nbytes
+    fixed[Tier.DISK] += max(0, shape.prepared_bytes - shape.weight_bytes)
+    return fixed

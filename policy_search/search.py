@@ -1,0 +1,194 @@
+"""The search for a plan: a linear program for each batch, then whole tensors and pages (no torch).
+
+The program's shares are rounded to what the engine places, held against `memory_of`, which knows
+every allocation, and priced again. The automatic policy, which knows no speeds, is one of the
+candidates, so that by the cost model no plan is worse.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from offload.errors import CapacityError
+from offload.tiers import Split, Tier
+from policy_search.automatic import automatic_policy, with_depth
+from policy_search.linear_program import solve
+from policy_search.memory import memory_of
+from policy_search.placement_problem import placement_problem
+from policy_search.throughput import Prediction, predict
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from policy_search.hardware import Hardware
+    from policy_search.linear_program import Shares
+    from policy_search.memory import TierMemory
+    from policy_search.model_shape import ModelShape
+    from policy_search.policy import Policy
+    from policy_search.workload import JobLengths
+
+MOST_SEQUENCES = 4096
+"""As many as a scheduler handles in a few milliseconds a sweep."""
+_MICRO_BATCHES = (128, 256, 512, 1024, 2048)
+_MARGINS = (0.0, 0.02, 0.1)
+"""Parts of every tier that the program leaves empty, tried in turn: whole tensors and pages take
+more than their share."""
+_REFINED = (0.6, 0.75, 0.87, 1.15, 1.35, 1.6)
+"""Of the best number of sequences, which was one of powers of two."""
+
+
+class Candidate(NamedTuple):
+    """A policy that fits, and what it is predicted to do."""
+
+    policy: Policy
+    memory: dict[Tier, TierMemory]
+    prediction: Prediction
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Search:
+    """A model, a machine and a job; `base` has all of the policy that is not searched for."""
+
+    shape: ModelShape
+    limits: Mapping[Tier, int]
+    base: Policy
+    context: int
+    unified: bool
+    job: JobLengths
+    hardware: Hardware
+    given: Collection[str] = ()
+    """Fields of `base` that stay as they are."""
+    around: Policy | None = None
+    """Only batches of about its size are tried; None: of all sizes."""
+    _found: dict[Policy, Candidate] = field(default_factory=dict, init=False)
+
+    def run(self) -> list[Candidate]:
+        """All policies that were considered and fit. Raises `CapacityError` if none does."""
+        shortage = self._add_automatic()
+        for count in self._counts():
+            self._add_placed(replace(self.around or self.base, max_sequences=count))
+        for batch in self._refined():
+            self._add_placed(batch)
+        if not self._found:
+            assert shortage is not None
+            raise shortage
+        return list(self._found.values())
+
+    def _fastest(self) -> Candidate | None:
+        rates = self._found.values()
+        return max(rates, key=lambda each: each.prediction.tokens_per_second, default=None)
+
+    def _counts(self) -> list[int]:
+        """Of sequences that run together."""
+        if "max_sequences" in self.given:
+            return [self.base.max_sequences]
+        most = min(MOST_SEQUENCES, self.job.sequences)
+        if self.around is not None:
+            here = self.around.max_sequences
+            return sorted({min(most, max(1, round(f * here))) for f in (0.7, 1.0, 1.5, 2.2)})
+        powers = [2**n for n in range(13) if 2**n < most]
+        return [*powers, most]
+
+    def _refined(self) -> Iterator[Policy]:
+        """Around the best so far: other micro-batches, then counts between powers of two."""
+        best = self._fastest() if self.around is None else None
+        if best is not None and "micro_batch_rows" not in self.given:
+            for rows in _MICRO_BATCHES:
+                yield replace(best.policy, micro_batch_rows=rows)
+        if best is not None and "max_sequences" not in self.given:
+            best = self._fastest()
+            assert best is not None
+            most = min(MOST_SEQUENCES, self.job.sequences)
+            for factor in _REFINED:
+                count = min(most, max(1, round(factor * best.policy.max_sequences)))
+                yield replace(best.policy, max_sequences=count)
+
+    def _add_automatic(self) -> CapacityError | None:
+        kv_cache = self.base.kv_cache if "kv_cache" in self.given else None
+        known = self.shape, self.limits, self.base, self.context
+        if {"weights", "kv_cache"} <= set(self.given):
+            return self._add(self.base)
+        try:
+            policy = automatic_policy(*known, unified=self.unified, kv_cache=kv_cache)
+        except CapacityError as error:
+            return error
+        if "weights" in self.given:
+            policy = replace(policy, weights=self.base.weights)
+        return self._add(policy)
+
+    def _add_placed(self, batch: Policy) -> None:
+        """Plans for one batch: all on the device, pages there, and pages anywhere."""
+        if batch.max_sequences > batch.max_rows and "max_rows" not in self.given:
+            batch = replace(batch, max_rows=batch.max_sequences + batch.micro_batch_rows)
+        if not set(self.given) & {"weights", "kv_cache"}:
+            everything = replace(batch, weights=Split(device=100), kv_cache=Split(device=100))
+            self._add(everything)
+        splits = [Split(device=100), Split(disk=100) if self.unified else Split(host=100)]
+        if "kv_cache" in self.given:
+            splits = [self.base.kv_cache]
+        for kv_cache in splits:
+            for margin in _MARGINS:
+                policy = self._solved(replace(batch, kv_cache=kv_cache), margin)
+                if policy is None or self._add(policy) is None:
+                    break
+
+    def _solved(self, batch: Policy, margin: float) -> Policy | None:
+        """`batch` with the shares that its linear program finds; pages are on DEVICE if there are
+        none elsewhere in `batch`. None where nothing fits.
+        """
+        problem = placement_problem(
+            self.shape,
+            batch,
+            self.limits,
+            self.job,
+            self.hardware,
+            unified=self.unified,
+            context=self.context,
+            margin=margin,
+        )
+        on_device = batch.kv_cache.device == 100
+        if "kv_cache" in self.given or on_device:
+            problem = replace(problem, fixed_kv=_fractions(batch.kv_cache))
+        if "weights" in self.given:
+            problem = replace(problem, fixed_weights=_fractions(self.base.weights))
+        shares = solve(problem)
+        return None if shares is None else self._rounded(batch, shares)
+
+    def _rounded(self, batch: Policy, shares: Shares) -> Policy:
+        changed: dict[str, Any] = {"weights": _split(shares.weights), "kv_cache": _split(shares.kv)}
+        if not self.unified:
+            parked = math.floor(100 * shares.hidden_on_host)
+            changed["activations"] = Split(device=100 - parked, host=parked)
+        return replace(batch, **{n: v for n, v in changed.items() if n not in self.given})
+
+    def _add(self, policy: Policy) -> CapacityError | None:
+        """Keep `policy` if it fits, with what it is predicted to do."""
+        if policy in self._found:
+            return None
+        known = self.shape, policy, self.limits, self.context
+        try:
+            deep = with_depth(*known, unified=self.unified)
+            memory = memory_of(self.shape, deep, self.limits, self.context, unified=self.unified)
+        except CapacityError as error:
+            return error
+        known_job = self.job, self.hardware
+        prediction = predict(self.shape, deep, memory, *known_job, unified=self.unified)
+        self._found[policy] = Candidate(deep, memory, prediction)
+        return None
+
+
+def _fractions(split: Split) -> dict[Tier, float]:
+    return {tier: split.fraction(tier) for tier in Tier}
+
+
+def _split(shares: Mapping[Tier, float]) -> Split:
+    """In percent with two digits; rounding never makes a fast tier fuller, nor uses one that the
+    program does not.
+    """
+    percent = {tier: math.floor(1e4 * share + 1e-6) / 100 for tier, share in shares.items()}
+    rest = round(100 - sum(percent.values()), 2)
+    last = max((tier for tier in Tier if shares[tier] > 1e-6), key=list(Tier).index)
+    percent[last] = round(percent[last] + rest, 2)
+    return Split(**{tier.value: part for tier, part in percent.items()})

@@ -8,6 +8,7 @@ first, because the small ones that follow can still make up for them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from offload.tiers import Split, Tier
@@ -36,23 +37,27 @@ def place(tensors: Sequence[TensorSpec], split: Split) -> dict[str, Tier]:
     oversized tensor (an embedding table can be a fifth of a small model) goes where the final share
     can hold it best.
     """
+    return dict(_placed(tuple(tensors), split))
+
+
+@lru_cache(maxsize=32)  # a plan asks for the same one several times
+def _placed(tensors: tuple[TensorSpec, ...], split: Split) -> dict[str, Tier]:
     total = sum(tensor.nbytes for tensor in tensors)
-    placed = dict.fromkeys(Tier, 0)
+    shares = [(tier, split.fraction(tier)) for tier in Tier if split.fraction(tier) > 0]
+    if len(shares) == 1:
+        return dict.fromkeys((tensor.name for tensor in tensors), shares[0][0])
+    placed = [0] * len(shares)
     result: dict[str, Tier] = {}
     seen = 0
-    large_first = sorted(tensors, key=lambda t: (-_size_class(t.nbytes), t.unit, t.name))
-    for tensor in large_first:
-        seen += tensor.nbytes
-        oversized = tensor.nbytes > total / 50
+    for tensor in sorted(tensors, key=lambda t: (-_size_class(t.nbytes), t.unit, t.name)):
+        nbytes = tensor.nbytes
+        seen += nbytes
+        oversized = nbytes > total / 50
         reference = total if oversized else seen
-
-        def behind(tier: Tier, reference: float = reference) -> float:
-            return reference * split.fraction(tier) - placed[tier]
-
-        candidates = [tier for tier in Tier if split.fraction(tier) > 0]
-        tier = max(candidates, key=behind)
-        placed[tier] += tensor.nbytes
-        result[tensor.name] = tier
+        behind = [reference * share - there for (_, share), there in zip(shares, placed)]
+        chosen = behind.index(max(behind))
+        placed[chosen] += nbytes
+        result[tensor.name] = shares[chosen][0]
     return result
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from policy_search.search import Candidate
 
 ALIKE = 0.01
-"""Plans whose rates differ by less are as fast: better is the one whose requests are over sooner."""
+"""Plans whose rates differ by less are as fast: the one whose requests end sooner is better."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

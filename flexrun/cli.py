@@ -79,7 +79,7 @@ def bench(arguments: argparse.Namespace) -> int:
     config = engine_config(vars(arguments), flag_of)
     if config.trace is not None:
         check_writable(config.trace)
-    if config.free_bits and job.requests:
+    if config.policy is None and job.requests:
         config = replace(config, job_lengths=JobLengths.of(job.lengths()))
     with ExitStack() as stack:
         engine = make_engine(config, None, lambda bits: None)
@@ -119,7 +119,7 @@ def generate(arguments: argparse.Namespace) -> int:
         if all(line.error or line.index in results.finished for line in job):
             return _finish_without_model(job, results)
         tokenizer = _tokenizer_for(job, config)
-        if config.free_bits:
+        if config.policy is None:  # else nothing is planned
             config = replace(config, job_lengths=job_lengths(job, tokenizer))
         engine = make_engine(config, tokenizer, partial(_settle, job, config, results))
         stack.callback(engine.close)

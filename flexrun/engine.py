@@ -54,6 +54,7 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         self._done: dict[int, dict[int, CompletionOutput]] = {}
         self._next_number = 0
+        self._closed = False
 
     @property
     def context_length(self) -> int:
@@ -266,7 +267,16 @@ class Engine:
             "swaps": scheduler.preemption.swaps,
             "promotions": scheduler.promotions,
             **({} if runtime.bits is None else {"bits": runtime.bits.summary}),
+            **self._foreseen(),
         }
+
+    def _foreseen(self) -> dict[str, Any]:
+        """Predicted and measured seconds, if the machine's speeds are known."""
+        foresight = self._runtime.foresight
+        if foresight is None or not foresight.seconds:
+            return {}
+        busy = self._runtime.busy_seconds()
+        return {"predicted": foresight.report(busy, sum(self._counters.sweep_seconds))}
 
     def describe(self) -> str:
         """The plan, for people."""
@@ -281,6 +291,9 @@ class Engine:
                 logger.warning("the trace has the job's first part only: it was full")
 
     def close(self) -> None:
-        """Give all memory, threads and files back."""
+        """Give all memory, threads and files back; remember what predictions got wrong."""
+        if not self._closed:
+            self._closed = True
+            self._runtime.learn(sum(self._counters.sweep_seconds))
         self._sequences.clear()
         self._closing.close()

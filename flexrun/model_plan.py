@@ -8,10 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from flexrun.disk_weights import plan_disk
 from flexrun.loading import model_shape
 from flexrun.model_weights import find_weights
-from offload.tiers import Tier
+from offload.tiers import Split, Tier
 from policy_search.automatic import automatic_policy, with_depth
-from policy_search.memory import default_max_rows, default_max_sequences
+from policy_search.goal import Goal
+from policy_search.memory import default_max_rows, default_max_sequences, memory_of
+from policy_search.planner import attention_speed
 from policy_search.policy import Policy
+from policy_search.search import Search
+from policy_search.sweep_cost import SweepCost
+from policy_search.workload import JobLengths, Workload
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,8 +27,11 @@ if TYPE_CHECKING:
     from flexrun.disk_weights import DiskPlan
     from flexrun.model import Model
     from flexrun.model_weights import ModelWeights
+    from flexrun.planning_speeds import PlanningSpeeds
     from offload.backend import DeviceBackend
     from offload.checkpoint import Checkpoint
+    from policy_search.hardware import Hardware
+    from policy_search.memory import TierMemory
     from policy_search.model_shape import ModelShape
 
 
@@ -34,6 +42,15 @@ class ModelPlan(NamedTuple):
     disk: DiskPlan
     shape: ModelShape
     policy: Policy
+    memory: dict[Tier, TierMemory]
+    hardware: Hardware | None
+    """What the machine can do; None where it was not needed, and never measured."""
+
+    def cost(self, *, unified: bool) -> SweepCost | None:
+        """What prices its sweeps, if that is known."""
+        if self.hardware is None:
+            return None
+        return SweepCost(self.shape, self.policy, self.memory, self.hardware, unified=unified)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +64,38 @@ class ModelPlanner:
     backend: DeviceBackend
     directory: Path
     """Of the DISK tier."""
+    speeds: PlanningSpeeds
 
     def plan(self, config: EngineConfig) -> ModelPlan:
-        """Under the policy of `config`, or the automatic one. Raises `CapacityError`."""
+        """Under the policy of `config`, or one that is searched for. Raises `CapacityError`."""
         weights = find_weights(self.model, config.quantization, self.checkpoint.packed)
         disk = plan_disk(self.checkpoint, weights.units, self.directory)
         shape = model_shape(self.model, weights, self.dtype, disk, config.quantization)
-        return ModelPlan(weights, disk, shape, self._policy(config, shape))
+        policy = self._policy(config, shape)
+        memory = memory_of(shape, policy, self.limits, self.context, unified=self.unified)
+        known = config.allow_quantization or self.speeds.known()
+        hardware = self._hardware(shape, policy) if known else None
+        return ModelPlan(weights, disk, shape, policy, memory, hardware)
 
     @property
     def limits(self) -> dict[Tier, int]:
         """Bytes of every tier."""
         limits = self.backend.account.limits
         return {tier: int(limits.get(tier) or 0) for tier in Tier}
+
+    @property
+    def context(self) -> int:
+        """Most positions of a sequence."""
+        return self.model.context_length
+
+    @property
+    def unified(self) -> bool:
+        return self.backend.unified
+
+    def job(self, config: EngineConfig) -> JobLengths:
+        """What is planned for, as far as it fits the model; if nothing is said, conversations."""
+        job = config.job_lengths or JobLengths.of(Workload().lengths())
+        return job.within(self.context)
 
     def _policy(self, config: EngineConfig, shape: ModelShape) -> Policy:
         changed, limits = config.overrides, self.limits
@@ -71,10 +107,42 @@ class ModelPlanner:
                 max_sequences=default_max_sequences(shape, limits[Tier.DEVICE]),
             ).with_batch(**batch)
         policy = replace(policy, **batch, overlap=policy.overlap and config.overlap)
-        context, unified = self.model.context_length, self.backend.unified
         if config.policy is None and not {"weights", "kv_cache"} <= changed.keys():
             kv_cache = changed.get("kv_cache")
-            policy = automatic_policy(
-                shape, limits, policy, context, unified=unified, kv_cache=kv_cache
-            )
-        return with_depth(shape, replace(policy, **changed), limits, context, unified=unified)
+            known = shape, limits, policy, self.context
+            found = automatic_policy(*known, unified=self.unified, kv_cache=kv_cache)
+            if not self._suffices(shape, found, config):
+                found = self._searched(shape, replace(policy, **changed), config)
+            policy = found
+        policy = replace(policy, **changed)
+        return with_depth(shape, policy, limits, self.context, unified=self.unified)
+
+    def _suffices(self, shape: ModelShape, policy: Policy, config: EngineConfig) -> bool:
+        """Whether all is on DEVICE that the job wants there: nothing can be better."""
+        here = Split(device=100)
+        if (policy.weights, policy.kv_cache) != (here, here):
+            return False
+        memory = memory_of(shape, policy, self.limits, self.context, unified=self.unified)
+        job = self.job(config)
+        running = min(policy.max_sequences, job.sequences)
+        wanted = running * (job.prompt + job.output + policy.page_tokens)
+        return memory[Tier.DEVICE].kv >= wanted * shape.kv_token_bytes
+
+    def _searched(self, shape: ModelShape, base: Policy, config: EngineConfig) -> Policy:
+        search = Search(
+            shape=shape,
+            limits=self.limits,
+            base=base,
+            context=self.context,
+            unified=self.unified,
+            job=self.job(config),
+            hardware=self._hardware(shape, base),
+            given=config.overrides.keys(),
+        )
+        return Goal().best(search.run()).policy
+
+    def _hardware(self, shape: ModelShape, policy: Policy) -> Hardware:
+        """For pages of as few bits as the policy's."""
+        hardware = self.speeds.hardware(shape)
+        attention = attention_speed(hardware, policy.kv_bits)
+        return replace(hardware, host_attention=attention)

@@ -107,4 +107,18 @@ def report_text(summary: Mapping[str, Any]) -> str:
         lines.append(
             f"  {name:<14} busy {link['busy_share']:4.0%}, {link['gb_per_s']:.2f} GB/s{against}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_foreseen(summary.get("predicted"))])
+
+
+def _foreseen(predicted: Mapping[str, Any] | None) -> list[str]:
+    """Predicted against measured, a line for each term."""
+    if not predicted:
+        return []
+    rows = {"sweeps": predicted["seconds"], **predicted["terms"]}
+    return ["predicted and measured seconds", *(_foreseen_line(*row) for row in rows.items())]
+
+
+def _foreseen_line(name: str, pair: Mapping[str, float]) -> str:
+    predicted, measured = pair["predicted"], pair["measured"]
+    off = f" ({measured / predicted - 1:+.0%})" if predicted else ""
+    return f"  {name:<14} {predicted:10.2f} {measured:10.2f}{off}"

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compression.selection import PLAIN_BITS
 from flexrun.architecture_check import ensure_exact
 from flexrun.attention.torch_ops import TorchAttention
 from flexrun.attention.triton_attention import TritonAttention, usable
@@ -15,23 +14,27 @@ from flexrun.attention_split import AttentionSplit
 from flexrun.calibration import measured_hardware, tune
 from flexrun.chosen_bits import with_chosen_bits
 from flexrun.executor import Executor
+from flexrun.foresight import Foresight
 from flexrun.kv_setup import open_kv
 from flexrun.loading import load_weights
 from flexrun.machine import choose_types, offload_directory, open_backend
 from flexrun.model import build_model, load_config, stored_type
 from flexrun.model_files import resolve_model
 from flexrun.model_plan import ModelPlanner
+from flexrun.planning_speeds import PlanningSpeeds
+from flexrun.runtime_text import placement_text, prediction_text
 from offload.activations import ActivationStore
 from offload.checkpoint import Checkpoint
 from offload.errors import CapacityError
 from offload.links import Link
 from offload.raw_speed import raw_speeds
-from offload.tiers import Tier, format_size
+from offload.tiers import Tier
 from offload.timeline import COMPUTE, Timeline
 from offload.transfer_engine import TransferEngine
 from policy_search.bits import CHOSEN
 from policy_search.hardware import Hardware
 from policy_search.memory import parked_rows, smallest_relay, workspace
+from policy_search.sweep_load import RESOURCES
 
 if TYPE_CHECKING:
     import contextlib
@@ -68,12 +71,19 @@ class Runtime:
             self.directory, self.model.module, self.stored, self.model.stored_dtypes
         )
         self._offload_directory = offload_directory(config)
+        speeds = self.backend, self.dtype, self._offload_directory, config.emulate
+        self._speeds = PlanningSpeeds(*speeds)
         parts = self.model, checkpoint, self.dtype, self.backend, self._offload_directory
-        planner = ModelPlanner(*parts)
+        planner = ModelPlanner(*parts, self._speeds)
         given, (config, self.bits) = config, with_chosen_bits(config, planner)
         if given.free_bits:
             on_bits({name: getattr(config, name) for name in CHOSEN})
-        weights, disk, self.shape, self.policy = planner.plan(config)
+        plan = planner.plan(config)
+        weights, disk, self.shape, self.policy = plan[:4]
+        cost = plan.cost(unified=self.backend.unified)
+        self.foresight = None if cost is None else Foresight(cost)
+        self._job = planner.job(config)
+        self._plan = plan
         self._finds_row_budget = config.max_rows is None and config.policy is None
         self._expanded = weights.most_expanded
         activations = workspace(self.shape, self.policy)
@@ -198,6 +208,8 @@ class Runtime:
                 hint="lower --micro-batch, --max-rows or --device-memory",
             ) from error
         self.weights.store.check_files()  # before anything that was read from them counts
+        if self.foresight is not None:
+            self.foresight.add(plan.spans)
         if self._budget is not None:
             busy, counters = self.timeline.busy_seconds, self.transfers.counters
             arriving = [busy(str(link)) for link in self.raw_speeds]
@@ -212,38 +224,19 @@ class Runtime:
         expanded, most = self.weights.store.expanded_bytes - before, self.shape.expanded_in_sweep
         return expanded / most if most else 1.0
 
-    def _types(self) -> str:
-        stored, computed = (str(t).removeprefix("torch.") for t in (self.stored, self.dtype))
-        policy, parts = self.policy, []
-        if policy.weight_bits < PLAIN_BITS:
-            parts.append(f"layers in {policy.weight_bits} bits")
-        if policy.head_bits < PLAIN_BITS:
-            parts.append(f"head in {policy.head_bits}")
-        if policy.kv_bits < PLAIN_BITS:
-            parts.append(f"KV cache in {policy.kv_bits}")
-        text = stored if stored == computed else f"{stored} computed in {computed}"
-        return ", ".join([text, *parts])
-
     def describe(self) -> str:
-        """What lives where, in a few lines."""
-        placed = ", ".join(
-            f"{tier} {format_size(nbytes)}"
-            for tier, nbytes in self.weights.placed.items()
-            if nbytes
-        )
-        tokens = {
-            tier: pages * self.policy.page_tokens
-            for tier, pages in self.pools.capacity.items()
-            if pages and tier is not self.pools.swap
-        }
-        kv = ", ".join(f"{count} tokens on {tier}" for tier, count in tokens.items())
-        policy = self.policy
-        return (
-            f"model:   {self.directory.name}, {self._types()}, on "
-            f"{self.backend.name}\n"
-            f"weights: {placed}\n"
-            f"kv:      room for {kv}\n"
-            f"sweep:   up to {policy.max_rows} rows of {policy.max_sequences} sequences, in "
-            f"micro-batches of {policy.micro_batch_rows}"
-            + (f"\n{self.bits.text}" if self.bits is not None else "")
-        )
+        """What lives where, and what that is predicted to do, in a few lines."""
+        lines = [placement_text(self)]
+        if self._plan.hardware is not None:
+            lines.append(prediction_text(self._plan, self._job, unified=self.backend.unified))
+        return "\n".join([*lines, *([self.bits.text] if self.bits is not None else [])])
+
+    def learn(self, seconds: float) -> None:
+        """The run is over, after `seconds` of sweeps: what was predicted wrong is corrected."""
+        if self.foresight is not None:
+            lesson = self.foresight.lesson(self.busy_seconds(), seconds)
+            self._speeds.learn(self.shape, *lesson)
+
+    def busy_seconds(self) -> dict[str, float]:
+        """Of each resource, as the cost model calls them."""
+        return {name: self.timeline.busy_seconds(name) for name in RESOURCES}

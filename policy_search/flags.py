@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -124,21 +125,14 @@ def stated_hardware(arguments: argparse.Namespace, *, unified: bool = False) -> 
     Raises `PolicyError`.
     """
     cores = os.cpu_count() or 1
-    defaults = {
+    speeds = {
         "link": 25e9,
         "disk_read": 2e9,
         "host_attention": 50e9,
         "expansion": 6e9 * cores if unified else 500e9,
         "matrix_read": 5e9 * cores if unified else 1e12,
         "tflops": 0.05 * cores if unified else 100.0,
-    }
-    speeds = {}
-    for name, default in defaults.items():
-        given, least = getattr(arguments, name, None), 1e-6 if name == "tflops" else 1
-        if given is not None and not given >= least:
-            flag = name.replace("_", "-")
-            raise PolicyError(f"--{flag} must be at least {least:g}, not {given}")
-        speeds[name] = float(default if given is None else given)
+    } | checked_speeds(arguments)
     return Hardware(
         host_to_device=speeds["link"],
         disk_read=speeds["disk_read"],
@@ -147,3 +141,18 @@ def stated_hardware(arguments: argparse.Namespace, *, unified: bool = False) -> 
         matrix_read=speeds["matrix_read"],
         flops=speeds["tflops"] * 1e12,
     )
+
+
+def checked_speeds(arguments: argparse.Namespace) -> dict[str, float]:
+    """Those that are given, by the names of their flags. Raises `PolicyError`."""
+    found = {}
+    names = ("link", "disk_read", "host_attention", "expansion", "matrix_read", "tflops")
+    for name in names:
+        given, least = getattr(arguments, name, None), 1e-6 if name == "tflops" else 1
+        if given is None:
+            continue
+        if not least <= given < math.inf:
+            flag = name.replace("_", "-")
+            raise PolicyError(f"--{flag} must be at least {least:g}, not {given}")
+        found[name] = float(given)
+    return found

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from policy_search.sweep_load import SWEEP
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 PACKED_ATTENTION = 0.45
 """Bytes per second at which the processor attends to packed pages, over those of plain ones, where
@@ -47,5 +53,31 @@ class Hardware:
     layer_seconds: tuple[tuple[int, float], ...] = ()
     """Rows of a micro-batch, rising, and the seconds that a decoder layer of the model to plan for
     takes for them, attention apart; empty: as `products` say."""
-    sweep_overhead: float = 0.0
-    """Seconds of every sweep in which neither device nor link works."""
+    unhidden: float = 1.0
+    """A sweep's time over that of its longest term, as earlier runs had it."""
+
+
+_FIELDS = {
+    "disk->host": ("disk_read",),
+    "disk->device": ("disk_read",),
+    "host->device": ("host_to_device",),
+    "device->host": ("device_to_host",),
+    "host->disk": ("disk_write",),
+    "host attention": ("host_attention",),
+    "compute": ("expansion", "matrix_read", "device_attention", "flops", "attention_flops"),
+}
+"""Speeds that the seconds of a resource follow from."""
+
+
+def with_factors(hardware: Hardware, factors: Mapping[str, float]) -> Hardware:
+    """`hardware` on which what a resource does takes `factors` times as long; see `SWEEP`."""
+    changed: dict[str, Any] = {}
+    for name, factor in factors.items():
+        for field in _FIELDS.get(name, ()):
+            changed[field] = getattr(hardware, field) / factor
+    if compute := factors.get("compute"):
+        changed["products"] = tuple((n, rate / compute) for n, rate in hardware.products)
+        changed["layer_seconds"] = tuple((n, s * compute) for n, s in hardware.layer_seconds)
+    if SWEEP in factors:
+        changed["unhidden"] = hardware.unhidden * factors[SWEEP]
+    return replace(hardware, **changed)

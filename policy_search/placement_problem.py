@@ -75,7 +75,7 @@ def _bytes(shape: ModelShape, phase: Phase, policy: Policy, hardware: Hardware) 
     return PhaseBytes(
         sweeps=phase.sweeps,
         compute=expansion_seconds(shape, hardware) + products + prompts,
-        around=head_seconds(shape, hardware, load.generating) + hardware.sweep_overhead,
+        around=head_seconds(shape, hardware, load.generating),
         read=load.read * kv,
         stored=load.stored * kv,
         new=load.rows * kv,

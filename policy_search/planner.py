@@ -1,4 +1,4 @@
-"""Plans of a model that is not built: from its config, the machine's memory and a batch's size."""
+"""Plans of a model that is not built: from its config, a machine and a job."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compression.selection import PLAIN_BITS
 from offload.tiers import Tier
-from policy_search.automatic import automatic_policy
 from policy_search.bits import choose_bits, combinations
+from policy_search.goal import Goal
 from policy_search.hardware import PACKED_ATTENTION
-from policy_search.memory import default_max_rows, default_max_sequences, memory_of
+from policy_search.memory import default_max_rows, default_max_sequences
+from policy_search.search import Search
 from policy_search.shape_from_config import shape_from_config
-from policy_search.throughput import predict as predict_job
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,15 +23,33 @@ if TYPE_CHECKING:
     from policy_search.model_config import ModelConfig
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
+    from policy_search.search import Candidate
+    from policy_search.throughput import Prediction
     from policy_search.workload import JobLengths
 
 
 class Plan(NamedTuple):
-    """A policy, what it is for, and what it takes."""
+    """A policy, what it takes and does, and the search that has found it."""
 
-    shape: ModelShape
-    policy: Policy
-    memory: dict[Tier, TierMemory]
+    search: Search
+    candidates: list[Candidate]
+    best: Candidate
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.search.shape
+
+    @property
+    def policy(self) -> Policy:
+        return self.best.policy
+
+    @property
+    def memory(self) -> dict[Tier, TierMemory]:
+        return self.best.memory
+
+    @property
+    def prediction(self) -> Prediction:
+        return self.best.prediction
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,10 +63,19 @@ class Planner:
     unified: bool
     context: int
     batch: Mapping[str, Any]
-    """Fields of `Policy.with_batch`."""
+    """Fields of `Policy.with_batch`; None: to be found."""
+    job: JobLengths
+    """That fits the context."""
+    hardware: Hardware
+    goal: Goal = Goal()
 
     def plan(self, quantized: Policy) -> Plan:
         """With the bits of `quantized`. Raises `CapacityError` and `PolicyError`."""
+        search = self._search(quantized)
+        candidates = search.run()
+        return Plan(search, candidates, self.goal.best(candidates))
+
+    def _search(self, quantized: Policy) -> Search:
         stored, computed = self.config.types(self.dtype, unified=self.unified)
         shape = shape_from_config(self.config, stored, computed, quantized.quantization)
         device = self.limits[Tier.DEVICE]
@@ -57,32 +84,36 @@ class Planner:
             max_rows=default_max_rows(shape, device),
             max_sequences=default_max_sequences(shape, device),
         ).with_batch(**self.batch)
-        context, unified = self.context, self.unified
-        policy = automatic_policy(shape, self.limits, base, context, unified=unified)
-        memory = memory_of(shape, policy, self.limits, context, unified=unified)
-        return Plan(shape, policy, memory)
+        attention = attention_speed(self.hardware, quantized.kv_bits)
+        return Search(
+            shape=shape,
+            limits=self.limits,
+            base=base,
+            context=self.context,
+            unified=self.unified,
+            job=self.job,
+            hardware=replace(self.hardware, host_attention=attention),
+            given=[name for name, value in self.batch.items() if value is not None],
+        )
 
     def choose(
-        self,
-        quantized: Policy,
-        weight_bits: int | None,
-        kv_bits: int | None,
-        job: JobLengths,
-        hardware: Hardware,
-    ) -> BitsChoice:
-        """The bits for `job`, which fits the context; None: free.
+        self, quantized: Policy, weight_bits: int | None, kv_bits: int | None
+    ) -> tuple[BitsChoice, Plan]:
+        """The bits for the job, and the plan with them; None: free.
 
         A checkpoint that comes quantized keeps its own. Raises `CapacityError` if nothing fits.
         """
         if self.config.prequantized is not None and weight_bits is None:
             weight_bits = quantized.weight_bits
+        plans: dict[tuple[int, int], Plan] = {}
 
         def predict(weights: int, kv: int) -> float:
             plan = self.plan(replace(quantized, weight_bits=weights, kv_bits=kv))
-            known = replace(hardware, host_attention=attention_speed(hardware, kv))
-            return predict_job(*plan, job, known, unified=self.unified).tokens_per_second
+            plans[weights, kv] = plan
+            return plan.prediction.tokens_per_second
 
-        return choose_bits(combinations(weight_bits, kv_bits), predict)
+        found = choose_bits(combinations(weight_bits, kv_bits), predict)
+        return found, plans[found.chosen.weight_bits, found.chosen.kv_bits]
 
 
 def attention_speed(hardware: Hardware, kv_bits: int) -> float:

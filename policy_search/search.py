@@ -67,7 +67,7 @@ class Search:
     def run(self) -> list[Candidate]:
         """All policies that were considered and fit. Raises `CapacityError` if none does."""
         shortage = self._add_automatic()
-        for count in self._counts():
+        for count in self.counts():
             self._add_placed(replace(self.around or self.base, max_sequences=count))
         for batch in self._refined():
             self._add_placed(batch)
@@ -80,7 +80,7 @@ class Search:
         rates = self._found.values()
         return max(rates, key=lambda each: each.prediction.tokens_per_second, default=None)
 
-    def _counts(self) -> list[int]:
+    def counts(self) -> list[int]:
         """Of sequences that run together."""
         if "max_sequences" in self.given:
             return [self.base.max_sequences]
@@ -164,9 +164,17 @@ class Search:
         return replace(batch, **{n: v for n, v in changed.items() if n not in self.given})
 
     def _add(self, policy: Policy) -> CapacityError | None:
-        """Keep `policy` if it fits, with what it is predicted to do."""
+        """Keep `policy` if it fits."""
         if policy in self._found:
             return None
+        priced = self.price(policy)
+        if isinstance(priced, CapacityError):
+            return priced
+        self._found[policy] = priced
+        return None
+
+    def price(self, policy: Policy) -> Candidate | CapacityError:
+        """What `policy` takes and is predicted to do, or what it is short of."""
         known = self.shape, policy, self.limits, self.context
         try:
             deep = with_depth(*known, unified=self.unified)
@@ -175,8 +183,7 @@ class Search:
             return error
         known_job = self.job, self.hardware
         prediction = predict(self.shape, deep, memory, *known_job, unified=self.unified)
-        self._found[policy] = Candidate(deep, memory, prediction)
-        return None
+        return Candidate(deep, memory, prediction)
 
 
 def _fractions(split: Split) -> dict[Tier, float]:

@@ -78,10 +78,10 @@ class SweepCost:
             link: nbytes / speed for link, (nbytes, speed) in moved.items()
         }
         if not self.policy.overlap:
-            return SweepTerms(sum(busy.values()) + hardware.sweep_overhead, busy)
+            return SweepTerms(sum(busy.values()), busy)
         together = sum(nbytes for nbytes, _ in moved.values()) / hardware.links_together
         longest = max(sweep_seconds(work, hardware, share), together, *busy.values())
-        return SweepTerms(longest + hardware.sweep_overhead, busy)
+        return SweepTerms(longest * hardware.unhidden, busy)
 
     def _work(self, load: SweepLoad, pages: int, share: float) -> SweepWork:
         """Of link, device and processor if HOST attends to `share` of the `pages`."""

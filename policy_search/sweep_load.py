@@ -7,7 +7,9 @@ from typing import NamedTuple
 LINKS = ("disk->host", "host->device", "device->host", "host->disk", "disk->device")
 """As `offload.links.Link` calls them; the last one where the device computes in RAM."""
 COMPUTE, HOST_ATTENTION = "compute", "host attention"
-RESOURCES = (*LINKS, COMPUTE, HOST_ATTENTION)
+SWEEP = "sweep"
+"""No resource, but the time of a whole sweep over that of its longest term."""
+RESOURCES = (*LINKS, COMPUTE, HOST_ATTENTION, SWEEP)
 
 
 class SweepLoad(NamedTuple):

@@ -1,0 +1,88 @@
+"""What the machine can do, for plans: measured once for each machine, and corrected by runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from flexrun.machine_calibration import measure_machine
+from policy_search.calibration_file import load_calibration, machine_key, save_calibration
+from policy_search.corrections import Corrections, corrected, model_key
+from policy_search.errors import PolicyError
+from policy_search.hardware import Hardware, with_factors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import torch
+
+    from offload.backend import DeviceBackend
+    from policy_search.calibration_file import MachineKey
+    from policy_search.model_shape import ModelShape
+
+logger = logging.getLogger(__name__)
+
+SECONDS = 15.0
+"""For measuring a machine where a job needs a plan; `policy-search calibrate` takes longer."""
+
+
+@dataclass(slots=True)
+class PlanningSpeeds:
+    """Of one device of this machine, as it computes in one type."""
+
+    backend: DeviceBackend
+    dtype: torch.dtype
+    directory: Path
+    """Of the DISK tier."""
+    emulate: str | None = None
+    _measured: Hardware | None = None
+    _used: dict[str, float] = field(default_factory=dict)
+    """Factors in the speeds that were given out last."""
+
+    @property
+    def _key(self) -> MachineKey:
+        kind = self.backend.device.type
+        if kind == "cpu" and not self.backend.unified:
+            kind = "emulated"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return machine_key(kind, dtype, self.directory, self.emulate)
+
+    def known(self) -> bool:
+        """Whether nothing has to be measured."""
+        if self._measured is None and (found := self._load()) is not None:
+            self._measured = found
+        return self._measured is not None
+
+    def hardware(self, shape: ModelShape) -> Hardware:
+        """For a model of `shape`; measured now if it never was."""
+        if not self.known():
+            logger.warning("measuring this machine, once: %.0f seconds or less", SECONDS)
+            machine = measure_machine(self.backend, self.dtype, self.directory, seconds=SECONDS)
+            self._measured = machine.hardware
+            try:
+                save_calibration(self._key, machine)
+            except PolicyError as error:
+                logger.warning("%s: the next job measures again", error.message)
+        assert self._measured is not None
+        self._used = Corrections().load(self._key.digest, model_key(shape))
+        return with_factors(self._measured, self._used)
+
+    def _load(self) -> Hardware | None:
+        try:
+            found = load_calibration(self._key)
+        except PolicyError as error:
+            logger.warning("%s: it is measured again", error.message)
+            return None
+        return None if found is None else found.hardware
+
+    def learn(
+        self, shape: ModelShape, predicted: Mapping[str, float], measured: Mapping[str, float]
+    ) -> None:
+        """A run is over: seconds of each resource, as `predicted` with `hardware` and as they were.
+
+        What is wrong by more than 15 % is corrected in the next plan.
+        """
+        factors = corrected(self._used, predicted, measured)
+        Corrections().store(self._key.digest, model_key(shape), factors)

@@ -20,14 +20,15 @@ LEAST_VALUES = 4096
 """Of a matrix that is worth it: smaller ones are a few kilobytes of a model."""
 
 
-_EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Names that configs have for the experts of a layer."""
 _NORM = re.compile(r"norm[^.]*\.[^.]*$|_norm$", re.IGNORECASE)
 """Norms of every head are matrices, too."""
 
 
 def experts_of(config: Mapping[str, Any]) -> int:
     """Experts of a layer, by the names that a model's config.json has for them; 0 for none."""
-    return next((int(config[name]) for name in _EXPERT_COUNTS if config.get(name)), 0)
+    return next((int(config[name]) for name in EXPERT_COUNTS if config.get(name)), 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from compression.selection import experts_of
 from flexrun.disk_weights import open_charged
 from flexrun.model_weights import NOTHING_QUANTIZED
 from offload.embedding import EmbeddingTable
@@ -57,6 +58,7 @@ def model_shape(
         for weight in layer
         if len(weight.shape) > 1
     )
+    stacked = [weight for weight in weights.all if len(weight.shape) == 3]
     units = [*weights.layers, weights.head]
     return ModelShape(
         weight_bytes=sum(weight.nbytes for weight in weights.all),
@@ -74,6 +76,10 @@ def model_shape(
             product_flops(w.shape, experts_per_row) for layer in weights.layers for w in layer
         ),
         head_flops_per_row=2 * int(config.hidden_size) * model.vocab_size,
+        experts=experts_of(config.to_dict()),
+        experts_per_row=experts_per_row,
+        expert_bytes=sum(weight.nbytes for weight in stacked),
+        expert_values=sum(weight.shape.numel() for weight in stacked),
         expanded_bytes=max(sum(w.expanded_bytes for w in unit) for unit in units),
         expanded_in_sweep=sum(w.expanded_bytes for unit in units for w in unit),
         prepared_bytes=disk.to_write,

@@ -10,6 +10,7 @@ from typing import Any
 
 from compression.errors import QuantizationError
 from compression.prequantized import Prequantized, prequantized
+from compression.selection import EXPERT_COUNTS
 from compression.spec import BITS
 from policy_search.errors import PolicyError
 from policy_search.machine import computed_on_cpu
@@ -20,8 +21,12 @@ _OTHER_NAMES = {
     "num_attention_heads": ("n_head", "n_heads"),
     "max_position_embeddings": ("n_positions",),
 }
-_KEPT_IN_FLOAT32 = {"gpt_oss": re.compile(r"norm[^.]*\.weight$")}
-"""Tensors that are float32 in the model of a family, whatever type the others have."""
+_KEPT_IN_FLOAT32 = {
+    "gpt_oss": (re.compile(r"norm[^.]*\.weight$"), ("float16",)),
+    "deepseek_v2": (re.compile(r"mlp\.gate\.weight$"), ("float16", "bfloat16")),
+    "deepseek_v3": (re.compile(r"mlp\.gate\.weight$"), ("float16", "bfloat16")),
+}
+"""Tensors that are float32 in the model of a family where the others have one of these types."""
 DEFAULT_CONTEXT = 2048
 """What the engine, too, takes where the config states no context length."""
 
@@ -32,6 +37,8 @@ class ModelConfig:
 
     directory: Path
     settings: dict[str, Any]
+    built_in: bool = False
+    """Published sizes that need no files: `directory` is a name, and nothing is read from it."""
 
     @classmethod
     def load(cls, directory: Path) -> ModelConfig:
@@ -103,9 +110,15 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values in one layer."""
+        """Heads of keys and values in one layer.
+
+        With multi-head latent attention (DeepSeek) transformers caches full keys and values of all
+        heads, and so does the engine. A cache of latents would have `kv_lora_rank` +
+        `qk_rope_head_dim` values of a token and layer instead, once for all heads (DeepSeek-V2's
+        paper, section 2.1.3): of DeepSeek-V3 576 instead of 40 960.
+        """
         if self.optional("kv_lora_rank"):
-            return self.number("num_attention_heads")  # latents are cached as full keys and values
+            return self.number("num_attention_heads")
         if self.flag("multi_query"):
             return 1
         return self.optional("num_key_value_heads") or self.number("num_attention_heads")
@@ -135,6 +148,11 @@ class ModelConfig:
         return self.optional("num_experts_per_tok") or 1
 
     @property
+    def experts(self) -> int:
+        """Of a layer, of which each row visits some; 0 for a dense model."""
+        return next((self.number(name) for name in EXPERT_COUNTS if self.flag(name)), 0)
+
+    @property
     def context_length(self) -> int:
         """Most positions of one sequence."""
         return self.optional("max_position_embeddings") or DEFAULT_CONTEXT
@@ -142,7 +160,9 @@ class ModelConfig:
     def type_of(self, name: str, dtype: str) -> str:
         """The type that the tensor `name` is stored in where others are stored as `dtype`."""
         kept = _KEPT_IN_FLOAT32.get(self.model_type)
-        return "float32" if kept is not None and kept.search(name) else dtype
+        if kept is None or dtype not in kept[1]:
+            return dtype
+        return "float32" if kept[0].search(name) else dtype
 
     def types(self, requested: str, *, unified: bool) -> tuple[str, str]:
         """The types that weights are stored and computed in. Raises `PolicyError`."""

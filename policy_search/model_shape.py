@@ -29,6 +29,14 @@ def product_flops(shape: Sequence[int], experts_per_row: int) -> int:
     return 2 * math.prod(visited)
 
 
+def touched_share(experts: int, experts_per_row: int, rows: float) -> float:
+    """The part of a layer's `experts` that at least one of `rows` is expected to visit.
+
+    1 - (1 - k / E)^R: each row visits k of E, any of them alike and whatever others visit.
+    """
+    return 1 - (1 - min(1.0, experts_per_row / experts)) ** rows
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
     """What placement and memory planning need to know of a model."""
@@ -57,6 +65,14 @@ class ModelShape:
     """Of one row's matrix products in all layers: two for each parameter that the row meets."""
     head_flops_per_row: int = 0
     """Of a row that needs logits, besides."""
+    experts: int = 0
+    """Of a layer that has some; 0: a dense model."""
+    experts_per_row: int = 1
+    """That a row visits."""
+    expert_bytes: int = 0
+    """Of `weight_bytes`, those of experts' matrices: all that a row may not meet."""
+    expert_values: int = 0
+    """Elements of these matrices."""
     expanded_bytes: int = 0
     """Of the largest unit in the type that is computed in, if weights are stored in another one."""
     expanded_in_sweep: int = 0
@@ -110,6 +126,17 @@ class ModelShape:
         one with the value (FlashAttention-2, section 3.1: 4 x length^2 x heads x head size).
         """
         return 4 * self.query_values * self.num_layers
+
+    def matrix_bytes(self, rows: float) -> float:
+        """Of all layers' matrices, as they are computed with, that one product of `rows` reads.
+
+        Of experts, those that are expected to be visited: see `touched_share`.
+        """
+        values = self.flops_per_row / 2
+        if self.experts:
+            touched = touched_share(self.experts, self.experts_per_row, rows)
+            values += self.expert_values * (touched - self.experts_per_row / self.experts)
+        return values * self.value_bytes
 
     def workspace_bytes(
         self, micro_batch_rows: int, max_rows: int, logit_rows: int, gathered_tokens: int

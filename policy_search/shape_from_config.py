@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from compression.errors import QuantizationError
@@ -32,7 +33,7 @@ _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in)\.weight$")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.(?:weight|bias)$")
 _NOT_A_WEIGHT = re.compile(
     r"rotary_emb\.inv_freq$|position_ids$|\.attn\.(?:masked_)?bias$|\.attention\.(?:masked_)?bias$"
-    r"|(?:^|\.)(?:vision|visual|audio|multi_modal)[^.]*\."
+    r"|\.e_score_correction_bias$|(?:^|\.)(?:vision|visual|audio|multi_modal)[^.]*\."
 )
 _EXPERT = re.compile(r"(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight$")
 _EXPERT_PARTS = {
@@ -64,12 +65,13 @@ def shape_from_config(
     or `CheckpointError`.
     """
     computed = computed or dtype
-    stored = stored_tensors(config.directory)
+    stored = None if config.built_in else stored_tensors(config.directory)
     shapes, specs, formats = _tensors(config, stored, dtype, quantization)
     specs, to_write = _on_disk(config, specs, {} if formats else stored, dtype)
     layers = config.number("num_hidden_layers")
     value_bytes, groups = nbytes((1,), computed), quantization.kv_groups(computed)
     expanded = _expanded_by_unit(config, specs, shapes, formats, dtype, computed)
+    stacked = [tensor for tensor in specs if len(shapes[tensor.name]) == 3]
     by_unit = [sum(t.nbytes for t in specs if t.unit == unit) for unit in range(layers + 1)]
     if not all(by_unit):
         raise PolicyError(
@@ -99,6 +101,10 @@ def shape_from_config(
             if 0 <= t.unit < layers
         ),
         head_flops_per_row=2 * config.number("hidden_size") * config.number("vocab_size"),
+        experts=config.experts,
+        experts_per_row=config.experts_per_row,
+        expert_bytes=sum(tensor.nbytes for tensor in stacked),
+        expert_values=sum(prod(shapes[tensor.name]) for tensor in stacked),
         expanded_bytes=max(expanded.values(), default=0),
         expanded_in_sweep=sum(expanded.values()),
         prepared_bytes=to_write,

@@ -32,6 +32,19 @@ SIZES: dict[str, Any] = {
     "head_dim": 8,
     "pad_token_id": None,
 }
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 MORE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {
@@ -43,6 +56,9 @@ MORE: dict[str, dict[str, Any]] = {
     "gpt_oss": {"num_local_experts": 4},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 3},
     "llama": {"attention_bias": True, "mlp_bias": True},
+    "opt": {"ffn_dim": 48, "num_key_value_heads": 4},
+    "deepseek_v2": LATENT | {"q_lora_rank": None, "attention_bias": True, "mlp_bias": True},
+    "deepseek_v3": LATENT | {"first_k_dense_replace": 2, "n_group": 2, "topk_group": 1},
 }
 FAMILIES = (
     "llama",
@@ -59,6 +75,9 @@ FAMILIES = (
     "gemma",
     "gemma2",
     "gemma3_text",
+    "opt",
+    "deepseek_v2",
+    "deepseek_v3",
 )
 
 
@@ -198,11 +217,43 @@ def test_experts_count_as_the_model_stacks_them(tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_formula_knows_each_family(family, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_formula_knows_each_family(family, dtype, tmp_path):
     """Without weight files, every known family has the built model's bytes."""
-    config = AutoConfig.for_model(family, **SIZES, **MORE.get(family, {}))
+    config = AutoConfig.for_model(family, **(SIZES | MORE.get(family, {})))
     config.save_pretrained(tmp_path)
+    expected = engine_shape(tmp_path, getattr(torch, dtype))
+    assert numbers(planned_shape(tmp_path, dtype)) == numbers(expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        {"enable_bias": False, "layer_norm_elementwise_affine": False},
+        {"tie_word_embeddings": False},
+    ],
+    ids=["350m", "galactica", "untied"],
+)
+def test_the_formula_knows_what_opt_models_leave_out(settings, tmp_path):
+    """OPT-350M's narrow embedding, Galactica's layers without biases, and a head of its own."""
+    sizes = SIZES | MORE["opt"] | settings
+    AutoConfig.for_model("opt", **sizes).save_pretrained(tmp_path)
     assert numbers(planned_shape(tmp_path)) == numbers(engine_shape(tmp_path))
+
+
+def test_what_is_no_parameter_of_a_deepseek_model_is_not_counted(tmp_path):
+    """Headers have a bias of each router, which is a buffer, and the type that routers are kept in
+    is the model's.
+    """
+    config = AutoConfig.for_model("deepseek_v3", **(SIZES | MORE["deepseek_v3"]))
+    model = AutoModelForCausalLM.from_config(config)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    assert any("e_score_correction_bias" in name for name in model.state_dict())
+    expected = numbers(engine_shape(tmp_path / "model", torch.bfloat16))
+    assert numbers(planned_shape(tmp_path / "model", "bfloat16")) == expected
+    bare = without_weights(tmp_path / "model", tmp_path / "bare")
+    assert numbers(planned_shape(bare, "bfloat16")) == expected
 
 
 def test_a_missing_size_is_named(tiny_llama_dir, tmp_path):

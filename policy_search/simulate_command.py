@@ -25,6 +25,7 @@ from policy_search.flags import (
     workload,
 )
 from policy_search.model_config import ModelConfig
+from policy_search.named_models import NAMED_MODELS
 from policy_search.operators import compute_seconds, expansion_seconds
 from policy_search.policy import CHOICES, Policy
 from policy_search.shape_from_config import shape_from_config
@@ -39,16 +40,9 @@ if TYPE_CHECKING:
     from policy_search.model_shape import ModelShape
     from policy_search.simulator import Scheduler, Simulation
 
-LLAMA_2_13B = {
-    "model_type": "llama",
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-}
-"""What is simulated unless another model is given; its published config.json."""
+
+_DEFAULT = "llama-2-13b"
+"""The model that is simulated unless another one is given."""
 
 
 def add_simulate_flags(parser: argparse.ArgumentParser) -> None:
@@ -108,10 +102,7 @@ def run_simulate(
 
 
 def _shape(model: Path | None, quantization: Quantization) -> ModelShape:
-    if model is None:
-        config = ModelConfig(Path("Llama-2-13B"), LLAMA_2_13B)
-        return shape_from_config(config, "float16", None, quantization)
-    config = ModelConfig.load(model.expanduser())
+    config = NAMED_MODELS[_DEFAULT] if model is None else ModelConfig.load(model.expanduser())
     stored, computed = config.types("auto", unified=False)
     return shape_from_config(config, stored, computed, quantization)
 

@@ -14,8 +14,8 @@ import pytest
 from flexrun.arguments import build_parser, engine_config
 from policy_search import __main__ as command
 from policy_search.__main__ import main
+from policy_search.named_models import NAMED_MODELS
 from policy_search.policy import Policy
-from policy_search.simulate_command import LLAMA_2_13B
 from tests.foreign_checkpoints import write_foreign
 
 SMALL_GPU = ["--device-memory", "16GiB", "--host-memory", "64GiB", "--disk-space", "500GB"]
@@ -32,7 +32,7 @@ def _no_gpu(monkeypatch):
 @pytest.fixture
 def model(tmp_path) -> Path:
     """Llama-2-13B's config, which is enough for a plan."""
-    (tmp_path / "config.json").write_text(json.dumps(LLAMA_2_13B | {"dtype": "float16"}))
+    (tmp_path / "config.json").write_text(json.dumps(NAMED_MODELS["llama-2-13b"].settings))
     return tmp_path
 
 

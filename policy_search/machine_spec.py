@@ -15,11 +15,12 @@ from policy_search.hardware import Hardware
 if TYPE_CHECKING:
     from pathlib import Path
 
-_MEMORIES = {
+MEMORIES = {
     "device_memory": Tier.DEVICE,
     "host_memory": Tier.HOST,
     "disk_space": Tier.DISK,
 }
+"""What the limits of each tier are called."""
 _SHARES = ("contention",)
 """Speeds that are no speeds, but a part of 1."""
 
@@ -42,7 +43,7 @@ class MachineSpec:
         speeds = {field.name: getattr(self.hardware, field.name) for field in fields(Hardware)}
         speeds["products"] = [list(point) for point in self.hardware.products]
         known = {name: value for name, value in speeds.items() if value not in (math.inf, [])}
-        memories = {name: self.limits[tier] for name, tier in _MEMORIES.items()}
+        memories = {name: self.limits[tier] for name, tier in MEMORIES.items()}
         plain = {"name": self.name, "source": self.source, "unified": self.unified}
         return json.dumps({**plain, **memories, "speeds": known}, indent=2)
 
@@ -63,17 +64,17 @@ class MachineSpec:
 
     @classmethod
     def _read(cls, data: dict[str, Any]) -> MachineSpec:
-        known = {"name", "source", "unified", "speeds", *_MEMORIES}
+        known = {"name", "source", "unified", "speeds", *MEMORIES}
         if unknown := sorted(data.keys() - known):
             raise PolicyError(
                 f"unknown field {unknown[0]!r}", hint=f"known: {', '.join(sorted(known))}"
             )
-        if missing := sorted({"speeds", *_MEMORIES} - data.keys()):
+        if missing := sorted({"speeds", *MEMORIES} - data.keys()):
             raise PolicyError(f"there is no {missing[0]}")
         unified = data.get("unified", False)
         if not isinstance(unified, bool):
             raise PolicyError(f"unified must be true or false, not {unified!r}")
-        limits = {tier: _whole(name, data[name]) for name, tier in _MEMORIES.items()}
+        limits = {tier: whole_bytes(name, data[name]) for name, tier in MEMORIES.items()}
         return cls(
             name=str(data.get("name", "")),
             limits=limits,
@@ -88,7 +89,8 @@ class MachineSpec:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
-            raise PolicyError(f"cannot read the machine {path}: {error}") from None
+            hint = "give a file that `policy-search calibrate -o FILE` wrote, or a machine by name"
+            raise PolicyError(f"cannot read the machine {path}: {error}", hint=hint) from None
 
 
 def read_speeds(data: Any) -> Hardware:
@@ -127,7 +129,8 @@ def _points(value: Any) -> tuple[tuple[int, float], ...]:
     return points
 
 
-def _whole(name: str, value: Any) -> int:
+def whole_bytes(name: str, value: Any) -> int:
+    """The size that is called `name`. Raises `PolicyError`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise PolicyError(f"{name} must be a whole number of bytes, not {value!r}")
     return value

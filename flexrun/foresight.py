@@ -41,7 +41,7 @@ class Foresight:
     def lesson(
         self, measured: Mapping[str, float], seconds: float
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """What `PlanningSpeeds.learn` is told, predicted and measured; nothing if the run was short.
+        """What `PlanningSpeeds.learn` is told, predicted and measured; nothing of a short run.
 
         Besides the resources, how much longer sweeps took than the one that was busiest.
         """

@@ -6,11 +6,10 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from flexrun.machine_calibration import measure_machine
 from policy_search.calibration_file import load_calibration, machine_key, save_calibration
 from policy_search.corrections import Corrections, corrected, model_key
 from policy_search.errors import PolicyError
-from policy_search.hardware import Hardware, with_factors
+from policy_search.hardware import with_factors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from offload.backend import DeviceBackend
     from policy_search.calibration_file import MachineKey
+    from policy_search.hardware import Hardware
     from policy_search.model_shape import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -58,16 +58,21 @@ class PlanningSpeeds:
     def hardware(self, shape: ModelShape) -> Hardware:
         """For a model of `shape`; measured now if it never was."""
         if not self.known():
-            logger.warning("measuring this machine, once: %.0f seconds or less", SECONDS)
-            machine = measure_machine(self.backend, self.dtype, self.directory, seconds=SECONDS)
-            self._measured = machine.hardware
-            try:
-                save_calibration(self._key, machine)
-            except PolicyError as error:
-                logger.warning("%s: the next job measures again", error.message)
+            self._measured = self._measure()
         assert self._measured is not None
         self._used = Corrections().load(self._key.digest, model_key(shape))
         return with_factors(self._measured, self._used)
+
+    def _measure(self) -> Hardware:
+        from flexrun.machine_calibration import measure_machine  # Numba takes a while to import
+
+        logger.warning("measuring this machine, once: %.0f seconds or less", SECONDS)
+        machine = measure_machine(self.backend, self.dtype, self.directory, seconds=SECONDS)
+        try:
+            save_calibration(self._key, machine)
+        except PolicyError as error:
+            logger.warning("%s: the next job measures again", error.message)
+        return machine.hardware
 
     def _load(self) -> Hardware | None:
         try:

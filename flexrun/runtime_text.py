@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 def placement_text(runtime: Runtime) -> str:
     """Model, weights, KV cache and sweep, a line each."""
     placed = ", ".join(
-        f"{tier} {format_size(nbytes)}"
-        for tier, nbytes in runtime.weights.placed.items()
-        if nbytes
+        f"{tier} {format_size(nbytes)}" for tier, nbytes in runtime.weights.placed.items() if nbytes
     )
     policy, pools = runtime.policy, runtime.pools
     tokens = {

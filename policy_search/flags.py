@@ -81,11 +81,13 @@ def add_workload_flags(
     Where nothing is `scheduled`, it does not matter what a scheduler knows.
     """
     add = group.add_argument
-    add("--workload", default="conv", choices=WORKLOADS, help="length table (%(default)s)")
+    text = f"length table ({Workload().workload}; with --prompt-len or --gen-len, fixed)"
+    add("--workload", choices=WORKLOADS, help=text)
     add("--requests", type=int, default=requests, metavar="N", help="of the job (%(default)s)")
     add("--scale", type=float, default=1.0, metavar="X", help="multiplies all lengths")
-    add("--prompt-len", type=count, default=512, metavar="N", help="of fixed lengths (%(default)s)")
-    add("--gen-len", type=count, default=32, metavar="N", help="likewise (%(default)s)")
+    lengths = Workload().prompt_len, Workload().gen_len
+    add("--prompt-len", type=count, metavar="N", help=f"of fixed lengths ({lengths[0]})")
+    add("--gen-len", type=count, metavar="N", help=f"likewise ({lengths[1]})")
     add("--seed", type=int, default=0, metavar="S", help="of what is drawn (%(default)s)")
     if not scheduled:
         group.set_defaults(known_lengths=Workload().known_lengths)
@@ -96,7 +98,11 @@ def add_workload_flags(
 
 def workload(arguments: argparse.Namespace) -> Workload:
     """What `add_workload_flags` read. Raises `PolicyError`."""
-    return Workload(**{field.name: getattr(arguments, field.name) for field in fields(Workload)})
+    given = {field.name: getattr(arguments, field.name) for field in fields(Workload)}
+    known = {name: value for name, value in given.items() if value is not None}
+    if {"prompt_len", "gen_len"} & known.keys():
+        known.setdefault("workload", "fixed")
+    return Workload(**known)
 
 
 def add_speed_flags(group: argparse._ActionsContainer, *, placed: bool = False) -> None:

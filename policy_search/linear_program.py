@@ -89,7 +89,7 @@ def terms(problem: Problem, phase: PhaseBytes, shares: Any) -> dict[str, list[An
 
     `shares` has numbers or the variables of a program.
     """
-    hw, kv = problem.hardware, shares.kv
+    hw, kv = problem.hardware, shares.kv  # multiplied by inverses: speeds may be infinite
     away = 0 if problem.unified else shares.weights[Tier.HOST]
     streamed = problem.streamed * (away + shares.weights[Tier.DISK])
     moved = (phase.read + phase.stored) * (kv[Tier.HOST] + kv[Tier.DISK])
@@ -102,12 +102,12 @@ def terms(problem: Problem, phase: PhaseBytes, shares: Any) -> dict[str, list[An
     written = phase.new * kv[Tier.DISK]
     device = phase.compute + phase.around
     if hw.device_attention < math.inf:
-        device = device + phase.read * (1 - shares.attended) / hw.device_attention
-    hosted = phase.read * shares.attended / hw.host_attention
+        device = device + phase.read * (1 - shares.attended) * (1 / hw.device_attention)
+    hosted = phase.read * shares.attended * (1 / hw.host_attention)
     beside = hw.contention / (1 - hw.contention)
     found = {
-        FROM_DISK: [read / hw.disk_read],
-        TO_DISK: [written / hw.disk_write],
+        FROM_DISK: [read * (1 / hw.disk_read)],
+        TO_DISK: [written * (1 / hw.disk_write)],
         # While both work, each slows the other down: the longer one, and a part of the shorter.
         COMPUTE: [device + hosted * beside, hosted + device * beside],
         HOST_ATTENTION: [hosted],
@@ -116,9 +116,9 @@ def terms(problem: Problem, phase: PhaseBytes, shares: Any) -> dict[str, list[An
         return found
     links = up + down + read + written
     return found | {
-        UP: [up / hw.host_to_device],
-        DOWN: [down / hw.device_to_host],
-        TOGETHER: [links / hw.links_together],
+        UP: [up * (1 / hw.host_to_device)],
+        DOWN: [down * (1 / hw.device_to_host)],
+        TOGETHER: [links * (1 / hw.links_together)],
     }
 
 

@@ -21,6 +21,9 @@ MEMORIES = {
     "disk_space": Tier.DISK,
 }
 """What the limits of each tier are called."""
+_OF_A_MODEL = ("layer_seconds", "unhidden")
+"""Fields of `Hardware` that are known for one model only."""
+_SPEEDS = tuple(field.name for field in fields(Hardware) if field.name not in _OF_A_MODEL)
 _SHARES = ("contention",)
 """Speeds that are no speeds, but a part of 1."""
 
@@ -40,7 +43,7 @@ class MachineSpec:
 
     def to_json(self) -> str:
         """One JSON object; speeds without a limit are left out."""
-        speeds = {field.name: getattr(self.hardware, field.name) for field in fields(Hardware)}
+        speeds = {name: getattr(self.hardware, name) for name in _SPEEDS}
         speeds["products"] = [list(point) for point in self.hardware.products]
         known = {name: value for name, value in speeds.items() if value not in (math.inf, [])}
         memories = {name: self.limits[tier] for name, tier in MEMORIES.items()}
@@ -97,10 +100,9 @@ def read_speeds(data: Any) -> Hardware:
     """The fields of `Hardware` from JSON. Raises `PolicyError`."""
     if not isinstance(data, dict):
         raise PolicyError("speeds must be an object of bytes or operations per second")
-    known = {field.name for field in fields(Hardware)}
-    if unknown := sorted(data.keys() - known):
+    if unknown := sorted(data.keys() - set(_SPEEDS)):
         raise PolicyError(
-            f"unknown speed {unknown[0]!r}", hint=f"known: {', '.join(sorted(known))}"
+            f"unknown speed {unknown[0]!r}", hint=f"known: {', '.join(sorted(_SPEEDS))}"
         )
     values: dict[str, Any] = {name: _speed(name, value) for name, value in data.items()}
     values.setdefault("host_to_device", math.inf)

@@ -34,8 +34,8 @@ def product_seconds(shape: ModelShape, hardware: Hardware, rows: float, batches:
     flops = rows * shape.flops_per_row
     if hardware.products:
         return flops / _rate(hardware.products, each)
-    matrices = shape.flops_per_row // 2 * shape.value_bytes
-    return max(flops / hardware.flops, batches * matrices / hardware.matrix_read)
+    reading = batches * shape.matrix_bytes(each) / hardware.matrix_read
+    return max(flops / hardware.flops, reading)
 
 
 def attention_seconds(

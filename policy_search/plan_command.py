@@ -19,7 +19,7 @@ from policy_search.flags import (
 )
 from policy_search.goal import Goal
 from policy_search.least_memory import with_least_memory
-from policy_search.named_models import NAMES, named_config
+from policy_search.named_models import NAMED_MODELS, named_config
 from policy_search.plan_text import advice_line, command_line, comparison, plan_text
 from policy_search.planned_machine import AUTO, planned_machine
 from policy_search.planner import Planner
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `policy-search`."""
     add = parser.add_argument
-    text = f"local directory with config.json, or one of {', '.join(NAMES)}"
+    text = f"local directory with config.json, or one of {', '.join(NAMED_MODELS)}"
     add("--model", required=True, metavar="MODEL", help=text)
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="type of weights and compute (%(default)s)")
@@ -95,7 +95,7 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_plan(arguments: argparse.Namespace, lengths_of: Callable[..., JobLengths | None]) -> int:
-    """Plan, and print or write the plan; `lengths_of` reads a prompts file. Raises `FlexrunError`."""
+    """Plan, and print or write the plan; `lengths_of` reads a file. Raises `FlexrunError`."""
     config = named_config(arguments.model)
     machine = planned_machine(arguments, config)
     planner = Planner(
@@ -162,7 +162,7 @@ def _text(
     name = Path(arguments.model).name
     stored = plan.policy.weight_bits
     kind = f"weights in {stored} bits, " if stored < 16 else ""
-    lines = [f"{name}, {kind}on {machine.name} ({machine.source})", plan_text(plan)]
+    lines = [f"{name}, {kind}on {machine.name} ({machine.source.split(';')[0]})", plan_text(plan)]
     lines.append(advice_line(advise(plan.search, _goal(arguments), plan.best)))
     if bits is not None:
         lines.append(bits.text(plan.search.job, plan.search.hardware))

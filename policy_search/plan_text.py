@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from policy_search.advice import Advice
     from policy_search.memory import TierMemory
-    from policy_search.model_shape import ModelShape
     from policy_search.planner import Plan
     from policy_search.search import Candidate
     from policy_search.throughput import Prediction
@@ -178,5 +177,3 @@ def exact_size(nbytes: int) -> str:
         if nbytes and nbytes % 2**exponent == 0:
             return f"{nbytes >> exponent}{unit}"
     return str(nbytes)
-
-

@@ -1,4 +1,4 @@
-"""The machine that a plan is for: this one, or one that is named or described, as flags change it."""
+"""The machine that a plan is for: this one, or one that is named, as flags change it."""
 
 from __future__ import annotations
 
@@ -92,5 +92,3 @@ def _as_stated(hardware: Hardware, arguments: argparse.Namespace) -> Hardware:
         if name in ("tflops", "matrix_read"):
             changed |= {"products": (), "layer_seconds": ()}
     return replace(hardware, **changed)
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compression.selection import PLAIN_BITS
@@ -67,7 +67,7 @@ class Planner:
     job: JobLengths
     """That fits the context."""
     hardware: Hardware
-    goal: Goal = Goal()
+    goal: Goal = field(default_factory=Goal)
 
     def plan(self, quantized: Policy) -> Plan:
         """With the bits of `quantized`. Raises `CapacityError` and `PolicyError`."""

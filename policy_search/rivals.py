@@ -1,4 +1,4 @@
-"""Simpler plans that a plan is held against, on the same machine and for the same job (no torch)."""
+"""Simpler plans for the same machine and job, which a plan is held against (no torch)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from policy_search.planner import Plan
     from policy_search.policy import Policy
     from policy_search.search import Candidate, Search
+
 
 def rivals(plan: Plan) -> dict[str, Candidate | None]:
     """By name; each with the number of sequences that is best for it. None: it does not fit.

@@ -32,6 +32,17 @@ def _short_measurements():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _known_speeds():
+    """No machine is measured for plans: they are made for one of these speeds."""
+    from flexrun.planning_speeds import PlanningSpeeds
+    from tests.speeds import SPEEDS
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PlanningSpeeds, "_load", lambda _: SPEEDS)
+        yield
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="run the tests marked slow as well")
 

@@ -12,11 +12,11 @@ import pytest
 from flexrun.arguments import build_parser, engine_config
 from flexrun.engine import Engine
 from offload.tiers import Tier
-from policy_search import __main__ as command
-from policy_search import machine
+from policy_search import machine, planned_machine
 from policy_search.__main__ import main
 from policy_search.memory import memory_of
 from policy_search.policy import Policy
+from tests import speeds
 
 SMALL = ["--max-rows", "64", "--micro-batch", "16", "--max-sequences", "8"]
 
@@ -24,7 +24,7 @@ SMALL = ["--max-rows", "64", "--micro-batch", "16", "--max-sequences", "8"]
 @pytest.fixture(autouse=True)
 def _no_gpu(monkeypatch):
     """The machine that runs the tests may have a GPU."""
-    monkeypatch.setattr(command, "gpu_budget", lambda: None)
+    monkeypatch.setattr(planned_machine, "gpu_budget", lambda: None)
 
 
 def plan(capsys, *arguments):
@@ -70,13 +70,15 @@ def test_packed_keys_and_values_are_planned(tiny_llama_dir, capsys):
 
 @pytest.mark.parametrize("memory", ["5MiB", "800KiB", "700KiB"])
 @pytest.mark.parametrize("device", ["cpu", "emulated"])
-def test_the_engine_allocates_what_was_planned(tiny_llama_dir, capsys, memory, device):
+def test_the_engine_allocates_what_was_planned(tiny_llama_dir, capsys, memory, device, tmp_path):
     """Predicted bytes of weights and working memory are the engine's, on every tier."""
+    file = tmp_path / "machine.json"
+    file.write_text(speeds.machine(dict.fromkeys(Tier, 0), unified=device == "cpu").to_json())
     budgets = ["--device-memory", memory, "--host-memory", "4MiB", "--disk-space", "4MiB"]
     if device == "cpu":
         budgets[3] = memory  # one memory with two names
     arguments = ["--model", tiny_llama_dir, *budgets, *SMALL]
-    planned = plan(capsys, *arguments, *(["--unified"] if device == "cpu" else []))
+    planned = plan(capsys, *arguments, "--hardware", file)
     words = ["generate", "--input", "i", "--output", "o", "--device", device]
     parsed = build_parser("0").parse_args([*words, *map(str, arguments)])
     engine = Engine(engine_config(vars(parsed)), None)
@@ -144,7 +146,7 @@ def test_the_written_policy_can_be_read(tiny_llama_dir, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "org/name"], "org/name is not a directory"),
+        (["--model", "org/name"], "org/name is not a directory, and no model is known"),
         ([], "--model"),
         (["--model", "DIR", "--device-memory", "much"], "cannot read the size 'much'"),
         (["--model", "DIR", "--max-rows", "0"], "'0' is not a whole number of at least 1"),
@@ -175,7 +177,7 @@ def test_without_a_gpu_the_plan_is_for_the_cpu(tiny_llama_dir, capsys):
 
 def test_a_gpu_is_asked_for_its_memory(tiny_llama_dir, capsys, monkeypatch):
     """Its free memory is the budget where none is given."""
-    monkeypatch.setattr(command, "gpu_budget", lambda: 3 * 2**20)
+    monkeypatch.setattr(planned_machine, "gpu_budget", lambda: 3 * 2**20)
     assert main(["--model", str(tiny_llama_dir), *SMALL]) == 0
     text = capsys.readouterr().out
     assert "--device cuda --device-memory 3MiB" in text

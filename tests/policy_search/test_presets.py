@@ -15,10 +15,12 @@ from policy_search.named_models import NAMED_MODELS
 from policy_search.planner import Planner
 from policy_search.policy import Policy
 from policy_search.presets import PRESETS, machine
+from policy_search.workload import JobLengths
 
 GIB = 2**30
 NAMES = ["t4", "3090", "4090", "a10g", "l4", "a100", "h100", "h200", "gh200", "laptop", "cpu"]
-SPEEDS = [each.name for each in fields(Hardware) if each.name not in ("contention", "products")]
+NOT_MEASURED = ("contention", "products", "layer_seconds", "unhidden")
+SPEEDS = [each.name for each in fields(Hardware) if each.name not in NOT_MEASURED]
 ONLY_WITH_A_GPU = {"host_to_device", "device_to_host", "host_attention"}
 
 
@@ -30,6 +32,8 @@ def planned(spec, name):
         unified=spec.unified,
         context=1024,
         batch={"micro_batch_rows": None, "max_rows": None, "max_sequences": None},
+        job=JobLengths(2048, 512, 128),
+        hardware=spec.hardware,
     )
     return planner.plan(Policy())
 

@@ -43,10 +43,12 @@ def measured_speed(
     pool: PagedKV,
     shape: AttentionShape,
     compute: Callable[[], object] | None = None,
+    seconds: float = _WHILE_SECONDS,
 ) -> AttentionSpeed:
     """Attend to `pool`, whose pages were all written, in layers of `shape`.
 
-    `compute` is a short piece of what the device does meanwhile, None if it has memory of its own.
+    `compute` is a short piece of what the device does meanwhile, None if it has memory of its own:
+    it runs for `seconds` alone, and as long beside attention.
     """
     nbytes, attend = _call(attention, pool, shape)
     attend()  # the first one compiles, or loads what was compiled
@@ -54,8 +56,8 @@ def measured_speed(
     if compute is None:
         return AttentionSpeed(nbytes / alone, 0.0)
     compute()
-    computed = statistics.median(_for_a_while(compute))
-    beside, slower = _beside(attend, compute)
+    computed = statistics.median(_for_a_while(compute, seconds))
+    beside, slower = _beside(attend, compute, seconds)
     contention = 1 - (alone / beside + computed / slower) / 2
     return AttentionSpeed(nbytes / alone, max(0.0, contention))
 
@@ -86,14 +88,16 @@ def _seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _for_a_while(call: Callable[[], object]) -> list[float]:
-    start, seconds = time.perf_counter(), [_seconds(call)]
-    while time.perf_counter() - start < _WHILE_SECONDS:
-        seconds.append(_seconds(call))
-    return seconds
+def _for_a_while(call: Callable[[], object], seconds: float) -> list[float]:
+    start, taken = time.perf_counter(), [_seconds(call)]
+    while time.perf_counter() - start < seconds:
+        taken.append(_seconds(call))
+    return taken
 
 
-def _beside(attend: Callable[[], object], compute: Callable[[], object]) -> tuple[float, float]:
+def _beside(
+    attend: Callable[[], object], compute: Callable[[], object], seconds: float
+) -> tuple[float, float]:
     """Seconds of both calls, each again and again in a thread of its own."""
     over = threading.Event()
     attended: list[float] = []
@@ -106,7 +110,7 @@ def _beside(attend: Callable[[], object], compute: Callable[[], object]) -> tupl
     with ThreadPoolExecutor(1, "flexrun measuring attention") as thread:
         attending = thread.submit(keep_attending)
         try:
-            computed = _for_a_while(compute)
+            computed = _for_a_while(compute, seconds)
         finally:
             over.set()
     attending.result()  # raises what went wrong there

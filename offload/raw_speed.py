@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from offload.links import Link
 from offload.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from offload.backend import DeviceBackend, Source, Target
     from offload.transfer import Transfer
@@ -36,16 +37,19 @@ class RawCopy:
 
 
 def raw_speeds(
-    backend: DeviceBackend, copies: Iterable[tuple[Link, list[RawCopy]]]
+    backend: DeviceBackend,
+    copies: Iterable[tuple[Link, list[RawCopy]]],
+    seconds: float | None = None,
 ) -> dict[Link, float]:
     """Bytes per second of each link, from copies of a job's own bytes between its own buffers.
 
-    `copies` gives pieces to copy again and again, with as many under way as in a job.
+    `copies` gives pieces to copy again and again, with as many under way as in a job. `seconds`:
+    for one link, after half as many that are not counted; None: `SECONDS`.
     """
     transfers = TransferEngine(backend)
     try:
         return {
-            link: _plain_speed(backend, link, pieces) or _speed(transfers, link, pieces)
+            link: _plain_speed(backend, link, pieces) or _speed(transfers, link, pieces, seconds)
             for link, pieces in copies
             if pieces
         }
@@ -61,10 +65,26 @@ def _plain_speed(backend: DeviceBackend, link: Link, pieces: list[RawCopy]) -> f
     return backend.raw_speed(tensors)  # type: ignore[arg-type]
 
 
-def _speed(transfers: TransferEngine, link: Link, pieces: list[RawCopy]) -> float:
-    _copy_for(transfers, link, pieces, _WARM_UP)  # memory is slow when it is first written
+def speed_together(
+    backend: DeviceBackend, copies: Sequence[tuple[Link, list[RawCopy]]], seconds: float
+) -> float:
+    """Bytes per second in sum of links (at least one) that all copy at once; see `raw_speeds`."""
+    transfers = TransferEngine(backend)
+    try:
+        with ThreadPoolExecutor(len(copies), "flexrun measuring links") as threads:
+            running = [threads.submit(_speed, transfers, *each, seconds) for each in copies]
+            return sum(each.result() for each in running)
+    finally:
+        transfers.close()
+
+
+def _speed(
+    transfers: TransferEngine, link: Link, pieces: list[RawCopy], seconds: float | None
+) -> float:
+    warm_up, measured = (_WARM_UP, SECONDS) if seconds is None else (seconds / 2, seconds)
+    _copy_for(transfers, link, pieces, warm_up)  # memory is slow when it is first written
     start = time.perf_counter()
-    nbytes = _copy_for(transfers, link, pieces, SECONDS)
+    nbytes = _copy_for(transfers, link, pieces, measured)
     return nbytes / (time.perf_counter() - start)
 
 

@@ -71,7 +71,7 @@ def machine_key(
         device=device,
         dtype=dtype,
         emulated=_settings(emulate or "") if device == "emulated" else "",
-        processor=_processor(),
+        processor=processor_name(),
         cores=len(os.sched_getaffinity(0)),
         threads=compute_threads(),
         ram_gib=round(psutil.virtual_memory().total / 2**30),
@@ -87,7 +87,7 @@ def _settings(text: str) -> str:
     return ",".join(f"{name}={size}" for name, size in sorted(found.items()))
 
 
-def _processor() -> str:
+def processor_name() -> str:
     """The processor's name and numbers; its architecture where the system gives none."""
     try:
         lines = _CPU_INFO.read_text(encoding="utf-8", errors="ignore").splitlines()
@@ -97,8 +97,8 @@ def _processor() -> str:
     # Virtual machines hide names, so numbers count, too; Arm's kernels give nothing else.
     x86 = ("model name", "cpu family", "model", "stepping")
     wanted = (*x86, "CPU implementer", "CPU part", "CPU variant")
-    found = dict.fromkeys(pair for pair in pairs if pair[0] in wanted and pair[-1])
-    return ", ".join(value for *_, value in found) or os.uname().machine
+    found = dict.fromkeys(pair for name in wanted for pair in pairs if pair[0] == name)
+    return ", ".join(value for *_, value in found if value) or os.uname().machine
 
 
 def compute_threads() -> int:

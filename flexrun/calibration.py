@@ -37,7 +37,6 @@ _MOST_EXPANDED = 32 << 20
 """Bytes that are expanded: more than caches hold on most machines."""
 _ROWS = {"cpu": 256}
 _MANY_ROWS = 2048
-_FEW_ROWS = 4
 _REPEATS = 5
 _REMEMBERED = 5
 """Sweeps that say how long rows and weights take; few, so that the first are soon forgotten."""
@@ -61,20 +60,6 @@ def measured_flops(
     values = torch.ones(rows, hidden_size, dtype=dtype, device=backend.device)
     seconds = _median_seconds(backend, lambda: torch.nn.functional.linear(values, matrix))
     return 2 * rows * columns * hidden_size / seconds
-
-
-def measured_reading(backend: DeviceBackend, dtype: torch.dtype, hidden_size: int) -> float:
-    """Bytes per second of a matrix in products of few rows; it is larger than most caches.
-
-    It fits into what is left of the device's budget.
-    """
-    room = backend.account.available(Tier.DEVICE)
-    most = _MOST_VALUES if room is None else min(_MOST_VALUES, room // dtype.itemsize // 2)
-    columns = max(1, most // hidden_size)
-    matrix = torch.ones(columns, hidden_size, dtype=dtype, device=backend.device)
-    values = torch.ones(_FEW_ROWS, hidden_size, dtype=dtype, device=backend.device)
-    seconds = _median_seconds(backend, lambda: torch.nn.functional.linear(values, matrix))
-    return matrix.nbytes / seconds
 
 
 def _median_seconds(backend: DeviceBackend, compute: Callable[[], object]) -> float:

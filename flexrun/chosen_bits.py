@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from compression.selection import PLAIN_BITS
 from policy_search.bits import choose_bits, combinations
-from policy_search.throughput import predict
 
 if TYPE_CHECKING:
     from flexrun.config import EngineConfig
-    from flexrun.model_plan import ModelPlanner
-    from policy_search.hardware import Hardware
+    from flexrun.model_plan import ModelPlan, ModelPlanner
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +34,17 @@ def with_chosen_bits(
         config = replace(config, weight_bits=PLAIN_BITS)  # its matrices keep the bits they have
     if not config.free_bits:
         return config, None
-    job, unified = planner.job(config), planner.unified
-    measured: dict[tuple[int, int], Hardware] = {}
+    plans: dict[tuple[int, int], ModelPlan] = {}
 
     def rate(weight_bits: int, kv_bits: int) -> float:
         plan = planner.plan(replace(config, weight_bits=weight_bits, kv_bits=kv_bits))
-        assert plan.hardware is not None
-        measured[weight_bits, kv_bits] = plan.hardware
-        known = plan.shape, plan.policy, plan.memory, job, plan.hardware
-        return predict(*known, unified=unified).tokens_per_second
+        plans[weight_bits, kv_bits] = plan
+        assert plan.prediction is not None
+        return plan.prediction.tokens_per_second
 
     choice = choose_bits(combinations(config.weight_bits, config.kv_bits), rate)
     bits = choice.chosen.weight_bits, choice.chosen.kv_bits
-    found = ChosenBits(choice.text(job, measured[bits]), choice.as_json(job))
+    job, cost = plans[bits].job, plans[bits].cost
+    assert cost is not None
+    found = ChosenBits(choice.text(job, cost.hardware), choice.as_json(job))
     return replace(config, weight_bits=bits[0], kv_bits=bits[1]), found

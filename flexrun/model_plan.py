@@ -12,10 +12,11 @@ from offload.tiers import Split, Tier
 from policy_search.automatic import automatic_policy, with_depth
 from policy_search.goal import Goal
 from policy_search.memory import default_max_rows, default_max_sequences, memory_of
-from policy_search.planner import attention_speed
+from policy_search.planner import for_kv_bits
 from policy_search.policy import Policy
 from policy_search.search import Search
 from policy_search.sweep_cost import SweepCost
+from policy_search.throughput import predict
 from policy_search.workload import JobLengths, Workload
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from offload.backend import DeviceBackend
     from offload.checkpoint import Checkpoint
     from policy_search.hardware import Hardware
-    from policy_search.memory import TierMemory
     from policy_search.model_shape import ModelShape
+    from policy_search.throughput import Prediction
 
 
 class ModelPlan(NamedTuple):
@@ -42,15 +43,12 @@ class ModelPlan(NamedTuple):
     disk: DiskPlan
     shape: ModelShape
     policy: Policy
-    memory: dict[Tier, TierMemory]
-    hardware: Hardware | None
-    """What the machine can do; None where it was not needed, and never measured."""
-
-    def cost(self, *, unified: bool) -> SweepCost | None:
-        """What prices its sweeps, if that is known."""
-        if self.hardware is None:
-            return None
-        return SweepCost(self.shape, self.policy, self.memory, self.hardware, unified=unified)
+    job: JobLengths
+    """What is planned for."""
+    prediction: Prediction | None
+    """Of that job; None where speeds were not needed, and never measured. The next one likewise."""
+    cost: SweepCost | None
+    """What prices sweeps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +71,12 @@ class ModelPlanner:
         shape = model_shape(self.model, weights, self.dtype, disk, config.quantization)
         policy = self._policy(config, shape)
         memory = memory_of(shape, policy, self.limits, self.context, unified=self.unified)
-        known = config.allow_quantization or self.speeds.known()
-        hardware = self._hardware(shape, policy) if known else None
-        return ModelPlan(weights, disk, shape, policy, memory, hardware)
+        job, prediction, cost = self._job(config), None, None
+        if config.allow_quantization or self.speeds.known():
+            speeds, unified = self._hardware(shape, policy), {"unified": self.unified}
+            prediction = predict(shape, policy, memory, job, speeds, **unified)
+            cost = SweepCost(shape, policy, memory, speeds, **unified)
+        return ModelPlan(weights, disk, shape, policy, job, prediction, cost)
 
     @property
     def limits(self) -> dict[Tier, int]:
@@ -92,7 +93,7 @@ class ModelPlanner:
     def unified(self) -> bool:
         return self.backend.unified
 
-    def job(self, config: EngineConfig) -> JobLengths:
+    def _job(self, config: EngineConfig) -> JobLengths:
         """What is planned for, as far as it fits the model; if nothing is said, conversations."""
         job = config.job_lengths or JobLengths.of(Workload().lengths())
         return job.within(self.context)
@@ -123,7 +124,7 @@ class ModelPlanner:
         if (policy.weights, policy.kv_cache) != (here, here):
             return False
         memory = memory_of(shape, policy, self.limits, self.context, unified=self.unified)
-        job = self.job(config)
+        job = self._job(config)
         running = min(policy.max_sequences, job.sequences)
         wanted = running * (job.prompt + job.output + policy.page_tokens)
         return memory[Tier.DEVICE].kv >= wanted * shape.kv_token_bytes
@@ -135,7 +136,7 @@ class ModelPlanner:
             base=base,
             context=self.context,
             unified=self.unified,
-            job=self.job(config),
+            job=self._job(config),
             hardware=self._hardware(shape, base),
             given=config.overrides.keys(),
         )
@@ -143,6 +144,4 @@ class ModelPlanner:
 
     def _hardware(self, shape: ModelShape, policy: Policy) -> Hardware:
         """For pages of as few bits as the policy's."""
-        hardware = self.speeds.hardware(shape)
-        attention = attention_speed(hardware, policy.kv_bits)
-        return replace(hardware, host_attention=attention)
+        return for_kv_bits(self.speeds.hardware(shape), policy.kv_bits, unified=self.unified)

@@ -32,8 +32,8 @@ SECONDS = 15.0
 class PlanningSpeeds:
     """Of one device of this machine, as it computes in one type."""
 
-    backend: DeviceBackend
     dtype: torch.dtype
+    backend: DeviceBackend
     directory: Path
     """Of the DISK tier."""
     emulate: str | None = None

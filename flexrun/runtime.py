@@ -71,19 +71,16 @@ class Runtime:
             self.directory, self.model.module, self.stored, self.model.stored_dtypes
         )
         self._offload_directory = offload_directory(config)
-        speeds = self.backend, self.dtype, self._offload_directory, config.emulate
-        self._speeds = PlanningSpeeds(*speeds)
-        parts = self.model, checkpoint, self.dtype, self.backend, self._offload_directory
-        planner = ModelPlanner(*parts, self._speeds)
+        machine = self.dtype, self.backend, self._offload_directory
+        self._speeds = PlanningSpeeds(*machine, config.emulate)
+        planner = ModelPlanner(self.model, checkpoint, *machine, self._speeds)
         given, (config, self.bits) = config, with_chosen_bits(config, planner)
         if given.free_bits:
             on_bits({name: getattr(config, name) for name in CHOSEN})
-        plan = planner.plan(config)
-        weights, disk, self.shape, self.policy = plan[:4]
-        cost = plan.cost(unified=self.backend.unified)
+        self._plan = planner.plan(config)
+        weights, disk, self.shape, self.policy, *_ = self._plan
+        cost = self._plan.cost
         self.foresight = None if cost is None else Foresight(cost)
-        self._job = planner.job(config)
-        self._plan = plan
         self._finds_row_budget = config.max_rows is None and config.policy is None
         self._expanded = weights.most_expanded
         activations = workspace(self.shape, self.policy)
@@ -227,8 +224,8 @@ class Runtime:
     def describe(self) -> str:
         """What lives where, and what that is predicted to do, in a few lines."""
         lines = [placement_text(self)]
-        if self._plan.hardware is not None:
-            lines.append(prediction_text(self._plan, self._job, unified=self.backend.unified))
+        if self._plan.prediction is not None:
+            lines.append(prediction_text(self._plan.prediction, self._plan.job))
         return "\n".join([*lines, *([self.bits.text] if self.bits is not None else [])])
 
     def learn(self, seconds: float) -> None:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from compression.selection import PLAIN_BITS
 from offload.tiers import format_size
 from policy_search.plan_text import duration
-from policy_search.throughput import predict
 
 if TYPE_CHECKING:
-    from flexrun.model_plan import ModelPlan
     from flexrun.runtime import Runtime
+    from policy_search.throughput import Prediction
     from policy_search.workload import JobLengths
 
 
@@ -36,11 +35,8 @@ def placement_text(runtime: Runtime) -> str:
     )
 
 
-def prediction_text(plan: ModelPlan, job: JobLengths, *, unified: bool) -> str:
+def prediction_text(found: Prediction, job: JobLengths) -> str:
     """What the plan should do for `job`, and what bounds it."""
-    assert plan.hardware is not None
-    known = plan.shape, plan.policy, plan.memory, job, plan.hardware
-    found = predict(*known, unified=unified)
     return (
         f"plan:    {found.tokens_per_second:.4g} tokens/s, bound by {found.bound}; "
         f"{job.sequences} sequences of {job.prompt:.0f} + {job.output:.0f} tokens take "

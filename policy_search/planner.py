@@ -84,7 +84,6 @@ class Planner:
             max_rows=default_max_rows(shape, device),
             max_sequences=default_max_sequences(shape, device),
         ).with_batch(**self.batch)
-        attention = attention_speed(self.hardware, quantized.kv_bits)
         return Search(
             shape=shape,
             limits=self.limits,
@@ -92,7 +91,7 @@ class Planner:
             context=self.context,
             unified=self.unified,
             job=self.job,
-            hardware=replace(self.hardware, host_attention=attention),
+            hardware=for_kv_bits(self.hardware, quantized.kv_bits, unified=self.unified),
             given=[name for name, value in self.batch.items() if value is not None],
         )
 
@@ -116,7 +115,13 @@ class Planner:
         return found, plans[found.chosen.weight_bits, found.chosen.kv_bits]
 
 
-def attention_speed(hardware: Hardware, kv_bits: int) -> float:
-    """Of the processor over pages of these bits, from what is stated for plain ones."""
-    part = 1.0 if kv_bits == PLAIN_BITS else PACKED_ATTENTION
-    return part * hardware.host_attention
+def for_kv_bits(hardware: Hardware, kv_bits: int, *, unified: bool) -> Hardware:
+    """`hardware` with pages of these bits, from what is known for plain ones."""
+    if kv_bits == PLAIN_BITS:
+        return hardware
+    device = PACKED_ATTENTION if unified else 1.0  # GPUs read them as fast as others
+    return replace(
+        hardware,
+        host_attention=PACKED_ATTENTION * hardware.host_attention,
+        device_attention=device * hardware.device_attention,
+    )

@@ -50,7 +50,7 @@ class SweepCost:
         """`memory` is what `policy` takes: it says how the pages are spread."""
         self.shape = shape
         self.policy = policy
-        self._hardware = hardware
+        self.hardware = hardware
         self._unified = unified
         self._from_disk_link = "disk->device" if unified else "disk->host"
         self.streamed, self.from_disk = streamed_bytes(shape, policy, unified=unified)
@@ -67,7 +67,7 @@ class SweepCost:
 
     def terms(self, load: SweepLoad) -> SweepTerms:
         """Of a sweep of `load`."""
-        hardware, kv = self._hardware, self._kv
+        hardware, kv = self.hardware, self._kv
         pages = int(load.read * kv[Tier.HOST])
         work = self._work(load, pages, 0.0)
         share = self._host_share(work)
@@ -85,7 +85,7 @@ class SweepCost:
 
     def _work(self, load: SweepLoad, pages: int, share: float) -> SweepWork:
         """Of link, device and processor if HOST attends to `share` of the `pages`."""
-        shape, hardware, kv = self.shape, self._hardware, self._kv
+        shape, hardware, kv = self.shape, self.hardware, self._kv
         batches = math.ceil(load.rows / self.policy.micro_batch_rows)
         here = load.read * shape.kv_token_bytes - share * pages
         part = here / (load.read * shape.kv_token_bytes) if load.read else 0.0
@@ -106,7 +106,7 @@ class SweepCost:
         self, load: SweepLoad, work: SweepWork, share: float
     ) -> dict[str, tuple[float, float]]:
         """Bytes of every link, and its speed."""
-        hardware, kv = self._hardware, self._kv
+        hardware, kv = self.hardware, self._kv
         read = self.from_disk + (load.read + load.stored) * kv[Tier.DISK]
         moved = {
             self._from_disk_link: (read, hardware.disk_read),
@@ -130,7 +130,7 @@ class SweepCost:
             return 0.0
         if self.policy.attention == "host":
             return 1.0
-        return best_host_share(work, self._hardware)
+        return best_host_share(work, self.hardware)
 
 
 def streamed_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> tuple[int, int]:

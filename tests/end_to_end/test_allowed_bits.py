@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from flexrun import LLM, machine_speeds
-from flexrun.arguments import engine_config
+from flexrun import LLM
 from flexrun.errors import CapacityError, UsageError
-from flexrun.machine_speeds import MachineSpeeds
-from flexrun.model import build_model, load_config
-from flexrun.model_plan import ModelPlanner
-from offload.backend_emulated import EmulatedBackend, EmulatedMachine
-from offload.checkpoint import Checkpoint
-from offload.links import Link
+from flexrun.planning_speeds import PlanningSpeeds
 from offload.prepared_layout import FOLDER
-from offload.tiers import MemoryAccount, Tier
-from policy_search.memory import memory_of
 from policy_search.policy import Policy
 from policy_search.workload import JobLengths
 from tests.end_to_end.harness import engine_of, generate
 from tests.end_to_end.test_quantized import PROMPTS, Commands
 from tests.foreign_checkpoints import write_foreign
+from tests.speeds import SPEEDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,10 +34,10 @@ def commands(tiny_llama_dir, tmp_path, capsys) -> Commands:
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Compute that is no bound: what it really takes for matrices so small depends on the hour."""
-    monkeypatch.setattr(machine_speeds, "measured_flops", lambda *_: 1e12)
-    monkeypatch.setattr(machine_speeds, "measured_reading", lambda *_: 1e12)
-    monkeypatch.setattr(machine_speeds, "measured_expansion", lambda *_: 1e9)
+    """A machine whose compute is no bound, with the slow link of its emulated device."""
+    compute = dict.fromkeys(["flops", "matrix_read", "device_attention"], 1e12)
+    speeds = replace(SPEEDS, host_to_device=5e6, **compute)
+    monkeypatch.setattr(PlanningSpeeds, "_load", lambda _: speeds)
 
 
 def rates(stdout: str) -> dict[str, float | None]:
@@ -140,35 +133,3 @@ def test_a_checkpoint_that_comes_quantized_keeps_its_bits(tiny_llama_dir, tmp_pa
         assert found["predicted_tokens_per_second"].keys() == {"16/16", "16/4"}
         assert engine_of(llm).bits == {"weight_bits": 16, "kv_bits": 16}
         assert found["job"]["sequences"] == 99
-
-
-def test_speeds_are_measured_before_anything_is_loaded(tiny_llama_dir, tmp_path):
-    """Links of a stated speed are found to have it, and all memory is given back."""
-    limits = {Tier.DEVICE: 4 << 20, Tier.HOST: 16 << 20, Tier.DISK: 64 << 20}
-    speeds = {Link.HOST_TO_DEVICE: 4e6, Link.DISK_TO_HOST: 2e6}
-    backend = EmulatedBackend(MemoryAccount(limits), EmulatedMachine(speeds=speeds))
-    try:
-        model = build_model(load_config(tiny_llama_dir), torch.float32, backend.device)
-        checkpoint = Checkpoint(tiny_llama_dir, model.module, torch.float32, model.stored_dtypes)
-        planner = ModelPlanner(model, checkpoint, torch.float32, backend, tmp_path)
-        found = MachineSpeeds(planner)
-        plans = {"host=50,disk=50": "host=100", "device=100": "device=100"}
-        for bits in (16, 4):
-            for weights, kv_cache in plans.items():
-                given = {"weights": weights, "kv_cache": kv_cache, "max_sequences": 2}
-                rows = {"micro_batch_rows": 16, "max_rows": 16}
-                config = engine_config(
-                    {"model": "m", "weight_bits": bits, "kv_bits": bits, **given, **rows}
-                )
-                plan = planner.plan(config)
-                memory = memory_of(plan.shape, plan.policy, limits, 2048, unified=False)
-                hardware = found.of(plan, memory)
-                away = weights != "device=100"
-                assert (hardware.host_to_device < 6e6) == (hardware.disk_read < 3e6) == away
-                assert (hardware.host_attention < 1e15) == away
-                assert (hardware.expansion < 1e15) == (bits == 4)
-                assert 0 < hardware.flops < 1e15
-                assert 0 < hardware.matrix_read < 1e15
-        assert backend.account.used == dict.fromkeys(Tier, 0)
-    finally:
-        backend.close()

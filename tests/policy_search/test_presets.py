@@ -105,7 +105,8 @@ def test_nothing_in_ram_is_faster_than_ram():
 def test_each_machine_has_a_plan(name):
     """Of a model that is larger than every GPU's memory: bytes are on other tiers then."""
     limits = PRESETS[name].limits
-    shape, _, memory = planned(PRESETS[name], "llama-3-70b")
+    plan = planned(PRESETS[name], "llama-3-70b")
+    shape, memory = plan.shape, plan.memory
     assert all(memory[tier].weights <= limits[tier] for tier in Tier)
     away = memory[Tier.HOST].weights + memory[Tier.DISK].weights
     assert away >= shape.weight_bytes - limits[Tier.DEVICE]

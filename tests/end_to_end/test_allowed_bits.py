@@ -35,8 +35,9 @@ def commands(tiny_llama_dir, tmp_path, capsys) -> Commands:
 @pytest.fixture
 def fast(monkeypatch):
     """A machine whose compute is no bound, with the slow link of its emulated device."""
-    compute = dict.fromkeys(["flops", "matrix_read", "device_attention"], 1e12)
-    speeds = replace(SPEEDS, host_to_device=5e6, **compute)
+    speeds = replace(
+        SPEEDS, host_to_device=5e6, flops=1e12, matrix_read=1e12, device_attention=1e12
+    )
     monkeypatch.setattr(PlanningSpeeds, "_load", lambda _: speeds)
 
 

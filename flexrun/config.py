@@ -78,6 +78,11 @@ class EngineConfig:
         """What is quantized, as far as it is given."""
         return replace(self.policy or Policy(), **self.overrides).quantization
 
+    def with_policy(self, policy: Policy) -> EngineConfig:
+        """With all of `policy`, and nothing left to be chosen."""
+        settled: dict[str, Any] = dict.fromkeys(OVERRIDES)
+        return replace(self, policy=policy, allow_quantization=False, **settled)
+
     @property
     def free_bits(self) -> tuple[str, ...]:
         """Fields that the planner may choose."""

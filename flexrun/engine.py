@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from flexrun.errors import RequestError
 from flexrun.report import RunCounters
 from flexrun.request import RequestOutput
+from flexrun.request_check import check_request
 from flexrun.runtime import Runtime
 from flexrun.sampler import sample
 from flexrun.sequence import Sequence, make_sequences
 from flexrun.speculation import right_guesses
 from flexrun.tokenizer import end_token_ids
 from flexrun.trace import write_trace
+from offload.errors import DeviceMemoryError
 from policy_search.bits import CHOSEN
+from policy_search.policy import with_half_the_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,17 +46,38 @@ class Engine:
         self._config = config
         self._tokenizer = tokenizer
         self._counters = RunCounters()
-        start = time.perf_counter()
-        with contextlib.ExitStack() as stack:
-            self._runtime = Runtime(config, stack, on_bits)
-            self._runtime.measure_links()
-            self._closing = stack.pop_all()
-        self._counters.load_seconds = time.perf_counter() - start
+        self._open(config, on_bits)
         self._end_ids = end_token_ids(self._runtime.directory, tokenizer)
         self._sequences: dict[int, Sequence] = {}
         self._done: dict[int, dict[int, CompletionOutput]] = {}
         self._next_number = 0
         self._closed = False
+
+    def _open(
+        self,
+        config: EngineConfig,
+        on_bits: Callable[[dict[str, Any]], None] = lambda bits: None,
+    ) -> None:
+        start = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            self._runtime = Runtime(config, stack, on_bits)
+            self._runtime.measure_links()
+            self._closing = stack.pop_all()
+        self._counters.load_seconds += time.perf_counter() - start
+
+    def _reopen(self, shortage: str) -> None:
+        """Go on with micro-batches of half the rows: the device had no memory for a sweep.
+
+        The sweep was broken off somewhere, so everything is built anew; what running sequences had
+        stored is computed again. Raises `CapacityError` if micro-batches cannot be smaller.
+        """
+        policy = with_half_the_rows(self._runtime.policy, shortage)
+        logger.warning("%s: going on with %d rows", shortage, policy.micro_batch_rows)
+        self._closing.close()
+        self._open(self._config.with_policy(policy))
+        for number, sequence in self._sequences.items():
+            most = self._most_tokens(sequence.request)
+            self._runtime.scheduler.add(number, len(sequence.tokens), most)
 
     @property
     def context_length(self) -> int:
@@ -81,30 +104,14 @@ class Engine:
 
     def check_request(self, request: Request) -> None:
         """Raise `RequestError` if `request` can never be served."""
-        prompt = request.prompt_token_ids
-        if not prompt:
-            raise RequestError("empty_prompt", "the prompt has no tokens")
-        bad = next((t for t in prompt if not 0 <= t < self.vocab_size), None)
-        if bad is not None:
-            raise RequestError(
-                "bad_token_id", f"token id {bad} is outside the vocabulary of {self.vocab_size}"
-            )
-        if len(prompt) >= self.context_length:
-            raise RequestError(
-                "prompt_too_long",
-                f"the prompt has {len(prompt)} tokens; with one to generate, the model's context "
-                f"of {self.context_length} is exceeded",
-            )
-        if request.sampling_params.stop and self._tokenizer is None:
-            raise RequestError("no_tokenizer", "stop texts need the model's tokenizer")
-        tokens = self._most_tokens(request)
-        if not self._runtime.scheduler.pools.fits_ever(tokens):
-            raise RequestError(
-                "kv_cache_too_small",
-                f"{tokens} tokens of prompt and completion do not fit into the KV cache",
-                hint="lower max_tokens, or raise --device-memory, --host-memory or "
-                "--disk-space (whichever the KV cache is on)",
-            )
+        pools = self._runtime.scheduler.pools
+        check_request(
+            request,
+            vocab_size=self.vocab_size,
+            context_length=self.context_length,
+            has_tokenizer=self._tokenizer is not None,
+            fits=pools.fits_ever(self._most_tokens(request)),
+        )
 
     def _most_tokens(self, request: Request) -> int:
         wanted = len(request.prompt_token_ids) + request.sampling_params.max_tokens
@@ -145,7 +152,14 @@ class Engine:
             if span.drafts:
                 tokens[span.sequence] = tokens[span.sequence] + drafts[span.sequence]
         running = len(scheduler.running)
-        chosen = self._runtime.run(plan, tokens, self._choose)
+        shortage = ""
+        try:
+            chosen = self._runtime.run(plan, tokens, self._choose)
+        except DeviceMemoryError as error:
+            shortage = error.message  # the error itself holds on to what the sweep had allocated
+        if shortage:
+            self._reopen(shortage)
+            return []
         finished = self._commit(self._accept(plan, chosen, drafts))
         counters.sweep(plan.rows, running, time.perf_counter() - start)
         return finished
@@ -223,16 +237,7 @@ class Engine:
         if len(done) < request.sampling_params.n:
             return []
         del self._done[request.index]
-        outputs = [done[index] for index in sorted(done)]
-        return [
-            RequestOutput(
-                request.request_id,
-                request.prompt,
-                request.prompt_token_ids,
-                outputs,
-                index=request.index,
-            )
-        ]
+        return [RequestOutput.of(request, [done[index] for index in sorted(done)])]
 
     def _fail(self, request: Request) -> RequestOutput:
         for number in [n for n, s in self._sequences.items() if s.request is request]:
@@ -241,14 +246,7 @@ class Engine:
             del self._sequences[number]
         self._done.pop(request.index, None)
         message = "the model produced logits that are not numbers"
-        error = {"code": "nan_logits", "message": message}
-        return RequestOutput(
-            request.request_id,
-            request.prompt,
-            request.prompt_token_ids,
-            index=request.index,
-            error=error,
-        )
+        return RequestOutput.of(request, error={"code": "nan_logits", "message": message})
 
     def progress(self) -> RunCounters:
         """Cumulative counters."""

@@ -137,3 +137,14 @@ class RequestOutput:
     """The request's place in the job."""
     error: dict[str, str] | None = None
     """`{"code", "message"}` of a request that failed."""
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        outputs: list[CompletionOutput] | None = None,
+        error: dict[str, str] | None = None,
+    ) -> RequestOutput:
+        """Of a `request` that is over, with its completions or what went wrong."""
+        known = request.request_id, request.prompt, request.prompt_token_ids
+        return cls(*known, outputs or [], index=request.index, error=error)

@@ -25,7 +25,7 @@ from flexrun.planning_speeds import PlanningSpeeds
 from flexrun.runtime_text import placement_text, prediction_text
 from offload.activations import ActivationStore
 from offload.checkpoint import Checkpoint
-from offload.errors import CapacityError
+from offload.errors import DeviceMemoryError
 from offload.links import Link
 from offload.raw_speed import raw_speeds
 from offload.tiers import Tier
@@ -200,7 +200,7 @@ class Runtime:
             with torch.inference_mode():
                 chosen = self._executor.run(plan, tokens, choose)
         except torch.OutOfMemoryError as error:
-            raise CapacityError(
+            raise DeviceMemoryError(
                 f"the device ran out of memory in a sweep of {plan.rows} rows: {error}",
                 hint="lower --micro-batch, --max-rows or --device-memory",
             ) from error

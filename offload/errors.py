@@ -9,6 +9,10 @@ class CapacityError(FlexrunError):
     """A tier cannot hold what a policy puts there; the message names the missing bytes."""
 
 
+class DeviceMemoryError(CapacityError):
+    """The device ran out of memory in the middle of a sweep."""
+
+
 class CheckpointError(FlexrunError):
     """A checkpoint is missing, truncated, corrupt, or does not fit the model's architecture."""
 

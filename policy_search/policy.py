@@ -10,6 +10,7 @@ from typing import Any
 
 from compression.selection import KV_BITS, PLAIN_BITS, WEIGHT_BITS, Quantization
 from compression.spec import GROUPS
+from offload.errors import CapacityError
 from offload.tiers import Split
 from policy_search.errors import PolicyError
 
@@ -192,6 +193,16 @@ class Policy:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise PolicyError(f"cannot read the policy {path}: {error}") from None
+
+
+def with_half_the_rows(policy: Policy, shortage: str) -> Policy:
+    """For a device that had no memory for more. Raises `CapacityError` with the `shortage`."""
+    if policy.micro_batch_rows == 1:
+        raise CapacityError(
+            f"{shortage}: not even for one row", hint="lower --device-memory, so that less is kept"
+        )
+    rows = policy.micro_batch_rows // 2
+    return replace(policy, micro_batch_rows=rows, max_rows=max(rows, policy.max_rows // 2))
 
 
 def _checked(name: str, value: Any) -> Any:

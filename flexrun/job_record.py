@@ -83,7 +83,7 @@ def job_lengths(job: JobFile, tokenizer: Tokenizer | None) -> JobLengths | None:
     the file: reading all of them would take as long as the job's own tokenizing.
     """
     prompts: list[int] = []
-    sequences = tokens = 0
+    sequences = tokens = longest = 0
     step = max(1, job.num_requests // _TOKENIZED)
     for number, line in enumerate(job):
         params = line.sampling_params
@@ -91,6 +91,7 @@ def job_lengths(job: JobFile, tokenizer: Tokenizer | None) -> JobLengths | None:
             continue
         sequences += params.n
         tokens += params.n * params.max_tokens
+        longest = max(longest, params.max_tokens)
         if number % step == 0 or not prompts:
             try:
                 prompts.append(len(token_ids_of(line.prompt, tokenizer)))
@@ -98,4 +99,4 @@ def job_lengths(job: JobFile, tokenizer: Tokenizer | None) -> JobLengths | None:
                 continue  # the line's own failure, later
     if not prompts:
         return None
-    return JobLengths(sequences, sum(prompts) / len(prompts), tokens / sequences)
+    return JobLengths(sequences, sum(prompts) / len(prompts), tokens / sequences, longest)

@@ -29,8 +29,8 @@ class Preemption:
     """… and how often they moved to the swap tier then."""
 
     def forget(self, progress: Progress) -> None:
-        """Give all pages back."""
-        progress.computed, progress.swapped = 0, False
+        """Give all pages back. What was handed over, and is in none yet, is still computed."""
+        progress.computed, progress.swapped = progress.handed_over, False
         if progress.sequence in self.pools.tables:
             self.pools.release(progress.sequence)
 
@@ -65,7 +65,10 @@ class Preemption:
 
     def pages_for(self, progress: Progress, tokens: int) -> bool:
         """Pages for a sequence that joins, those that moved away back in their place."""
-        if not progress.swapped:
-            return self.pools.allocate(progress.sequence, tokens)
-        progress.swapped = not self.pools.swap_in(progress.sequence, tokens)
-        return not progress.swapped
+        if progress.swapped:
+            progress.swapped = not self.pools.swap_in(progress.sequence, tokens)
+            return not progress.swapped
+        if not self.pools.allocate(progress.sequence, tokens):
+            return False
+        progress.handed_over = 0
+        return True

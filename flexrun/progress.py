@@ -25,6 +25,8 @@ class Progress:
     group: int = -1
     computed: int = 0
     """Positions whose keys and values are in the KV cache."""
+    handed_over: int = 0
+    """It waits, and so many of these another machine has computed: they get pages when it joins."""
     swapped: bool = False
     """It waits, and these are on the swap tier."""
     last_sweep: int = -1

@@ -65,13 +65,20 @@ class BatchScheduler:
         self._sweeps = 0
 
     def add(
-        self, sequence: int, prompt_tokens: int, most_tokens: int, group: int | None = None
+        self,
+        sequence: int,
+        prompt_tokens: int,
+        most_tokens: int,
+        group: int | None = None,
+        computed: int = 0,
     ) -> None:
-        """Queue a sequence; `most_tokens` includes its prompt, which all of a `group` share."""
+        """Queue a sequence; `most_tokens` includes its prompt, which all of a `group` share.
+
+        Keys and values of its first `computed` positions come from elsewhere, when it joins.
+        """
         # Each computes its prompt's last row itself: that gives its first token.
-        shared = 0 if group is None else prompt_tokens - 1
-        number = sequence if group is None else group
-        progress = Progress(sequence, prompt_tokens, most_tokens, shared, number)
+        shared, key = (0, sequence) if group is None else (prompt_tokens - 1, group)
+        progress = Progress(sequence, prompt_tokens, most_tokens, shared, key, computed, computed)
         if not (self.running or self.waiting):
             self.turnover = Turnover()  # another job's sequences may be quite different
         self.waiting.add(progress)
@@ -222,11 +229,8 @@ class BatchScheduler:
         return self.pools.pages_for(progress.tokens) + 1
 
     def watermark(self) -> int:
-        """Pages that nobody new may take: prompts that are being computed will want the rest of
-        theirs, and everyone soon one more.
-        """
-        rest = (self.pages_wanted(progress) - 1 for progress in self.prompts.values())
-        return len(self.running) + sum(rest)
+        """Pages that nobody new may take: the rest of begun prompts', and soon one for everyone."""
+        return len(self.running) + sum(self.pages_wanted(p) - 1 for p in self.prompts.values())
 
     def _is_last(self, spans: list[RowSpan]) -> bool:
         """Whether every sequence there is reaches its most tokens with this sweep."""
@@ -293,5 +297,4 @@ class BatchScheduler:
 
     def _span(self, progress: Progress, budget: int) -> RowSpan:
         length = min(progress.pending, budget, self.cutter.most_rows)
-        whole = length == progress.pending
-        return RowSpan(progress.sequence, progress.computed, length, wants_logits=whole)
+        return RowSpan(progress.sequence, progress.computed, length, length == progress.pending)

@@ -27,7 +27,7 @@ class Turnover:
 
     def add(self, progress: Progress) -> None:
         """One more sequence. Of a group's prompt, the first one computes what is shared."""
-        self._prompts += progress.tokens - _shared(progress)
+        self._prompts += progress.pending - _shared(progress)
         self._most += progress.most_tokens - progress.tokens
 
     def end(self, progress: Progress) -> None:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 from compression.errors import FlexrunError
 from policy_search.flags import Parser
+from policy_search.named_models import named_config
 from policy_search.plan_command import add_plan_flags, run_plan
 from policy_search.simulate_command import add_simulate_flags, run_simulate
+from policy_search.workload import Lengths
 
 if TYPE_CHECKING:
     import argparse
@@ -61,12 +63,13 @@ def simulate(words: Sequence[str]) -> int:
 
     parser = Parser(
         prog="policy-search simulate",
-        description="Run a job of published lengths on a virtual clock: the scheduler and the KV "
-        "pages of the engine, with each sweep's time from the cost model. No model is loaded.",
+        description="Run a job of published lengths, prompts or a trace on a virtual clock: the "
+        "scheduler and the KV pages of the engine, on one machine or several, with each sweep's "
+        "time from the cost model. No model is loaded.",
         allow_abbrev=False,
     )
     add_simulate_flags(parser)
-    return run_simulate(parser.parse_args(words), SCHEDULERS)
+    return run_simulate(parser.parse_args(words), SCHEDULERS, _lengths_of_each)
 
 
 def calibrate(words: Sequence[str]) -> int:
@@ -94,6 +97,24 @@ def _lengths_of(path: Path, model: Path, max_tokens: int) -> JobLengths | None:
 
     with closing(JobFile(path, SamplingParams(max_tokens=max_tokens))) as job:
         return job_lengths(job, Tokenizer.load(model) if job.needs_tokenizer else None)
+
+
+def _lengths_of_each(path: Path, gen_len: int, model: str) -> list[Lengths]:
+    """Of every completion of the prompts in a file. Raises `FlexrunError`."""
+    from contextlib import closing
+
+    from flexrun.job_file import JobFile, token_ids_of
+    from flexrun.request import SamplingParams
+    from flexrun.tokenizer import Tokenizer
+
+    found = []
+    with closing(JobFile(path, SamplingParams(max_tokens=gen_len))) as job:
+        tokenizer = Tokenizer.load(named_config(model).directory) if job.needs_tokenizer else None
+        for line in job:
+            if (params := line.sampling_params) is not None:
+                length = Lengths(len(token_ids_of(line.prompt, tokenizer)), params.max_tokens)
+                found += [length] * params.n
+    return found
 
 
 if __name__ == "__main__":

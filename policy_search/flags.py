@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from compression.errors import FlexrunError
@@ -13,7 +14,11 @@ from offload.tiers import parse_size
 from policy_search.errors import PolicyError
 from policy_search.hardware import Hardware
 from policy_search.policy import CHOICES, QUANTIZATION, Policy
+from policy_search.presets import PRESETS
 from policy_search.workload import WORKLOADS, Workload
+
+AUTO = "auto"
+"""The machine that the command runs on."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,6 +128,23 @@ def add_speed_flags(group: argparse._ActionsContainer, *, placed: bool = False) 
         add("--matrix-read", **nbytes, help=text)
     text = "of products on the device (100; each core of a CPU: 0.05)"
     add("--tflops", type=float, metavar="TFLOP/S", help=text)
+
+
+def add_machine_flags(parser: argparse.ArgumentParser) -> None:
+    """The machine to plan for; see `planned_machine`."""
+    group = parser.add_argument_group("machine")
+    add, nbytes = group.add_argument, dict[str, Any]({"type": size, "metavar": "SIZE"})
+    text = (
+        "auto: this one, as `policy-search calibrate` has measured it; a FILE.json that it has "
+        f"written; or one of {', '.join(PRESETS)} (%(default)s)"
+    )
+    add("--hardware", default=AUTO, metavar="NAME", help=text)
+    add("--device-memory", **nbytes, help="such as 16GiB; default: what the GPU (or RAM) has free")
+    add("--host-memory", **nbytes, help="RAM beside a GPU; default: what is free")
+    add("--disk-space", **nbytes, help="default: what is free on the offload directory's disk")
+    add("--offload-dir", type=Path, metavar="DIR", help="directory for what lives on disk")
+    add("--unified", action="store_true", help="the CPU computes: all memory is RAM")
+    add_speed_flags(group, placed=True)
 
 
 def stated_hardware(arguments: argparse.Namespace, *, unified: bool = False) -> Hardware:

@@ -67,7 +67,7 @@ class Problem:
     unified: bool
     attention: str = "auto"
     fixed_weights: Mapping[Tier, float] | None = None
-    """Shares that are given; None: to be found."""
+    """Shares that are given; what is not there is to be found."""
     fixed_kv: Mapping[Tier, float] | None = None
 
 

@@ -9,21 +9,19 @@ from typing import TYPE_CHECKING, Any
 from policy_search.advice import advise
 from policy_search.errors import PolicyError
 from policy_search.flags import (
+    add_machine_flags,
     add_quantization_flags,
-    add_speed_flags,
     add_workload_flags,
     count,
     quantized_policy,
-    size,
     workload,
 )
 from policy_search.goal import Goal
 from policy_search.least_memory import with_least_memory
 from policy_search.named_models import NAMED_MODELS, named_config
 from policy_search.plan_text import advice_line, command_line, comparison, plan_text
-from policy_search.planned_machine import AUTO, planned_machine
+from policy_search.planned_machine import planned_machine
 from policy_search.planner import Planner
-from policy_search.presets import PRESETS
 from policy_search.rivals import rivals
 from policy_search.workload import JobLengths, Workload
 
@@ -46,7 +44,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="MODEL", help=text)
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="type of weights and compute (%(default)s)")
-    _add_machine_flags(parser)
+    add_machine_flags(parser)
     number: dict[str, Any] = {"type": count}
     batch = parser.add_argument_group("batch", "What is not given is searched for.")
     batch.add_argument(
@@ -62,22 +60,6 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--compare", action="store_true", help="beside simpler plans for the same batch")
     text = "throughput over latency and a roofline, as an image (needs matplotlib)"
     add("--plot", type=Path, metavar="FILE", help=text)
-
-
-def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("machine")
-    add, nbytes = group.add_argument, dict[str, Any]({"type": size, "metavar": "SIZE"})
-    text = (
-        "auto: this one, as `policy-search calibrate` has measured it; a FILE.json that it has "
-        f"written; or one of {', '.join(PRESETS)} (%(default)s)"
-    )
-    add("--hardware", default=AUTO, metavar="NAME", help=text)
-    add("--device-memory", **nbytes, help="such as 16GiB; default: what the GPU (or RAM) has free")
-    add("--host-memory", **nbytes, help="RAM beside a GPU; default: what is free")
-    add("--disk-space", **nbytes, help="default: what is free on the offload directory's disk")
-    add("--offload-dir", type=Path, metavar="DIR", help="directory for what lives on disk")
-    add("--unified", action="store_true", help="the CPU computes: all memory is RAM")
-    add_speed_flags(group, placed=True)
 
 
 def _add_job_flags(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload.tiers import Tier
 from policy_search.calibration_file import load_calibration, machine_key
-from policy_search.flags import checked_speeds, stated_hardware
+from policy_search.flags import AUTO, checked_speeds, stated_hardware
 from policy_search.machine import disk_budget, gpu_budget, host_budget
 from policy_search.machine_spec import MachineSpec
 from policy_search.presets import machine
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from policy_search.hardware import Hardware
     from policy_search.model_config import ModelConfig
 
-AUTO = "auto"
 _FIELDS = {
     "link": ("host_to_device", "device_to_host"),
     "disk_read": ("disk_read",),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from offload.errors import CapacityError
 from offload.tiers import Split, Tier
-from policy_search.automatic import automatic_policy, with_depth
+from policy_search.automatic import SMALLEST_DEPTH, automatic_policy, with_depth
 from policy_search.linear_program import solve
 from policy_search.memory import memory_of
 from policy_search.placement_problem import placement_problem
+from policy_search.policy import DEFAULT_DEPTH
 from policy_search.throughput import Prediction, predict
 
 if TYPE_CHECKING:
@@ -125,18 +126,28 @@ class Search:
         if not set(self.given) & {"weights", "kv_cache"}:
             everything = replace(batch, weights=Split(device=100), kv_cache=Split(device=100))
             self._add(everything)
-        splits = [Split(device=100), Split(disk=100) if self.unified else Split(host=100)]
+        splits = [Split(device=100), Split(disk=100)]
+        if not self.unified:
+            splits = [Split(device=100), Split(host=100), Split(host=50, disk=50)]
         if "kv_cache" in self.given:
             splits = [self.base.kv_cache]
         for kv_cache in splits:
+            self._add_solved(replace(batch, kv_cache=kv_cache))
+
+    def _add_solved(self, batch: Policy) -> None:
+        """The shares that a linear program finds, with fewer layers on their way if need be."""
+        depths = [batch.prefetch_depth] if batch.prefetch_depth else [DEFAULT_DEPTH, SMALLEST_DEPTH]
+        for depth in depths:
             for margin in _MARGINS:
-                policy = self._solved(replace(batch, kv_cache=kv_cache), margin)
-                if policy is None or self._add(policy) is None:
-                    break
+                policy = self._solved(replace(batch, prefetch_depth=depth), margin)
+                if policy is None:
+                    break  # more room will not be found with a larger margin
+                if self._add(policy) is None:
+                    return
 
     def _solved(self, batch: Policy, margin: float) -> Policy | None:
-        """`batch` with the shares that its linear program finds; pages are on DEVICE if there are
-        none elsewhere in `batch`. None where nothing fits.
+        """`batch` with the shares that its linear program finds. Its own pages say where there may
+        be any: on DEVICE; with those on HOST; or everywhere. None where nothing fits.
         """
         problem = placement_problem(
             self.shape,
@@ -148,9 +159,10 @@ class Search:
             context=self.context,
             margin=margin,
         )
-        on_device = batch.kv_cache.device == 100
-        if "kv_cache" in self.given or on_device:
+        if "kv_cache" in self.given or batch.kv_cache.device == 100:
             problem = replace(problem, fixed_kv=_fractions(batch.kv_cache))
+        elif not batch.kv_cache.disk:
+            problem = replace(problem, fixed_kv={Tier.DISK: 0.0})
         if "weights" in self.given:
             problem = replace(problem, fixed_weights=_fractions(self.base.weights))
         shares = solve(problem)

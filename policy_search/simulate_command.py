@@ -1,138 +1,160 @@
-"""`policy-search simulate`: a job of published lengths on a virtual clock."""
+"""`policy-search simulate`: requests on a virtual clock, on one machine or on several."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.pages import PagePools
 from offload.tiers import Tier, format_size
-from policy_search.cost_model import (
-    free_rows,
-    weight_seconds,
-)
+from policy_search.arrivals import poisson
+from policy_search.capacity import LOWEST
 from policy_search.errors import PolicyError
-from policy_search.flags import (
-    add_quantization_flags,
-    add_speed_flags,
-    add_workload_flags,
-    count,
-    quantized_policy,
-    size,
-    stated_hardware,
-    workload,
-)
-from policy_search.model_config import ModelConfig
-from policy_search.named_models import NAMED_MODELS
-from policy_search.operators import compute_seconds, expansion_seconds
-from policy_search.policy import CHOICES, Policy
-from policy_search.shape_from_config import shape_from_config
-from policy_search.simulator import simulate
-from policy_search.workload import Workload
+from policy_search.event_log import NO_LOG
+from policy_search.exported_file import check_file
+from policy_search.latency import Targets
+from policy_search.policy import Policy
+from policy_search.priced_machine import PricedMachine
+from policy_search.scenario import Scenario, Split
+from policy_search.simulate_flags import add_simulate_flags, check_simulate_flags
+from policy_search.simulated_job import SimulatedJob
+from policy_search.simulation import Simulation
+from policy_search.simulation_export import export, make_export_directories
+from policy_search.simulation_text import simulation_text
+from policy_search.simulation_trace import FLAG as TRACE_FLAG
+from policy_search.simulation_trace import TraceLog
+from policy_search.simulator import run
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping, Sequence
 
-    from compression.selection import Quantization
-    from policy_search.model_shape import ModelShape
-    from policy_search.simulator import Scheduler, Simulation
+    from policy_search.simulated_job import LengthsOfFile
+    from policy_search.simulated_machine import Scheduler
 
+__all__ = ["add_simulate_flags", "run_simulate"]
 
-_DEFAULT = "llama-2-13b"
-"""The model that is simulated unless another one is given."""
-
-
-def add_simulate_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `policy-search simulate`."""
-    add = parser.add_argument
-    add_workload_flags(parser, requests=Workload().requests)
-    schedulers, orders = CHOICES["scheduler"], CHOICES["order"]
-    add("--scheduler", default=schedulers[0], choices=schedulers, help="(%(default)s)")
-    add("--order", default=orders[0], choices=orders, help="of waiting requests (%(default)s)")
-    add(
-        "--max-sequences", type=count, default=64, metavar="N", help="running at once (%(default)s)"
-    )
-    text = "most rows of a sweep; default: those that compute while the weights arrive"
-    add("--max-rows", type=count, metavar="ROWS", help=text)
-    text = "room of the KV cache; default: for every running sequence's most tokens"
-    add("--kv-tokens", type=count, metavar="TOKENS", help=text)
-    add("--model", type=Path, metavar="DIR", help="with config.json; default: Llama-2-13B, float16")
-    text = "weights that travel in every sweep; default: all of them"
-    add("--streamed", type=size, metavar="SIZE", help=text)
-    add_speed_flags(parser)
-    add("--json", action="store_true", help="print one JSON object instead of text")
-    add_quantization_flags(parser)
+NETWORK = 25e9
+"""Bytes per second unless another speed is given: 200 Gbit/s, InfiniBand HDR."""
+MOST_PAGES = 4_000_000
+"""Each is an object in memory here, too."""
 
 
 def run_simulate(
-    arguments: argparse.Namespace, schedulers: Mapping[str, Callable[..., Scheduler]]
+    arguments: argparse.Namespace,
+    schedulers: Mapping[str, Callable[..., Scheduler]],
+    lengths_of_file: LengthsOfFile,
 ) -> int:
     """Simulate a job and print what happened. Raises `FlexrunError`."""
-    job = workload(arguments)
-    hardware = stated_hardware(arguments)
-    shape = _shape(arguments.model, quantized_policy(arguments).quantization)
-    streamed = shape.weight_bytes if arguments.streamed is None else arguments.streamed
-    arriving = weight_seconds(streamed, 0, hardware)
-    expanding = expansion_seconds(shape, hardware)
-    max_rows = arguments.max_rows or max(
-        arguments.max_sequences + 1, int(free_rows(shape, hardware, arriving))
-    )
-
-    def seconds(rows: int, positions: int) -> float:
-        return max(arriving, expanding + compute_seconds(shape, hardware, rows, positions))
-
-    lengths, most = job.lengths(), job.max_tokens
-    pools = _pools(arguments, [each.prompt + (most or each.output) for each in lengths])
-    scheduler = schedulers[arguments.scheduler](
-        pools,
-        max_rows=max_rows,
-        max_sequences=arguments.max_sequences,
-        micro_batch_rows=Policy().micro_batch_rows,
-        order=arguments.order,
-    )
-    result = simulate(scheduler, lengths, seconds, max_tokens=most)
-    report = asdict(result) | {"max_rows": max_rows, "sweep_weight_seconds": arriving}
-    kv_tokens = pools.capacity[Tier.DEVICE] * pools.page_tokens
-    report["kv_bytes"] = kv_tokens * shape.kv_token_bytes
-    print(json.dumps(report) if arguments.json else _text(arguments, report, result, streamed))
+    check_simulate_flags(arguments)
+    if arguments.csv is not None:
+        make_export_directories(arguments.csv)
+    if arguments.trace_out is not None:
+        check_file(arguments.trace_out, TRACE_FLAG)
+    job = SimulatedJob.asked_for(arguments, lengths_of_file)
+    machine = PricedMachine.asked_for(arguments, job)
+    pages = _pages(arguments, machine, job.most_tokens)
+    scenario = _scenario(arguments, machine, pages, job, schedulers[arguments.scheduler])
+    targets = Targets(**{n: v for n in ("ttft", "tpot") if (v := getattr(arguments, n))})
+    requests, found = job.requests, dict[str, Any]()
+    if arguments.max_rate:
+        rate = scenario.highest_rate(job.lengths, arguments.seed, targets)
+        count = len(scenario.cluster().machines)
+        found = {"max_rate": rate, "max_rate_per_machine": rate / count}
+        requests = poisson(job.lengths, max(rate, LOWEST), arguments.seed)
+    cluster = scenario.cluster()
+    log = NO_LOG if arguments.trace_out is None else TraceLog()
+    times = run(cluster, requests, log)
+    given = arguments.ttft or arguments.tpot
+    result = Simulation.of(cluster, requests, times, targets if given else None)
+    if arguments.csv is not None:
+        export(arguments.csv, cluster, requests, times)
+    if isinstance(log, TraceLog):
+        log.write(arguments.trace_out)
+        found |= {"trace_note": log.note} if log.note else {}
+    report = asdict(result) | found | {"max_rows": machine.max_rows}
+    report["sweep_weight_seconds"] = machine.weight_seconds
+    report["kv_bytes"] = pages * Policy().page_tokens * machine.kv_token_bytes
+    print(json.dumps(report) if arguments.json else _text(arguments, job, machine, report, result))
     return 0
 
 
-def _shape(model: Path | None, quantization: Quantization) -> ModelShape:
-    config = NAMED_MODELS[_DEFAULT] if model is None else ModelConfig.load(model.expanduser())
-    stored, computed = config.types("auto", unified=False)
-    return shape_from_config(config, stored, computed, quantization)
-
-
-def _pools(arguments: argparse.Namespace, most_tokens: Sequence[int]) -> PagePools:
-    """Pages on one tier: for `--kv-tokens`, or for the longest sequences that may run together."""
+def _pages(
+    arguments: argparse.Namespace, machine: PricedMachine, most_tokens: Sequence[int]
+) -> int:
+    """Of one machine: for `--kv-tokens`, or as its plan has, or for the longest sequences that may
+    run together.
+    """
     page_tokens = Policy().page_tokens
-    longest = sorted(most_tokens, reverse=True)[: arguments.max_sequences]
+    longest = sorted(most_tokens, reverse=True)[: machine.max_sequences]
     enough = sum(-(-tokens // page_tokens) + 1 for tokens in longest)
-    pages = enough if arguments.kv_tokens is None else arguments.kv_tokens // page_tokens
-    pools = PagePools({Tier.DEVICE: pages}, page_tokens)
-    if most_tokens and not pools.fits_ever(longest[0]):
+    given = machine.kv_tokens if arguments.kv_tokens is None else arguments.kv_tokens
+    pages = enough if given is None else given // page_tokens
+    if pages > MOST_PAGES:
+        raise PolicyError(
+            f"a KV cache of {pages * page_tokens} tokens is too large to simulate: at most "
+            f"{MOST_PAGES * page_tokens}",
+            hint="give --kv-tokens, or fewer --max-sequences",
+        )
+    if most_tokens and not PagePools({Tier.DEVICE: pages}, page_tokens).fits_ever(longest[0]):
         raise PolicyError(
             f"a request of up to {longest[0]} tokens does not fit into the KV cache of "
             f"{pages * page_tokens}",
             hint="raise --kv-tokens, lower --scale, or give --known-lengths",
         )
-    return pools
+    return pages
+
+
+def _scenario(
+    arguments: argparse.Namespace,
+    machine: PricedMachine,
+    pages: int,
+    job: SimulatedJob,
+    scheduler: Callable[..., Scheduler],
+) -> Scenario:
+    def make_scheduler() -> Scheduler:
+        return scheduler(
+            PagePools({Tier.DEVICE: pages}, Policy().page_tokens),
+            max_rows=machine.max_rows,
+            max_sequences=machine.max_sequences,
+            micro_batch_rows=machine.micro_batch_rows,
+            order=arguments.order,
+        )
+
+    split = None
+    if arguments.split is not None:
+        split = Split(
+            prompt_machines=arguments.split[0],
+            token_machines=arguments.split[1],
+            network=float(arguments.network or NETWORK),
+            token_bytes=machine.kv_token_bytes,
+        )
+    return Scenario(
+        make_scheduler=make_scheduler,
+        cost=machine.cost,
+        machines=arguments.machines or 1,
+        split=split,
+        routing=arguments.routing,
+        max_tokens=job.max_tokens,
+    )
 
 
 def _text(
-    arguments: argparse.Namespace, report: dict[str, Any], result: Simulation, streamed: int
+    arguments: argparse.Namespace,
+    job: SimulatedJob,
+    machine: PricedMachine,
+    report: dict[str, Any],
+    result: Simulation,
 ) -> str:
-    return (
-        f"{result.requests} requests ({arguments.workload}), {result.prompt_tokens} prompt tokens, "
-        f"{result.generated_tokens} generated\n"
-        f"{arguments.scheduler}: {result.sweeps} sweeps of up to {report['max_rows']} rows, each "
-        f"with {format_size(streamed)} of weights in {report['sweep_weight_seconds']:.3f} s or more"
-        f"\njob:       {result.makespan_seconds:.0f} s, {result.tokens_per_second:.1f} tokens/s\n"
-        f"slots:     {result.slot_utilization:.1%} of {arguments.max_sequences} in use\n"
-        f"KV pages:  {format_size(report['kv_bytes'])}, {result.kv_utilization:.1%} filled, "
-        f"{result.preemptions} preemptions"
-    )
+    lines = []
+    if "max_rate" in report:
+        lines.append(
+            f"highest rate: {report['max_rate']:.3f} requests/s, "
+            f"{report['max_rate_per_machine']:.3f} per machine. "
+            f"At {max(report['max_rate'], LOWEST):.3f} requests/s:"
+        )
+    rows = f"of up to {machine.max_rows} rows ({arguments.scheduler}), {machine.description}"
+    room = format_size(report["kv_bytes"])
+    lines.append(simulation_text(result, job=job.source, sweeps=rows, room=room))
+    return "\n".join(lines + ([report["trace_note"]] if "trace_note" in report else []))

@@ -24,7 +24,7 @@ class SweepLoad(NamedTuple):
     positions: float
     """Positions that all rows attend to, in sum, each row's counted."""
     stored: float
-    """Positions that prompts' rows attend to, each sequence's counted once in a sweep."""
+    """Positions of earlier sweeps that rows of prompts attend to, each sequence's counted once."""
 
 
 class SweepTerms(NamedTuple):

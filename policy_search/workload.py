@@ -25,25 +25,28 @@ class Lengths(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class JobLengths:
-    """A whole job in three numbers, for predictions."""
+    """A whole job in a few numbers, for predictions."""
 
     sequences: int
     prompt: float
     """Mean tokens of a prompt, and …"""
     output: float
     """… of what is generated."""
+    longest: float = 0.0
+    """Most tokens that a sequence generates; less than the mean: all generate as many."""
 
     @classmethod
     def of(cls, lengths: Sequence[Lengths]) -> JobLengths:
         """Of at least one request."""
         count = len(lengths)
         prompt, output = (sum(each) / count for each in zip(*lengths))
-        return cls(count, prompt, output)
+        return cls(count, prompt, output, max(each.output for each in lengths))
 
     def within(self, context_length: int) -> JobLengths:
         """The same for a model of this context, in which completions end."""
         prompt = min(self.prompt, context_length - 1)
-        return JobLengths(self.sequences, prompt, min(self.output, context_length - prompt))
+        room = context_length - prompt
+        return JobLengths(self.sequences, prompt, min(self.output, room), min(self.longest, room))
 
 
 @dataclass(frozen=True, slots=True)

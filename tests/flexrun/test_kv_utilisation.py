@@ -7,6 +7,7 @@ from offload.pages import PagePools
 from offload.tiers import Tier
 from policy_search.policy import Policy
 from policy_search.simulator import simulate
+from policy_search.sweep_load import SweepTerms
 from policy_search.workload import Workload
 
 
@@ -21,7 +22,7 @@ def utilisation(page_tokens: int) -> float:
         micro_batch_rows=policy.micro_batch_rows,
     )
     job = Workload(workload="conv", requests=300, known_lengths=True)
-    return simulate(scheduler, job.lengths(), lambda rows, positions: 1.0).kv_utilization
+    return simulate(scheduler, job.lengths(), lambda load: SweepTerms(1.0, {})).kv_utilization
 
 
 def test_pages_are_nearly_full():

@@ -682,6 +682,27 @@ def test_the_longest_go_first(order):
     assert started == ([2, 3, 1, 0, 4] if order == "longest" else [0, 1, 2, 3, 4])
 
 
+def test_a_prompt_that_was_computed_elsewhere_is_not_computed_again():
+    """The sequence waits for pages with its prompt's positions computed, then has single rows."""
+    scheduler = make_scheduler(pages={Tier.DEVICE: 6}, max_rows=64)
+    scheduler.add(0, 16, 20)
+    scheduler.add(1, 9, 12, computed=8)
+    first = scheduler.next_sweep()
+    assert first.spans == [RowSpan(0, 0, 16, True)], "no pages are left for the other one"
+    commit(scheduler, first, ending=(0,))
+    assert scheduler.next_sweep().spans == [RowSpan(1, 8, 1, True)]
+    assert scheduler.pools.tables[1].tokens == 9
+
+
+def test_what_was_handed_over_is_lost_with_its_pages():
+    """Whoever gives its pages away computes all its tokens again, wherever it began."""
+    scheduler = make_scheduler()
+    scheduler.add(0, 9, 12, computed=8)
+    commit(scheduler, scheduler.next_sweep())
+    scheduler.preempt(0)
+    assert scheduler.next_sweep().spans == [RowSpan(0, 0, 10, True)]
+
+
 def test_who_was_preempted_goes_before_longer_ones():
     scheduler = make_scheduler(pages={Tier.DEVICE: 4}, order="longest")
     scheduler.add(0, 3, 16)

@@ -12,12 +12,17 @@ from offload.pages import PagePools
 from offload.tiers import Tier
 from policy_search.__main__ import main
 from policy_search.simulator import simulate
+from policy_search.sweep_load import SweepLoad, SweepTerms
 from policy_search.workload import Lengths
 
 
 def run(capsys, *arguments: str) -> dict[str, Any]:
     assert main(["simulate", "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def one_second(load: SweepLoad) -> SweepTerms:
+    return SweepTerms(1.0, {})
 
 
 def scheduler_of(kind: str, pages: int = 1000, **settings):
@@ -29,7 +34,7 @@ def scheduler_of(kind: str, pages: int = 1000, **settings):
 def test_every_row_that_is_needed_is_computed_once(kind):
     """A request of p prompt tokens and n outputs takes p + n - 1 rows; the last token has none."""
     lengths = [Lengths(3 + n % 7, 1 + n % 5) for n in range(40)]
-    result = simulate(scheduler_of(kind), lengths, lambda rows, positions: 1.0, max_tokens=9)
+    result = simulate(scheduler_of(kind), lengths, one_second, max_tokens=9)
     assert result.rows == sum(p + n - 1 for p, n in lengths)
     assert result.generated_tokens == sum(n for _, n in lengths)
     assert result.makespan_seconds == result.sweeps
@@ -38,15 +43,29 @@ def test_every_row_that_is_needed_is_computed_once(kind):
 def test_a_small_job_by_hand():
     """Two places, three requests: the third takes the place of the first one to end."""
     lengths = [Lengths(4, 2), Lengths(4, 4), Lengths(4, 3)]
-    seen: list[tuple[int, int]] = []
+    seen: list[SweepLoad] = []
 
-    def seconds(rows: int, positions: int) -> float:
-        seen.append((rows, positions))
-        return 0.5
+    def cost(load: SweepLoad) -> SweepTerms:
+        seen.append(load)
+        return SweepTerms(0.5, {})
 
-    result = simulate(scheduler_of("continuous", max_sequences=2), lengths, seconds, max_tokens=8)
+    result = simulate(scheduler_of("continuous", max_sequences=2), lengths, cost, max_tokens=8)
     # Rows, and the keys that they attend to: prompts of four have 1 + 2 + 3 + 4.
-    assert seen == [(8, 20), (2, 10), (5, 16), (2, 12), (1, 6)]
+    assert [(load.rows, load.positions) for load in seen] == [
+        (8, 20),
+        (2, 10),
+        (5, 16),
+        (2, 12),
+        (1, 6),
+    ]
+    # Of these, the rows that generate, and all they attend to; no prompt was in pieces.
+    assert [(load.generating, load.read, load.stored) for load in seen] == [
+        (0, 0, 0),
+        (2, 10, 0),
+        (1, 6, 0),
+        (2, 12, 0),
+        (1, 6, 0),
+    ]
     assert (result.sweeps, result.makespan_seconds, result.tokens_per_second) == (5, 2.5, 3.6)
     assert result.slot_utilization == pytest.approx(9 / 10)
 
@@ -54,9 +73,7 @@ def test_a_small_job_by_hand():
 def test_a_small_cache_costs_rows_and_no_request():
     """With few pages sequences are computed again; all of them end."""
     lengths = [Lengths(5, 20)] * 8
-    result = simulate(
-        scheduler_of("continuous", pages=14), lengths, lambda rows, positions: 1.0, max_tokens=20
-    )
+    result = simulate(scheduler_of("continuous", pages=14), lengths, one_second, max_tokens=20)
     assert result.preemptions > 0
     assert result.rows > sum(p + n - 1 for p, n in lengths)
 
@@ -100,7 +117,7 @@ def test_a_scheduler_that_stops_early_is_found_out():
     scheduler = scheduler_of("continuous")
     scheduler.max_sequences = 0
     with pytest.raises(AssertionError, match="stopped before"):
-        simulate(scheduler, [Lengths(4, 2)], lambda rows, positions: 1.0)
+        simulate(scheduler, [Lengths(4, 2)], one_second)
 
 
 def test_no_requests_is_an_empty_job(capsys):
@@ -125,7 +142,7 @@ def test_one_request_takes_a_sweep_a_token(capsys):
         (["--kv-tokens", "64"], "does not fit into the KV cache of 64"),
         (["--workload", "poems"], "invalid choice"),
         (["--kv-bits", "8"], "--kv-bits: invalid choice"),
-        (["--model", "nowhere"], "there is no"),
+        (["--model", "nowhere"], "no model is known by this name"),
     ],
 )
 def test_what_makes_no_sense_is_refused(capsys, arguments, says):

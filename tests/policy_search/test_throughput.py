@@ -138,9 +138,20 @@ def test_only_rows_of_an_embedding_table_are_read() -> None:
     assert streamed_bytes(SHAPE, disk, unified=False) == (1000, 1000)
 
 
-def test_a_job_in_three_numbers() -> None:
-    """Means, cut where the model's context ends."""
+def test_the_last_sequences_leave_places_empty() -> None:
+    """By hand: twelve sequences in eight places are two blocks of ten tokens, not one and a half;
+    where the longest has 30, 0.6 of the difference comes on top, and blocks end at all times.
+    """
+    twelve = replace(JOB, sequences=12)
+    assert rate(job=twelve) == pytest.approx(120 / (20 + 200), rel=1e-3)
+    longer = replace(twelve, longest=30)
+    last = 0.5 * 10 * (10 / 30) ** 2 + 0.6 * 20
+    assert rate(job=longer) == pytest.approx(120 / (20 + 10 * (15 + last)), rel=1e-3)
+
+
+def test_a_job_in_a_few_numbers() -> None:
+    """Means and the longest, cut where the model's context ends."""
     job = JobLengths.of([Lengths(10, 2), Lengths(20, 5)])
-    assert job == JobLengths(2, 15.0, 3.5)
-    assert job.within(17) == JobLengths(2, 15.0, 2.0)
-    assert job.within(8) == JobLengths(2, 7, 1)
+    assert job == JobLengths(2, 15.0, 3.5, 5)
+    assert job.within(17) == JobLengths(2, 15.0, 2.0, 2.0)
+    assert job.within(8) == JobLengths(2, 7, 1, 1)

@@ -1,0 +1,158 @@
+"""Facts about `policy-search simulate`: what its flags do together."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from policy_search.__main__ import main
+from policy_search.simulate_flags import add_simulate_flags
+
+SMALL = ("--requests", "20", "--scale", "0.05", "--profile", "llama2-70b-h100")
+
+
+def run(capsys, *arguments: str) -> dict[str, Any]:
+    assert main(["simulate", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def trace(tmp_path) -> Path:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrived_at,num_prefill_tokens,num_decode_tokens\n10,2048,100\n20,512,1\n")
+    return path
+
+
+def test_a_trace_is_run(capsys, trace):
+    """From its first arrival to its last token, which is the second request's only one."""
+    result = run(capsys, "--trace", str(trace), "--profile", "llama2-70b-h100")
+    assert result["makespan_seconds"] == pytest.approx(10 + 0.0539)
+    assert result["latency"]["ttft"]["mean"] == pytest.approx((0.1368 + 0.0539) / 2)
+    assert result["latency"]["tpot"]["p99"] == pytest.approx(0.03105)
+    assert (result["prompt_tokens"], result["generated_tokens"]) == (2560, 101)
+
+
+def test_goodput_counts_who_was_served(capsys, trace):
+    given = ["--trace", str(trace), "--profile", "llama2-70b-h100", "--ttft", "0.1"]
+    result = run(capsys, *given)
+    assert result["attainment"] == 0.5
+    assert result["goodput"] == pytest.approx(1 / result["makespan_seconds"])
+    assert run(capsys, *given[:4])["goodput"] is None, "there are no targets"
+
+
+def test_prompts_are_counted(capsys, tmp_path, tiny_llama_dir):
+    """Token ids by themselves, and with a model as a job would read the file."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt_token_ids": [1, 2, 3], "max_tokens": 2, "n": 3}\n')
+    assert run(capsys, "--input", str(path))["generated_tokens"] == 6
+    found = run(capsys, "--input", str(path), "--model", str(tiny_llama_dir), "--gen-len", "7")
+    assert (found["requests"], found["prompt_tokens"], found["generated_tokens"]) == (3, 9, 6)
+
+
+def test_a_plan_is_simulated(capsys, tmp_path):
+    """As long as its closed form says, with all of its terms and its room for pages."""
+    path = tmp_path / "policy.json"
+    job = ["--prompt-len", "512", "--gen-len", "128", "--requests", "600"]
+    known = ["--model", "llama-3-70b", "--hardware", "4090", "--host-memory", "128GiB"]
+    assert main([*known, *job, "-o", str(path), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    found = run(capsys, *known, *job, "--policy", str(path))
+    predicted = planned["predicted"]
+    assert found["makespan_seconds"] == pytest.approx(predicted["job_seconds"], rel=0.15)
+    kv = sum(tier["kv"] for tier in planned["memory"].values())
+    assert 0 <= kv - found["kv_bytes"] < 32 * 320 * 1024
+    busy = found["machines"][0]["busy"]
+    assert busy["disk->host"] > 0.8
+    assert {"host->device", "compute", "host attention"} <= busy.keys()
+
+
+def test_a_split_reports_its_network(capsys):
+    given = [*SMALL, "--workload", "fixed", "--gen-len", "60"]
+    one, split = run(capsys, *given), run(capsys, *given, "--split", "2:1", "--network", "1GB/s")
+    assert one["network"] is None
+    assert split["network"]["nbytes"] == split["prompt_tokens"] * 320 * 1024
+    assert split["network"]["busy"] == pytest.approx(
+        split["network"]["nbytes"] / 1e9 / split["makespan_seconds"]
+    )
+    assert [machine["name"] for machine in split["machines"]] == [
+        "prompt machine 0",
+        "prompt machine 1",
+        "token machine 2",
+    ]
+    assert split["rows"] == one["rows"] == sum(each["rows"] for each in split["machines"])
+
+
+def test_arrivals_are_drawn_by_the_seed(capsys):
+    one, again, other = (run(capsys, *SMALL, "--rate", "5", "--seed", s) for s in "112")
+    assert one == again != other
+
+
+def test_the_highest_rate_is_one_that_is_kept(capsys):
+    given = [*SMALL, "--ttft", "0.2", "--tpot", "0.1", "--machines", "2"]
+    found = run(capsys, *given, "--max-rate")
+    assert found["max_rate"] > 0
+    assert found["max_rate_per_machine"] == found["max_rate"] / 2
+    kept = run(capsys, *given, "--rate", str(found["max_rate"]))
+    assert kept["attainment"] == found["attainment"] >= 0.9
+    none = run(capsys, *SMALL, "--ttft", "0.001", "--max-rate")
+    assert (none["max_rate"], none["attainment"]) == (0.0, 0.0)
+
+
+def test_texts_and_files(capsys, tmp_path):
+    """All that can be asked for at once."""
+    files = ["--csv", str(tmp_path / "csv"), "--trace-out", str(tmp_path / "trace.json")]
+    given = [*SMALL, "--split", "1:1", "--rate", "3", "--ttft", "1", "--tpot", "1", *files]
+    assert main(["simulate", *given]) == 0
+    text = capsys.readouterr().out
+    for part in ("20 requests (conv)", "TTFT:", "TPOT:", "goodput:", "network:", "machine 1:"):
+        assert part in text
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert (tmp_path / "csv" / "detailed" / "0.csv").read_text().count("\n") == 21
+    assert main(["simulate", *SMALL, "--max-rate", "--ttft", "1"]) == 0
+    assert "highest rate:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--trace", "x", "--input", "y"], "--trace and --input exclude each other"),
+        (["--trace", "x", "--rate", "1"], "--trace and --rate exclude"),
+        (["--trace", "x", "--scale", "2"], "--scale is for length tables"),
+        (["--trace", "x", "--gen-len", "2"], "--gen-len is for length tables"),
+        (["--input", "x", "--requests", "2"], "--requests is for length tables"),
+        (["--trace", "nowhere.csv"], "cannot read the trace"),
+        (["--input", "nowhere.jsonl"], "cannot read the input"),
+        (["--kv-tokens", "1000000000"], "too large to simulate"),
+        (["--rate", "0"], "not a number above 0"),
+        (["--ttft", "nan"], "not a number above 0"),
+        (["--machines", "0"], "whole number of at least 1"),
+        (["--machines", "2", "--split", "1:1"], "--machines and --split exclude"),
+        (["--split", "1"], "not two numbers"),
+        (["--split", "1:0"], "whole number of at least 1"),
+        (["--network", "1GB"], "give --split"),
+        (["--max-rate"], "give --ttft, --tpot or both"),
+        (["--max-rate", "--ttft", "1", "--rate", "2"], "--max-rate and --rate exclude"),
+        (["--profile", "opt-13b-a100", "--model", "x"], "--profile and --model exclude"),
+        (["--profile", "opt-13b-a100", "--kv-bits", "4"], "--profile and --kv-bits exclude"),
+        (["--profile", "abacus"], "invalid choice"),
+        (["--csv", __file__], "is not a directory"),
+        (["--csv", __file__ + "/deeper"], "cannot write"),
+        (["--trace-out", "/"], "is a directory"),
+        (["--trace-out", "/nowhere/trace.json"], "cannot write into"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(capsys, arguments, says):
+    """Before anything is simulated, with the flag's name."""
+    assert main(["simulate", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_no_flag_is_left_out_of_help():
+    """Percent signs in help texts are doubled: argparse would fail on the others."""
+    parser = argparse.ArgumentParser()
+    add_simulate_flags(parser)
+    assert "90% of the requests" in " ".join(parser.format_help().split())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from policy_search.policy import Policy
 
 ENOUGH = 0.95
-"""Of the throughput with all RAM, where the goal has no limits of its own."""
+"""Of the throughput with all RAM, where there is no deadline."""
 _STEPS = 7
 """Of bisection: to under 1 % of the RAM."""
 
@@ -22,8 +22,9 @@ _STEPS = 7
 def with_least_memory(planner: Planner, quantized: Policy) -> Plan:
     """The plan with the least RAM that meets the goal. Raises `CapacityError` and `PolicyError`."""
     best = planner.plan(quantized)
-    limited = planner.goal.deadline is not None or planner.goal.max_latency is not None
-    wanted = 0.0 if limited else ENOUGH * best.prediction.tokens_per_second
+    wanted = ENOUGH * best.prediction.tokens_per_second
+    if planner.goal.deadline is not None:
+        wanted = 0.0  # the goal says how fast is fast enough
     tier = Tier.DEVICE if planner.unified else Tier.HOST
     least, most = 0, planner.limits[tier]
     for _ in range(_STEPS):

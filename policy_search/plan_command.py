@@ -72,7 +72,7 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
     add("--max-latency", **seconds, help="that a request may take")
     add("--deadline", **seconds, help="for the whole job")
-    text = "the least RAM with which the job keeps to the limits, or 95 %% of its throughput"
+    text = "take the least RAM that meets the deadline, or gives 95 %% of the throughput"
     add("--minimize", choices=["memory"], help=text)
 
 

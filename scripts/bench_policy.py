@@ -1,0 +1,227 @@
+"""How well plans are predicted, and whether the one that is picked is the best.
+
+Settings are emulated devices with links of stated speeds, and this machine's CPU with its disk and
+without. In each, the machine is measured as jobs measure it, one job of the automatic policy runs,
+whose corrections are kept, and then every policy of a list is predicted (the engine's scheduler on
+a virtual clock) and run, for two workloads. At last the policy that the planner picks is run, twice
+in turn with the best of the list. The last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_links import drop_caches, header, markdown
+from make_random_model import Shape, write_model
+
+from flexrun.arguments import engine_config
+from flexrun.bench import run_bench
+from flexrun.engine import Engine
+from flexrun.errors import CapacityError
+from flexrun.schedulers import SCHEDULERS
+from offload.pages import PagePools
+from offload.tiers import Split
+from policy_search.policy import Policy
+from policy_search.simulator import simulate
+from policy_search.workload import JobLengths, Workload
+
+MOST_MEDIAN, MOST_ERROR, LEAST_RANK, LEAST_OF_BEST = 0.10, 0.20, 0.9, 0.95
+MODEL = Shape(layers=8, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, context=1024)
+SETTINGS = {
+    "emulated, slow link": {
+        "device": "emulated",
+        "emulate": "capacity=160MiB,host-to-device=500MB/s,device-to-host=500MB/s",
+    },
+    "emulated, fast link": {
+        "device": "emulated",
+        "emulate": "capacity=160MiB,host-to-device=2GB/s,device-to-host=2GB/s",
+    },
+    "emulated, slow disk": {
+        "device": "emulated",
+        "emulate": "capacity=160MiB,host-to-device=2GB/s,disk-read=500MB/s",
+        "host_memory": "160MiB",
+    },
+    "cpu, in memory": {"device": "cpu"},
+    "cpu, disk": {"device": "cpu", "device_memory": "200MiB"},
+}
+WORKLOADS = {
+    "conversations": Workload(workload="conv", scale=0.05, requests=48),
+    "fixed": Workload(workload="fixed", prompt_len=64, gen_len=16, requests=32),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One policy on one machine with one workload."""
+
+    policy: Policy
+    predicted: float
+    measured: float
+
+
+def policies(unified: bool, disk: bool) -> list[Policy]:
+    """By hand: what a person would try, in no order."""
+    weights = ["device=100", "device=50,disk=50", "disk=100"] if unified else [
+        "host=100", "device=25,host=75", "device=45,host=55",
+    ]  # fmt: skip
+    if disk:
+        weights = ["disk=100", "host=30,disk=70", "device=30,disk=70"]
+    pages = ["device=100"] if unified else ["device=100", "host=100"]
+    batches = [(8, 64, 128), (16, 128, 256), (32, 128, 512)]
+    if unified:
+        batches += [(4, 32, 64), (24, 256, 256), (48, 64, 256), (64, 256, 512)]
+    if not unified:
+        batches += [(24, 64, 256)]
+    return [
+        Policy(
+            weights=Split.parse(placed),
+            kv_cache=Split.parse(kv),
+            max_sequences=running,
+            micro_batch_rows=rows,
+            max_rows=most,
+            speculation="off",
+        )
+        for placed in weights
+        for kv in pages
+        for running, rows, most in batches
+    ]
+
+
+def open_engine(model: Path, settings: dict[str, Any], **given: Any) -> Engine:
+    """With what a setting says."""
+    config = engine_config({"model": str(model), **settings, **given})
+    return Engine(config, None)
+
+
+def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | None) -> Outcome:
+    """One job: its seconds as the planner foresees them, and as they were."""
+    drop_caches()
+    lengths = job.lengths()
+    given: dict[str, Any] = {"policy": policy, "job_lengths": JobLengths.of(lengths)}
+    if policy is None:
+        given["speculation"] = "off"
+    with closing(open_engine(model, settings, **given)) as engine:
+        runtime = engine._runtime
+        assert runtime.foresight is not None
+        found = runtime.policy
+        pools = runtime.pools
+        there = {t: n for t, n in pools.capacity.items() if t is not pools.swap}
+        scheduler = SCHEDULERS[found.scheduler](
+            PagePools(there, found.page_tokens),
+            max_rows=found.max_rows,
+            max_sequences=found.max_sequences,
+            micro_batch_rows=found.micro_batch_rows,
+            order=found.order,
+        )
+        scheduler.free_rows = runtime.scheduler.free_rows
+        cost = runtime.foresight.cost.terms
+        predicted = simulate(scheduler, lengths, cost, max_tokens=job.max_tokens)
+        measured = run_bench(engine, job)["seconds"]
+        return Outcome(found, predicted.makespan_seconds, measured)
+
+
+def rank_correlation(outcomes: list[Outcome]) -> float:
+    """Spearman's, of predicted and measured seconds."""
+    orders = []
+    for values in ([o.predicted for o in outcomes], [o.measured for o in outcomes]):
+        place = sorted(range(len(values)), key=lambda n: values[n])
+        orders.append({number: rank for rank, number in enumerate(place)})
+    count = len(outcomes)
+    squares = sum((orders[0][n] - orders[1][n]) ** 2 for n in range(count))
+    return 1 - 6 * squares / (count * (count**2 - 1))
+
+
+def measure(model: Path, name: str, job: Workload, most: int, calibrating: bool) -> dict[str, Any]:
+    """All policies of one setting and workload."""
+    settings = SETTINGS[name]
+    unified, disk = settings["device"] == "cpu", "disk" in name
+    if calibrating:
+        run(model, settings, replace(job, requests=2 * job.requests), None)
+    outcomes = []
+    for policy in policies(unified, disk)[:most]:
+        try:
+            outcomes.append(run(model, settings, job, policy))
+        except CapacityError as error:
+            print(f"{name}: {policy.weights} does not fit: {error.message}")
+    best = min(outcomes, key=lambda each: each.measured)
+    picked, again = [], [best.measured]
+    for _ in range(2):
+        picked.append(run(model, settings, job, None))
+        again.append(run(model, settings, job, best.policy).measured)
+    errors = [abs(each.predicted / each.measured - 1) for each in outcomes]
+    return {
+        "policies": len(outcomes),
+        "median_error": statistics.median(errors),
+        "worst_error": max(errors),
+        "rank_correlation": rank_correlation(outcomes),
+        "of_best": statistics.median(again) / min(each.measured for each in picked),
+        "picked": str(picked[0].policy.weights) + " " + str(picked[0].policy.kv_cache),
+        "best": str(best.policy.weights) + " " + str(best.policy.kv_cache),
+        "outcomes": [
+            {"policy": json.loads(o.policy.to_json()), "predicted": o.predicted,
+             "measured": o.measured} for o in [*outcomes, *picked]
+        ],
+    }  # fmt: skip
+
+
+def show(report: dict[str, Any]) -> str:
+    """The results for people."""
+    rows = [
+        [key, each["policies"], f"{each['median_error']:.0%}", f"{each['worst_error']:.0%}",
+         f"{each['rank_correlation']:.2f}", f"{each['of_best']:.2f}"]
+        for key, each in report["results"].items()
+    ]  # fmt: skip
+    names = ["setting, workload", "policies", "median error", "worst", "Spearman", "of the best"]
+    return markdown(names, rows)
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add = parser.add_argument
+    add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
+    add("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
+    add("--policies", type=int, default=24, help="most of each setting (%(default)s)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    given = read_arguments()
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as directory:
+        os.environ["FLEXRUN_CACHE"] = str(Path(directory, "cache"))
+        os.environ["FLEXRUN_OFFLOAD_DIR"] = str(Path(directory, "offload"))
+        report: dict[str, Any] = header("policy", Path(directory).absolute())
+        torch.manual_seed(0)
+        model = Path(directory, "model")
+        model.mkdir()
+        write_model(model, MODEL, "bfloat16", 0)
+        report["results"] = {}
+        for name in given.settings:
+            for number, workload in enumerate(given.workloads):
+                job = WORKLOADS[workload]
+                found = measure(model, name, job, given.policies, calibrating=not number)
+                report["results"][f"{name}; {workload}"] = found
+                print(show(report), flush=True)
+    results = report["results"].values()
+    report["met"] = {
+        "median": max(each["median_error"] for each in results) <= MOST_MEDIAN,
+        "worst": max(each["worst_error"] for each in results) <= MOST_ERROR,
+        "rank": min(each["rank_correlation"] for each in results) >= LEAST_RANK,
+        "picked": min(each["of_best"] for each in results) >= LEAST_OF_BEST,
+    }
+    print(f"\n{show(report)}\n\n{report['met']}")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

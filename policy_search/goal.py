@@ -10,10 +10,14 @@ from policy_search.errors import PolicyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from policy_search.policy import Policy
     from policy_search.search import Candidate
 
 ALIKE = 0.01
 """Plans whose rates differ by less are as fast: the one whose requests end sooner is better."""
+
+WORTH_OFFLOADING = 0.15
+"""Of the throughput: what is offloaded for less has overheads that no plan knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,10 +35,24 @@ class Goal:
                 raise PolicyError(f"{flag} must be above 0, not {value:g}", hint="it is in seconds")
 
     def best(self, candidates: Sequence[Candidate]) -> Candidate:
-        """Of at least one. Raises `PolicyError` if none meets the limits."""
+        """Of at least one. Raises `PolicyError` if none meets the limits.
+
+        What offloads nothing is taken unless another plan is faster by `WORTH_OFFLOADING`.
+        """
         meeting = [each for each in candidates if self.met_by(each)]
         if not meeting:
             raise self._missed(candidates)
+        most = max(each.prediction.tokens_per_second for each in meeting)
+        least = (1 - WORTH_OFFLOADING) * most
+        simple = [
+            each
+            for each in meeting
+            if _offloads_nothing(each.policy) and each.prediction.tokens_per_second >= least
+        ]
+        return self._quickest(simple or meeting)
+
+    def _quickest(self, meeting: Sequence[Candidate]) -> Candidate:
+        """Of those that are about as fast as the fastest."""
         most = max(each.prediction.tokens_per_second for each in meeting)
         alike = [
             each for each in meeting if each.prediction.tokens_per_second >= (1 - ALIKE) * most
@@ -67,3 +85,7 @@ class Goal:
             f"{self.deadline:g}: requests take {shortest:.3g} s or more, the job {fastest:.3g} s",
             hint="raise one of them",
         )
+
+
+def _offloads_nothing(policy: Policy) -> bool:
+    return policy.weights.device == policy.kv_cache.device == policy.activations.device == 100

@@ -15,7 +15,7 @@ from policy_search.operators import (
     head_seconds,
     product_seconds,
 )
-from policy_search.throughput import job_phases
+from policy_search.throughput import held_tokens, job_phases
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +47,7 @@ def placement_problem(
     phases = job_phases(policy, math.inf, job)
     placeable = shape.weight_bytes - shape.resident_bytes
     tables = sum(tensor.nbytes for tensor in shape.tensors if tensor.unit < 0)
-    held = job.prompt + job.output + policy.page_tokens
+    held = held_tokens(policy, job)
     rows = policy.max_rows * shape.hidden_size * shape.value_bytes
     fixed = _fixed(shape, policy, limits, context, unified=unified)
     return Problem(

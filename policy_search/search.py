@@ -101,10 +101,17 @@ class Search:
         if best is not None and "max_sequences" not in self.given:
             best = self._fastest()
             assert best is not None
-            most = min(MOST_SEQUENCES, self.job.sequences)
-            for factor in _REFINED:
-                count = min(most, max(1, round(factor * best.policy.max_sequences)))
+            for count in self._near(best.policy.max_sequences):
                 yield replace(best.policy, max_sequences=count)
+
+    def _near(self, count: int) -> list[int]:
+        """Other numbers of sequences: somewhat fewer or more, and those with which the job is over
+        after a whole number of blocks.
+        """
+        jobs = self.job.sequences
+        blocks = {max(1, jobs // count + more) for more in (-1, 0, 1, 2)}
+        wanted = {round(factor * count) for factor in _REFINED} | {-(-jobs // n) for n in blocks}
+        return sorted({min(MOST_SEQUENCES, jobs, max(1, each)) for each in wanted})
 
     def _add_automatic(self) -> CapacityError | None:
         kv_cache = self.base.kv_cache if "kv_cache" in self.given else None

@@ -126,8 +126,7 @@ def predict(
 
 def job_phases(policy: Policy, room: float, job: JobLengths) -> JobPhases:
     """The sweeps of `job`, whose mean sequence fits, with `room` for so many tokens of KV cache."""
-    # A sequence grows as it generates, and its last page is half empty.
-    held = job.prompt + (job.output + policy.page_tokens) / 2
+    held = held_tokens(policy, job)
     running = max(1.0, min(policy.max_sequences, job.sequences, room / held))
     prompts = running * job.prompt
     fills = max(1, math.ceil(prompts / policy.max_rows))
@@ -140,6 +139,13 @@ def job_phases(policy: Policy, room: float, job: JobLengths) -> JobPhases:
         running=running,
         tokens=tokens,
     )
+
+
+def held_tokens(policy: Policy, job: JobLengths) -> float:
+    """That a running sequence has pages for: it grows as it generates, and its last page is half
+    empty.
+    """
+    return job.prompt + (job.output + policy.page_tokens) / 2
 
 
 def _drain(job: JobLengths, running: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -33,13 +34,21 @@ def _short_measurements():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _known_speeds():
-    """No machine is measured for plans: they are made for one of these speeds."""
+def _known_speeds(tmp_path_factory: pytest.TempPathFactory):
+    """No machine is measured for plans: they are made for one of these speeds.
+
+    And no job teaches another one, or the user's own, what to expect.
+    """
+    from flexrun import foresight
     from flexrun.planning_speeds import PlanningSpeeds
+    from policy_search import corrections
     from tests.speeds import SPEEDS
 
+    own = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlanningSpeeds, "_load", lambda _: SPEEDS)
+        patch.setattr(foresight, "LEAST_SECONDS", math.inf)
+        patch.setattr(corrections, "cache_dir", lambda: Path(os.environ.get("FLEXRUN_CACHE", own)))
         yield
 
 

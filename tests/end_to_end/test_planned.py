@@ -1,0 +1,95 @@
+"""Jobs under a plan that was searched for: within budgets, the same tokens, bytes as predicted."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from flexrun import LLM
+from flexrun.errors import CapacityError, RequestError
+from offload.tiers import Tier
+from policy_search.workload import JobLengths
+from tests.end_to_end.harness import engine_of, generate
+from tests.end_to_end.test_quantized import PROMPTS
+from tests.speeds import SPEEDS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+LONGEST = max(map(len, PROMPTS)) + 4
+
+
+def settings(seed: int) -> dict[str, object]:
+    """A random machine."""
+    draw = random.Random(seed)
+    device = draw.choice(["emulated", "cpu"])
+    memory = {"device_memory": draw.randint(300, 1200) << 10, "disk_space": 8 << 20}
+    if device == "emulated":
+        memory["host_memory"] = draw.randint(300, 3000) << 10
+    batch = {"micro_batch_rows": 16, "max_rows": 32} if draw.random() < 0.7 else {}
+    return {"device": device, **memory, **batch, "job_lengths": JobLengths(9, 20.0, 4.0, 4)}
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama_dir):
+    """Without any plan."""
+    with LLM(tiny_llama_dir, device="cpu", weights="device=100", kv_cache="device=100") as llm:
+        return generate(llm, PROMPTS, 4).tokens
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_plan_gives_the_same_tokens_within_its_memory(tiny_llama_dir, tmp_path, expected, seed):
+    """On any machine that can hold it; no tier is ever fuller than it may be."""
+    given = settings(seed)
+    try:
+        llm = LLM(tiny_llama_dir, offload_dir=tmp_path, **given)
+    except CapacityError as error:
+        assert "--" in (error.hint or "")
+        return
+    with llm:
+        if engine_of(llm)._runtime.scheduler.pools.fits_ever(LONGEST):
+            assert generate(llm, PROMPTS, 4).tokens == expected
+        else:
+            with pytest.raises(RequestError, match="do not fit into the KV cache"):
+                generate(llm, PROMPTS, 4)
+        account = engine_of(llm)._runtime.backend.account
+        for tier in Tier:
+            assert account.peak[tier] <= (account.limits[tier] or 0)
+
+
+def test_bytes_are_those_that_were_predicted(tiny_llama_dir, tmp_path):
+    """What the cost model says that the link carries is what crossed it: weights to the byte, new
+    keys and values, too.
+    """
+    given = {"weights": "device=20,host=80", "kv_cache": "host=100", "attention": "device"}
+    batch = {"micro_batch_rows": 16, "max_rows": 32, "max_sequences": 4, "speculation": "off"}
+    with LLM(tiny_llama_dir, device="emulated", offload_dir=tmp_path, **given, **batch) as llm:
+        found = generate(llm, PROMPTS, 6)
+        engine = engine_of(llm)
+        foresight, runtime = engine._runtime.foresight, engine._runtime
+        assert foresight is not None
+        sweeps = len(found.plans)
+        streamed = foresight.cost.streamed
+        assert streamed == runtime.weights.store.streamed_bytes
+        counted = {str(k): v for k, v in found.summary["bytes_by_kind"].items()}
+        assert counted["host->device"]["weights"] == streamed * sweeps
+        down = foresight.busy["device->host"] * SPEEDS.device_to_host
+        assert down == pytest.approx(counted["device->host"]["kv"], rel=1e-9)
+        pages = foresight.busy["host->device"] * SPEEDS.host_to_device - streamed * sweeps
+        page = runtime.shape.kv_token_bytes * runtime.policy.page_tokens
+        moved = counted["host->device"]["kv"]
+        sequences = sum(len(plan.spans) for plan in found.plans)
+        assert moved - page * sequences <= pages <= moved + page * sequences
+
+
+def test_the_summary_holds_prediction_against_the_run(tiny_llama_dir, tmp_path):
+    """And the plan is described beforehand."""
+    with LLM(
+        tiny_llama_dir, device="emulated", offload_dir=tmp_path, weights="host=100", max_sequences=4
+    ) as llm:
+        assert "plan:    " in engine_of(llm).describe()
+        generate(llm, PROMPTS, 2)
+        found = llm.summary()["predicted"]
+        assert found["seconds"].keys() == {"predicted", "measured"}
+        assert {"compute", "host->device"} <= found["terms"].keys()

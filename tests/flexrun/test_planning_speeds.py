@@ -1,0 +1,102 @@
+"""Speeds for plans: measured once, kept, and corrected by what runs have shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flexrun.planning_speeds import PlanningSpeeds
+from offload.backend_cpu import CpuBackend
+from offload.tiers import MemoryAccount, Tier
+from policy_search.calibration_file import calibration_path, load_calibration, save_calibration
+from policy_search.errors import PolicyError
+from policy_search.model_shape import ModelShape
+from policy_search.sweep_load import SWEEP
+from tests import speeds
+
+SHAPE = ModelShape(
+    weight_bytes=1000,
+    largest_layer_bytes=500,
+    head_bytes=100,
+    hidden_size=4,
+    widest=8,
+    vocab_size=16,
+    kv_bytes_per_token=(1, 1),
+    value_bytes=2,
+)
+
+
+@pytest.fixture
+def planning(tmp_path, monkeypatch):
+    """The real ones, of a machine that takes no time to measure."""
+    monkeypatch.setenv("FLEXRUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(PlanningSpeeds, "_load", load)
+    measured = []
+
+    def measure(backend, dtype, directory, *, seconds):
+        measured.append(seconds)
+        return speeds.machine(dict.fromkeys(Tier, 1), unified=True)
+
+    monkeypatch.setattr("flexrun.machine_calibration.measure_machine", measure)
+    backend = CpuBackend(MemoryAccount(dict.fromkeys(Tier, 1 << 20)))
+    made = [PlanningSpeeds(torch.float32, backend, tmp_path) for _ in range(2)]
+    yield (*made, measured)
+    backend.close()
+
+
+load = PlanningSpeeds._load
+"""Before tests replace it."""
+
+
+def test_a_machine_is_measured_once(planning, caplog):
+    """The next job finds it, and is not told that anything is measured."""
+    first, second, measured = planning
+    assert not first.known()
+    assert first.hardware(SHAPE) == speeds.SPEEDS
+    assert "measuring this machine, once" in caplog.text
+    assert second.known()
+    assert second.hardware(SHAPE) == speeds.SPEEDS
+    assert len(measured) == 1
+
+
+def test_a_broken_file_is_measured_again(planning, caplog):
+    """And replaced."""
+    first, second, measured = planning
+    first.hardware(SHAPE)
+    calibration_path(first._key).write_text("{")
+    with pytest.raises(PolicyError):
+        load_calibration(first._key)
+    assert second.hardware(SHAPE) == speeds.SPEEDS
+    assert "it is measured again" in caplog.text
+    assert len(measured) == 2
+    assert load_calibration(first._key) is not None
+
+
+def test_what_a_run_shows_is_in_the_next_plan(planning):
+    """Of this model, for what was off by more than 15 %; the next run's factor comes on top."""
+    first, second, _ = planning
+    before = first.hardware(SHAPE)
+    first.learn(
+        SHAPE, {"compute": 10.0, "disk->device": 10.0}, {"compute": 20.0, "disk->device": 11}
+    )
+    after = second.hardware(SHAPE)
+    assert after.flops == before.flops / 2
+    assert after.matrix_read == before.matrix_read / 2
+    assert after.disk_read == before.disk_read
+    assert second.hardware(replace(SHAPE, hidden_size=8)) == before
+    second.hardware(SHAPE)
+    second.learn(SHAPE, {"compute": 20.0, SWEEP: 1.0}, {"compute": 30.0, SWEEP: 1.25})
+    last = first.hardware(SHAPE)
+    assert last.flops == pytest.approx(before.flops / 3)
+    assert last.unhidden == 1.25
+
+
+def test_other_machines_have_their_own(planning, tmp_path):
+    """What was kept for one type of values is not found for another."""
+    first, _, _ = planning
+    save_calibration(first._key, speeds.machine(dict.fromkeys(Tier, 1)))
+    other = PlanningSpeeds(torch.bfloat16, first.backend, tmp_path)
+    assert first.known()
+    assert not other.known()

@@ -1,0 +1,217 @@
+"""Facts about the search for a plan: it fits, it is not worse than others, and it says why not."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from offload.errors import CapacityError
+from offload.tiers import Split, Tier
+from policy_search.advice import advise
+from policy_search.automatic import automatic_policy
+from policy_search.errors import PolicyError
+from policy_search.goal import Goal
+from policy_search.least_memory import with_least_memory
+from policy_search.named_models import NAMED_MODELS
+from policy_search.planner import Planner
+from policy_search.policy import Policy
+from policy_search.presets import PRESETS
+from policy_search.rivals import rivals
+from policy_search.search import Search
+from policy_search.shape_from_config import shape_from_config
+from policy_search.workload import JobLengths
+
+GIB = 2**30
+
+
+def search(model: str = "llama-3-70b", preset: str = "4090", **changed: Any) -> Search:
+    spec = PRESETS[preset]
+    config = NAMED_MODELS[model]
+    stored, computed = config.types("auto", unified=spec.unified)
+    known: dict[str, Any] = {
+        "shape": shape_from_config(config, stored, computed),
+        "limits": {**spec.limits, Tier.HOST: 128 * GIB},
+        "base": Policy(),
+        "context": 2048,
+        "unified": spec.unified,
+        "job": JobLengths(1024, 512, 128),
+        "hardware": spec.hardware,
+    }
+    return Search(**known | changed)
+
+
+def random_search(seed: int) -> Search:
+    """Any model on any machine with a part of its memory, for any job, in any bits."""
+    draw = random.Random(seed)
+    spec = PRESETS[draw.choice(sorted(PRESETS))]
+    config = NAMED_MODELS[draw.choice(sorted(NAMED_MODELS))]
+    bits = 16 if config.prequantized else draw.choice([16, 8, 4])
+    base = Policy(weight_bits=bits, kv_bits=draw.choice([16, 4]))
+    stored, computed = config.types("auto", unified=spec.unified)
+    context = draw.choice([1024, 2048, config.context_length])
+    job = JobLengths(draw.randint(1, 20000), draw.randint(1, 1500), draw.randint(1, 400))
+    return Search(
+        shape=shape_from_config(config, stored, computed, base.quantization),
+        limits={tier: int(limit * draw.uniform(0.05, 1)) for tier, limit in spec.limits.items()},
+        base=base,
+        context=context,
+        unified=spec.unified,
+        job=job.within(context),
+        hardware=spec.hardware,
+    )
+
+
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("part", [0, *SLOW])
+def test_no_plan_takes_more_than_there_is(part):
+    """Of a hundred draws; where nothing fits, the error names what is missing and a flag."""
+    planned = 0
+    for seed in range(part, 100, 4):
+        drawn = random_search(seed)
+        shortage = None
+        try:
+            candidates = drawn.run()
+        except CapacityError as error:
+            shortage = error
+        if shortage is not None:
+            assert "missing" in shortage.message or "no room" in shortage.message
+            assert "--" in (shortage.hint or "")
+            continue
+        planned += 1
+        for each in candidates:
+            assert all(used.free >= 0 for used in each.memory.values())
+            assert sum(used.weights for used in each.memory.values()) == drawn.shape.weight_bytes
+            assert any(used.kv for used in each.memory.values())
+            assert each.prediction.tokens_per_second > 0
+    assert planned > 10
+
+
+def test_no_other_plan_is_faster():
+    """Not the one that needs no speeds, nor those of a thousand draws that fit."""
+    here = search()
+    best = Goal().best(here.run()).prediction.tokens_per_second
+    known = here.shape, here.limits, here.base, here.context
+    automatic = here.price(automatic_policy(*known, unified=False))
+    assert not isinstance(automatic, CapacityError)
+    assert best >= automatic.prediction.tokens_per_second
+    draw, fitting = random.Random(0), 0
+    for _ in range(1000):
+        policy = random_policy(draw)
+        priced = here.price(policy)
+        if not isinstance(priced, CapacityError):
+            fitting += 1
+            assert priced.prediction.tokens_per_second <= 1.02 * best, policy
+    assert fitting > 50
+
+
+def random_policy(draw: random.Random) -> Policy:
+    def split(most: int) -> Split:
+        device = draw.randint(0, most)
+        host = draw.randint(0, 100 - device)
+        return Split(device=device, host=host, disk=100 - device - host)
+
+    rows = draw.choice([128, 256, 512, 1024])
+    return Policy(
+        weights=split(12),
+        kv_cache=draw.choice([split(20), Split(host=100), Split(device=100)]),
+        max_sequences=draw.randint(8, 600),
+        micro_batch_rows=rows,
+        max_rows=max(2048, rows),
+    )
+
+
+def test_what_is_given_stays():
+    """A split, a batch, both, or all of it."""
+    weights = Split(device=5, host=65, disk=30)
+    base = Policy(weights=weights, max_sequences=7, micro_batch_rows=64)
+    for given in (["weights"], ["max_sequences", "micro_batch_rows"], ["weights", "max_sequences"]):
+        for each in search(base=base, given=given).run():
+            assert all(getattr(each.policy, name) == getattr(base, name) for name in given)
+    kept = replace(base, kv_cache=Split(host=100))
+    found = search(base=kept, given=["weights", "kv_cache"]).run()
+    assert {each.policy.kv_cache for each in found} == {Split(host=100)}
+
+
+def test_a_model_that_fits_is_not_offloaded():
+    """8 GB of weights beside 80: nothing is anywhere else."""
+    job = JobLengths(256, 512, 128)
+    best = Goal().best(search("llama-3-8b", "h100", job=job).run())
+    assert best.policy.weights == best.policy.kv_cache == Split(device=100)
+
+
+def test_goals_are_met_or_refused():
+    """A shorter latency costs throughput; what cannot be met is said with the nearest there is."""
+    candidates = search().run()
+    free = Goal().best(candidates).prediction
+    least = min(each.prediction.request_seconds for each in candidates)
+    assert least < free.request_seconds
+    quick = Goal(max_latency=1.1 * least).best(candidates).prediction
+    assert quick.request_seconds <= 1.1 * least
+    assert quick.tokens_per_second < free.tokens_per_second
+    with pytest.raises(PolicyError, match="no plan finishes a request within 1 s") as caught:
+        Goal(max_latency=1).best(candidates)
+    assert "raise --max-latency to" in str(caught.value)
+    with pytest.raises(PolicyError, match="no plan finishes the job within 1 s"):
+        Goal(deadline=1).best(candidates)
+    with pytest.raises(PolicyError, match="no plan meets both"):
+        Goal(max_latency=least, deadline=free.job_seconds).best(candidates)
+    with pytest.raises(PolicyError, match="--deadline must be above 0"):
+        Goal(deadline=0)
+
+
+def test_advice_is_what_helps():
+    """A job bound by its disk: more RAM and a faster disk, and not what it does not wait for."""
+    here = search(limits={Tier.DEVICE: 20 * GIB, Tier.HOST: 64 * GIB, Tier.DISK: 2000 * GIB})
+    best = Goal().best(here.run())
+    assert best.prediction.bound == "disk->host"
+    found = {each.change: each.factor for each in advise(here, Goal(), best)}
+    assert found["a disk twice as fast"] > 1.2
+    assert found["+32 GiB of RAM"] > 1.1
+    assert "a device twice as fast" not in found
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def planner(**changed: Any) -> Planner:
+    spec = PRESETS["4090"]
+    known: dict[str, Any] = {
+        "config": NAMED_MODELS["llama-3-8b"],
+        "dtype": "auto",
+        "limits": {**spec.limits, Tier.DEVICE: 10 * GIB},
+        "unified": False,
+        "context": 2048,
+        "batch": {},
+        "job": JobLengths(1024, 512, 128),
+        "hardware": spec.hardware,
+    }
+    return Planner(**known | changed)
+
+
+def test_the_least_memory_is_enough():
+    """95 % of the throughput, or the deadline, with less RAM; with a tenth less it is not."""
+    best = planner().plan(Policy())
+    found = with_least_memory(planner(), Policy())
+    ram = found.search.limits[Tier.HOST]
+    assert ram < best.search.limits[Tier.HOST]
+    assert found.prediction.tokens_per_second >= 0.95 * best.prediction.tokens_per_second
+    limits = {**found.search.limits, Tier.HOST: int(0.9 * ram)}
+    less = planner(limits=limits).plan(Policy()).prediction
+    assert less.tokens_per_second < 0.95 * best.prediction.tokens_per_second
+    relaxed = Goal(deadline=2 * best.prediction.job_seconds)
+    slower = with_least_memory(planner(goal=relaxed), Policy())
+    assert slower.prediction.job_seconds <= 2 * best.prediction.job_seconds
+    assert slower.search.limits[Tier.HOST] < ram
+
+
+def test_rivals_are_slower():
+    """By the same model none of the simpler plans is faster; what does not fit is said."""
+    plan = planner().plan(Policy())
+    others = rivals(plan)
+    assert others["nothing offloaded"] is None
+    assert others["FlexGen's way"] is not None
+    rates = [each.prediction.tokens_per_second for each in others.values() if each is not None]
+    assert max(rates) <= plan.prediction.tokens_per_second

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 LEAST_SECONDS = 5.0
 """Of sweeps that say something about a machine."""
+LEAST_BUSY = 0.5
+"""Part of them in which a resource works that says something about itself."""
 
 
 @dataclass(slots=True)
@@ -43,13 +45,16 @@ class Foresight:
     ) -> tuple[dict[str, float], dict[str, float]]:
         """What `PlanningSpeeds.learn` is told, predicted and measured; nothing of a short run.
 
-        Besides the resources, how much longer sweeps took than the one that was busiest.
+        Of resources that worked for most of it: one that often waits for others is slower than it
+        could be. Besides, how much longer sweeps took than the one that was busiest.
         """
         most = max(measured.values(), default=0.0)
         if seconds < LEAST_SECONDS or not most or not self.seconds:
             return {}, {}
+        busy = {name for name, each in measured.items() if each >= LEAST_BUSY * seconds}
+        predicted = {name: each for name, each in self.busy.items() if name in busy}
         beyond = self.seconds / max(self.busy.values()), seconds / most
-        return self.busy | {SWEEP: beyond[0]}, {**measured, SWEEP: beyond[1]}
+        return predicted | {SWEEP: beyond[0]}, {**measured, SWEEP: beyond[1]}
 
 
 def _pair(predicted: float, measured: float) -> dict[str, float]:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 UP, DOWN, FROM_DISK, TO_DISK = "host->device", "device->host", "disk->host", "host->disk"
 TOGETHER = "links together"
+SLOWER_TIER = 2e-4
+"""Of the seconds that its bytes take anyway."""
 
 
 class PhaseBytes(NamedTuple):
@@ -140,7 +142,9 @@ def solve(problem: Problem) -> Shares | None:
     program = pulp.LpProblem("placement", pulp.LpMinimize)
     shares = _variables(problem, program)
     times = [pulp.LpVariable(f"t{n}", lowBound=0) for n in range(len(problem.phases))]
-    program += pulp.lpSum(phase.sweeps * t for phase, t in zip(problem.phases, times))
+    on_disk = shares.weights[Tier.DISK] + shares.kv[Tier.DISK]
+    total = pulp.lpSum(phase.sweeps * t for phase, t in zip(problem.phases, times))
+    program += total + _last_resort(problem) * on_disk
     for phase, time in zip(problem.phases, times):
         for values in terms(problem, phase, shares).values():
             for value in values:
@@ -156,6 +160,13 @@ def solve(problem: Problem) -> Shares | None:
     if program.solve(_solver()) != pulp.LpStatusOptimal:
         return None
     return _values(problem, shares)
+
+
+def _last_resort(problem: Problem) -> float:
+    """Seconds that all bytes on DISK count more: of shares as fast, those with fewer there."""
+    nbytes = sum(phase.sweeps * (problem.streamed + phase.read) for phase in problem.phases)
+    speed = min(problem.hardware.host_to_device, problem.hardware.disk_read)
+    return SLOWER_TIER * nbytes / speed
 
 
 class _Variables(NamedTuple):

@@ -39,23 +39,23 @@ MODEL = Shape(layers=8, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096,
 SETTINGS = {
     "emulated, slow link": {
         "device": "emulated",
-        "emulate": "capacity=160MiB,host-to-device=500MB/s,device-to-host=500MB/s",
+        "emulate": "capacity=160MiB,host-to-device=1GB/s,device-to-host=1GB/s",
     },
     "emulated, fast link": {
         "device": "emulated",
-        "emulate": "capacity=160MiB,host-to-device=2GB/s,device-to-host=2GB/s",
+        "emulate": "capacity=160MiB,host-to-device=4GB/s,device-to-host=4GB/s",
     },
     "emulated, slow disk": {
         "device": "emulated",
-        "emulate": "capacity=160MiB,host-to-device=2GB/s,disk-read=500MB/s",
+        "emulate": "capacity=160MiB,host-to-device=4GB/s,disk-read=1GB/s",
         "host_memory": "160MiB",
     },
     "cpu, in memory": {"device": "cpu"},
     "cpu, disk": {"device": "cpu", "device_memory": "200MiB"},
 }
 WORKLOADS = {
-    "conversations": Workload(workload="conv", scale=0.05, requests=48),
-    "fixed": Workload(workload="fixed", prompt_len=64, gen_len=16, requests=32),
+    "conversations": Workload(workload="conv", scale=0.05, requests=40),
+    "fixed": Workload(workload="fixed", prompt_len=64, gen_len=16, requests=24),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 
 import pytest
@@ -42,12 +43,11 @@ def expected(tiny_llama_dir):
 def test_a_plan_gives_the_same_tokens_within_its_memory(tiny_llama_dir, tmp_path, expected, seed):
     """On any machine that can hold it; no tier is ever fuller than it may be."""
     given = settings(seed)
-    try:
-        llm = LLM(tiny_llama_dir, offload_dir=tmp_path, **given)
-    except CapacityError as error:
-        assert "--" in (error.hint or "")
-        return
-    with llm:
+    with contextlib.ExitStack() as stack:
+        try:
+            llm = stack.enter_context(LLM(tiny_llama_dir, offload_dir=tmp_path, **given))
+        except CapacityError as error:
+            pytest.skip(f"this machine is too small: {error.message}")
         if engine_of(llm)._runtime.scheduler.pools.fits_ever(LONGEST):
             assert generate(llm, PROMPTS, 4).tokens == expected
         else:

@@ -58,9 +58,9 @@ def _five_seconds(monkeypatch) -> None:
 
 
 def test_what_is_learned() -> None:
-    """Each resource's seconds, and how much longer sweeps take than the busiest of them."""
+    """Seconds of what worked most of the time, and how much longer sweeps take than that."""
     predicted, measured = foresight().lesson({"host->device": 24.0, "compute": 6.0}, 36.0)
-    assert predicted == {"host->device": 12.0, "compute": 6.0, SWEEP: pytest.approx(1.5)}
+    assert predicted == {"host->device": 12.0, SWEEP: pytest.approx(1.5)}
     assert measured == {"host->device": 24.0, "compute": 6.0, SWEEP: pytest.approx(1.5)}
 
 

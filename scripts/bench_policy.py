@@ -30,6 +30,7 @@ from flexrun.errors import CapacityError
 from flexrun.schedulers import SCHEDULERS
 from offload.pages import PagePools
 from offload.tiers import Split
+from policy_search.__main__ import main as policy_search
 from policy_search.policy import Policy
 from policy_search.simulator import simulate
 from policy_search.workload import JobLengths, Workload
@@ -51,7 +52,7 @@ SETTINGS = {
         "host_memory": "160MiB",
     },
     "cpu, in memory": {"device": "cpu"},
-    "cpu, disk": {"device": "cpu", "device_memory": "200MiB"},
+    "cpu, disk": {"device": "cpu", "device_memory": "128MiB"},
 }
 WORKLOADS = {
     "conversations": Workload(workload="conv", scale=0.05, requests=40),
@@ -140,11 +141,19 @@ def rank_correlation(outcomes: list[Outcome]) -> float:
     return 1 - 6 * squares / (count * (count**2 - 1))
 
 
+def calibrate(settings: dict[str, Any]) -> None:
+    """Measure the machine as `policy-search calibrate` does."""
+    words = ["calibrate", "--device", settings["device"], "--seconds", "20"]
+    words += ["--emulate", settings["emulate"]] if "emulate" in settings else []
+    assert policy_search(words) == 0
+
+
 def measure(model: Path, name: str, job: Workload, most: int, calibrating: bool) -> dict[str, Any]:
     """All policies of one setting and workload."""
     settings = SETTINGS[name]
     unified, disk = settings["device"] == "cpu", "disk" in name
     if calibrating:
+        calibrate(settings)
         run(model, settings, replace(job, requests=2 * job.requests), None)
     outcomes = []
     for policy in policies(unified, disk)[:most]:

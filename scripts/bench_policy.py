@@ -117,7 +117,7 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
         pools = runtime.pools
         there = {t: n for t, n in pools.capacity.items() if t is not pools.swap}
         scheduler = SCHEDULERS[found.scheduler](
-            PagePools(there, found.page_tokens),
+            PagePools(there, found.page_tokens, tails=found.max_sequences),
             max_rows=found.max_rows,
             max_sequences=found.max_sequences,
             micro_batch_rows=found.micro_batch_rows,

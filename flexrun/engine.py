@@ -64,6 +64,7 @@ class Engine:
             self._runtime.measure_links()
             self._closing = stack.pop_all()
         self._counters.load_seconds += time.perf_counter() - start
+        self._sweeps_before = len(self._counters.sweep_seconds)
 
     def _reopen(self, shortage: str) -> None:
         """Go on with micro-batches of half the rows: the device had no memory for a sweep.
@@ -265,16 +266,13 @@ class Engine:
             "swaps": scheduler.preemption.swaps,
             "promotions": scheduler.promotions,
             **({} if runtime.bits is None else {"bits": runtime.bits.summary}),
-            **self._foreseen(),
+            **runtime.foreseen(self._seconds),
         }
 
-    def _foreseen(self) -> dict[str, Any]:
-        """Predicted and measured seconds, if the machine's speeds are known."""
-        foresight = self._runtime.foresight
-        if foresight is None or not foresight.seconds:
-            return {}
-        busy = self._runtime.busy_seconds()
-        return {"predicted": foresight.report(busy, sum(self._counters.sweep_seconds))}
+    @property
+    def _seconds(self) -> float:
+        """Of sweeps under the present plan."""
+        return sum(self._counters.sweep_seconds[self._sweeps_before :])
 
     def describe(self) -> str:
         """The plan, for people."""
@@ -292,6 +290,6 @@ class Engine:
         """Give all memory, threads and files back; remember what predictions got wrong."""
         if not self._closed:
             self._closed = True
-            self._runtime.learn(sum(self._counters.sweep_seconds))
+            self._runtime.learn(self._seconds)
         self._sequences.clear()
         self._closing.close()

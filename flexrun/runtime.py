@@ -231,9 +231,15 @@ class Runtime:
     def learn(self, seconds: float) -> None:
         """The run is over, after `seconds` of sweeps: what was predicted wrong is corrected."""
         if self.foresight is not None:
-            lesson = self.foresight.lesson(self.busy_seconds(), seconds)
+            lesson = self.foresight.lesson(self._busy_seconds(), seconds)
             self._speeds.learn(self.shape, *lesson)
 
-    def busy_seconds(self) -> dict[str, float]:
+    def foreseen(self, seconds: float) -> dict[str, Any]:
+        """Predicted and measured seconds; nothing where speeds are not known, or nothing ran."""
+        if self.foresight is None or not self.foresight.seconds:
+            return {}
+        return {"predicted": self.foresight.report(self._busy_seconds(), seconds)}
+
+    def _busy_seconds(self) -> dict[str, float]:
         """Of each resource, as the cost model calls them."""
         return {name: self.timeline.busy_seconds(name) for name in RESOURCES}

@@ -15,6 +15,7 @@ from policy_search.operators import (
     head_seconds,
     product_seconds,
 )
+from policy_search.sweep_cost import micro_batches
 from policy_search.throughput import held_tokens, job_phases
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def placement_problem(
 
 def _bytes(shape: ModelShape, phase: Phase, policy: Policy, hardware: Hardware) -> PhaseBytes:
     load, kv = phase.load, shape.kv_token_bytes
-    batches = math.ceil(load.rows / policy.micro_batch_rows)
+    batches = micro_batches(policy, load.rows)
     prompts = attention_seconds(shape, hardware, 0.0, 0.0, load.positions - load.read)
     products = product_seconds(shape, hardware, load.rows, batches)
     sent, back = (hosted_row_bytes(shape)[tier] for tier in (Tier.HOST, Tier.DEVICE))

@@ -155,6 +155,8 @@ def command_line(
     if policy.activations != Split(device=100):
         command += ["--activations", str(policy.activations)]
     command += ["--micro-batch", str(policy.micro_batch_rows)]
+    if policy.num_micro_batches is not None:
+        command += ["--num-micro-batches", str(policy.num_micro_batches)]
     if _says_max_rows(plan):
         command += ["--max-rows", str(policy.max_rows)]
     command += ["--max-sequences", str(policy.max_sequences)]

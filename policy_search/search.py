@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 MOST_SEQUENCES = 4096
 """As many as a scheduler handles in a few milliseconds a sweep."""
 _MICRO_BATCHES = (128, 256, 512, 1024, 2048)
+_NUMBERS = (2, 3, 4)
+"""Of micro-batches where HOST attends, so that it and the device work at once."""
 _MARGINS = (0.0, 0.02, 0.1)
 """Parts of every tier that the program leaves empty, tried in turn: whole tensors and pages take
 more than their share."""
@@ -93,11 +95,20 @@ class Search:
         return [*powers, most]
 
     def _refined(self) -> Iterator[Policy]:
-        """Around the best so far: other micro-batches, then counts between powers of two."""
+        """Around the best so far: other micro-batches and sweeps, then other counts."""
         best = self._fastest() if self.around is None else None
         if best is not None and "micro_batch_rows" not in self.given:
             for rows in _MICRO_BATCHES:
                 yield replace(best.policy, micro_batch_rows=rows)
+        if best is not None and "num_micro_batches" not in self.given:
+            best = self._fastest()
+            assert best is not None
+            for number in _NUMBERS if best.policy.kv_cache.host else ():
+                yield replace(best.policy, num_micro_batches=number)
+        if best is not None and "max_rows" not in self.given:
+            best = self._fastest()
+            assert best is not None
+            yield replace(best.policy, max_rows=max(1, best.policy.max_rows // 4))
         if best is not None and "max_sequences" not in self.given:
             best = self._fastest()
             assert best is not None

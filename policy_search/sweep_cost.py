@@ -20,7 +20,7 @@ from policy_search.operators import (
     head_seconds,
     product_seconds,
 )
-from policy_search.sweep_load import SweepTerms
+from policy_search.sweep_load import COMPUTE, HOST_ATTENTION, SweepTerms
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,12 +81,15 @@ class SweepCost:
             return SweepTerms(sum(busy.values()), busy)
         together = sum(nbytes for nbytes, _ in moved.values()) / hardware.links_together
         longest = max(sweep_seconds(work, hardware, share), together, *busy.values())
+        if share and micro_batches(self.policy, load.rows) < 2:
+            # Nobody computes while the only one's rows are attended to.
+            longest = max(longest, busy[COMPUTE] + busy[HOST_ATTENTION])
         return SweepTerms(longest * hardware.unhidden, busy)
 
     def _work(self, load: SweepLoad, pages: int, share: float) -> SweepWork:
         """Of link, device and processor if HOST attends to `share` of the `pages`."""
         shape, hardware, kv = self.shape, self.hardware, self._kv
-        batches = math.ceil(load.rows / self.policy.micro_batch_rows)
+        batches = micro_batches(self.policy, load.rows)
         here = load.read * shape.kv_token_bytes - share * pages
         part = here / (load.read * shape.kv_token_bytes) if load.read else 0.0
         attending = attention_seconds(
@@ -131,6 +134,12 @@ class SweepCost:
         if self.policy.attention == "host":
             return 1.0
         return best_host_share(work, self.hardware)
+
+
+def micro_batches(policy: Policy, rows: float) -> int:
+    """That a sweep of `rows` is cut into."""
+    fewest = math.ceil(rows / policy.micro_batch_rows)
+    return max(fewest, min(policy.num_micro_batches or 1, math.ceil(rows)))
 
 
 def streamed_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -127,6 +128,10 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
         cost = runtime.foresight.cost.terms
         predicted = simulate(scheduler, lengths, cost, max_tokens=job.max_tokens)
         measured = run_bench(engine, job)["seconds"]
+        shape = f"{found.weights} {found.kv_cache}, {found.max_sequences} sequences, "
+        shape += f"{found.micro_batch_rows} of {found.max_rows} rows"
+        ratio = predicted.makespan_seconds / measured
+        print(f"{shape}: {measured:.2f} s, predicted {ratio:.2f} of it", file=sys.stderr)
         return Outcome(found, predicted.makespan_seconds, measured)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexrun.half_batch import with_half_the_batch
 from flexrun.report import RunCounters
 from flexrun.request import RequestOutput
 from flexrun.request_check import check_request
@@ -18,9 +19,8 @@ from flexrun.sequence import Sequence, make_sequences
 from flexrun.speculation import right_guesses
 from flexrun.tokenizer import end_token_ids
 from flexrun.trace import write_trace
-from offload.errors import DeviceMemoryError
+from offload.errors import CapacityError, DeviceMemoryError
 from policy_search.bits import CHOSEN
-from policy_search.policy import with_half_the_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -72,12 +72,15 @@ class Engine:
         The sweep was broken off somewhere, so everything is built anew; what running sequences had
         stored is computed again. Raises `CapacityError` if micro-batches cannot be smaller.
         """
-        policy = with_half_the_rows(self._runtime.policy, shortage)
-        logger.warning("%s: going on with %d rows", shortage, policy.micro_batch_rows)
+        self._config = with_half_the_batch(self._config, self._runtime, shortage)
+        logger.warning("%s: going on with half the rows", shortage)
+        self._runtime.learn(self._seconds)
         self._closing.close()
-        self._open(self._config.with_policy(policy))
+        self._open(self._config)
         for number, sequence in self._sequences.items():
             most = self._most_tokens(sequence.request)
+            if not self._runtime.scheduler.pools.fits_ever(most):
+                raise CapacityError(f"{shortage}; what is left is too little for {most} tokens")
             self._runtime.scheduler.add(number, len(sequence.tokens), most)
 
     @property
@@ -288,8 +291,10 @@ class Engine:
 
     def close(self) -> None:
         """Give all memory, threads and files back; remember what predictions got wrong."""
-        if not self._closed:
-            self._closed = True
-            self._runtime.learn(self._seconds)
-        self._sequences.clear()
-        self._closing.close()
+        try:
+            if not self._closed:
+                self._closed = True
+                self._runtime.learn(self._seconds)
+        finally:
+            self._sequences.clear()
+            self._closing.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from flexrun.disk_weights import plan_disk
 from flexrun.loading import model_shape
 from flexrun.model_weights import find_weights
+from offload.errors import CapacityError, OffloadStoreError
 from offload.tiers import Split, Tier
 from policy_search.automatic import automatic_policy, with_depth
 from policy_search.goal import Goal
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from policy_search.hardware import Hardware
     from policy_search.model_shape import ModelShape
     from policy_search.throughput import Prediction
+
+logger = logging.getLogger(__name__)
 
 
 class ModelPlan(NamedTuple):
@@ -109,14 +113,28 @@ class ModelPlanner:
             ).with_batch(**batch)
         policy = replace(policy, **batch, overlap=policy.overlap and config.overlap)
         if config.policy is None and not {"weights", "kv_cache"} <= changed.keys():
-            kv_cache = changed.get("kv_cache")
-            known = shape, limits, policy, self.context
-            found = automatic_policy(*known, unified=self.unified, kv_cache=kv_cache)
-            if not self._suffices(shape, found, config):
-                found = self._searched(shape, replace(policy, **changed), config)
-            policy = found
+            policy = self._planned(shape, policy, config)
         policy = replace(policy, **changed)
         return with_depth(shape, policy, limits, self.context, unified=self.unified)
+
+    def _planned(self, shape: ModelShape, base: Policy, config: EngineConfig) -> Policy:
+        """By the machine's speeds, unless everything fits. Raises `CapacityError`."""
+        changed, shortage = config.overrides, None
+        known = shape, self.limits, base, self.context
+        try:
+            kv_cache = changed.get("kv_cache")
+            found = automatic_policy(*known, unified=self.unified, kv_cache=kv_cache)
+            if self._suffices(shape, found, config):
+                return found
+        except CapacityError as error:
+            shortage = error
+        try:
+            return self._searched(shape, replace(base, **changed), config)
+        except (CapacityError, OffloadStoreError) as error:
+            if shortage is not None:
+                raise shortage from None
+            logger.warning("%s: the plan knows no speeds", error.message)
+            return found
 
     def _suffices(self, shape: ModelShape, policy: Policy, config: EngineConfig) -> bool:
         """Whether all is on DEVICE that the job wants there: nothing can be better."""

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 SECONDS = 15.0
 """For measuring a machine where a job needs a plan; `policy-search calibrate` takes longer."""
+ENOUGH = 1 << 30
+"""Bytes of every tier that a machine is measured with for later jobs, too."""
 
 
 @dataclass(slots=True)
@@ -56,7 +58,9 @@ class PlanningSpeeds:
         return self._measured is not None
 
     def hardware(self, shape: ModelShape) -> Hardware:
-        """For a model of `shape`; measured now if it never was."""
+        """For a model of `shape`; measured now if it never was. Raises `CapacityError` and
+        `OffloadStoreError` where that is impossible.
+        """
         if not self.known():
             self._measured = self._measure()
         assert self._measured is not None
@@ -64,10 +68,13 @@ class PlanningSpeeds:
         return with_factors(self._measured, self._used)
 
     def _measure(self) -> Hardware:
+        """Raises `CapacityError` and `OffloadStoreError`."""
         from flexrun.machine_calibration import measure_machine  # Numba takes a while to import
 
         logger.warning("measuring this machine, once: %.0f seconds or less", SECONDS)
         machine = measure_machine(self.backend, self.dtype, self.directory, seconds=SECONDS)
+        if min(machine.limits.values()) < ENOUGH and not self.emulate:
+            return machine.hardware  # of small pieces, or of caches: true for this job only
         try:
             save_calibration(self._key, machine)
         except PolicyError as error:

@@ -230,7 +230,7 @@ class Runtime:
 
     def learn(self, seconds: float) -> None:
         """The run is over, after `seconds` of sweeps: what was predicted wrong is corrected."""
-        if self.foresight is not None:
+        if self.foresight is not None and self.policy.overlap:
             lesson = self.foresight.lesson(self._busy_seconds(), seconds)
             self._speeds.learn(self.shape, *lesson)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from offload.errors import CapacityError
 from offload.tiers import Tier, format_size
+from policy_search.errors import PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,7 @@ def advise(search: Search, goal: Goal, best: Candidate) -> list[Advice]:
     for change, other in _variants(replace(search, around=best.policy)):
         try:
             rate = goal.best(other.run()).prediction.tokens_per_second
-        except CapacityError:
+        except (CapacityError, PolicyError):
             continue  # what is planned around needs the machine that it was found for
         factor = rate / best.prediction.tokens_per_second
         if factor >= WORTH_TELLING:
@@ -70,11 +71,8 @@ def _variants(search: Search) -> Iterator[tuple[str, Search]]:
         values: dict[str, Any] = {name: _TIMES * value for name, value in speeds.items()}
         doubled = replace(hw, **values)
         if "device" in change:
-            doubled = replace(
-                doubled,
-                products=tuple((rows, _TIMES * rate) for rows, rate in hw.products),
-                layer_seconds=tuple((rows, each / _TIMES) for rows, each in hw.layer_seconds),
-            )
+            products = tuple((rows, _TIMES * rate) for rows, rate in hw.products)
+            doubled = replace(doubled, products=products)
         yield change, replace(search, hardware=doubled)
 
 

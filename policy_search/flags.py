@@ -163,6 +163,9 @@ def stated_hardware(arguments: argparse.Namespace, *, unified: bool = False) -> 
     } | checked_speeds(arguments)
     return Hardware(
         host_to_device=speeds["link"],
+        device_to_host=speeds["link"],
+        disk_write=speeds["disk_read"] / 2,
+        device_attention=speeds["matrix_read"],
         disk_read=speeds["disk_read"],
         host_attention=speeds["host_attention"],
         expansion=speeds["expansion"],
@@ -181,6 +184,9 @@ def checked_speeds(arguments: argparse.Namespace) -> dict[str, float]:
             continue
         if not least <= given < math.inf:
             flag = name.replace("_", "-")
-            raise PolicyError(f"--{flag} must be at least {least:g}, not {given}")
+            raise PolicyError(
+                f"--{flag} must be at least {least:g}, not {given}",
+                hint="leave it out for what is known of the machine",
+            )
         found[name] = float(given)
     return found

@@ -50,9 +50,6 @@ class Hardware:
     products: tuple[tuple[int, float], ...] = ()
     """Rows, rising, and the operations per second of a product of so many with a matrix that is
     larger than caches; empty: as `flops` and `matrix_read` say."""
-    layer_seconds: tuple[tuple[int, float], ...] = ()
-    """Rows of a micro-batch, rising, and the seconds that a decoder layer of the model to plan for
-    takes for them, attention apart; empty: as `products` say."""
     unhidden: float = 1.0
     """A sweep's time over that of its longest term, as earlier runs had it."""
 
@@ -77,7 +74,6 @@ def with_factors(hardware: Hardware, factors: Mapping[str, float]) -> Hardware:
             changed[field] = getattr(hardware, field) / factor
     if compute := factors.get("compute"):
         changed["products"] = tuple((n, rate / compute) for n, rate in hardware.products)
-        changed["layer_seconds"] = tuple((n, s * compute) for n, s in hardware.layer_seconds)
     if SWEEP in factors:
         changed["unhidden"] = hardware.unhidden * factors[SWEEP]
     return replace(hardware, **changed)

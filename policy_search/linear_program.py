@@ -59,6 +59,9 @@ class Problem:
     """Bytes that can be placed, …"""
     streamed: float
     """… and those of them that cross a link in every sweep if they are not on the device."""
+    on_disk: float
+    """What all of them take of DISK's room: nothing where they are in the model's files, or in a
+    store that is there anyway."""
     kv: float
     """Bytes of pages that all running sequences need."""
     hidden: float
@@ -68,6 +71,8 @@ class Problem:
     hardware: Hardware
     unified: bool
     attention: str = "auto"
+    page_seconds: float = 0.0
+    """Of the disk for a byte of pages, besides those of a stream."""
     fixed_weights: Mapping[Tier, float] | None = None
     """Shares that are given; what is not there is to be found."""
     fixed_kv: Mapping[Tier, float] | None = None
@@ -100,7 +105,7 @@ def terms(problem: Problem, phase: PhaseBytes, shares: Any) -> dict[str, list[An
     up = up + phase.results * shares.attended
     down = phase.new * (kv[Tier.HOST] + kv[Tier.DISK]) + parked + phase.sent * shares.attended
     read = problem.streamed * shares.weights[Tier.DISK]
-    read = read + (phase.read + phase.stored) * kv[Tier.DISK]
+    pages = (phase.read + phase.stored) * kv[Tier.DISK]
     written = phase.new * kv[Tier.DISK]
     device = phase.compute + phase.around
     if hw.device_attention < math.inf:
@@ -108,7 +113,7 @@ def terms(problem: Problem, phase: PhaseBytes, shares: Any) -> dict[str, list[An
     hosted = phase.read * shares.attended * (1 / hw.host_attention)
     beside = hw.contention / (1 - hw.contention)
     found = {
-        FROM_DISK: [read * (1 / hw.disk_read)],
+        FROM_DISK: [(read + pages) * (1 / hw.disk_read) + pages * problem.page_seconds],
         TO_DISK: [written * (1 / hw.disk_write)],
         # While both work, each slows the other down: the longer one, and a part of the shorter.
         COMPUTE: [device + hosted * beside, hosted + device * beside],
@@ -116,7 +121,7 @@ def terms(problem: Problem, phase: PhaseBytes, shares: Any) -> dict[str, list[An
     }
     if problem.unified:
         return found
-    links = up + down + read + written
+    links = up + down + read + pages + written
     return found | {
         UP: [up * (1 / hw.host_to_device)],
         DOWN: [down * (1 / hw.device_to_host)],
@@ -150,7 +155,8 @@ def solve(problem: Problem) -> Shares | None:
             for value in values:
                 program += time >= value
     for tier in Tier:
-        used = problem.weights * shares.weights[tier] + problem.kv * shares.kv[tier]
+        weights = problem.on_disk if tier is Tier.DISK else problem.weights
+        used = weights * shares.weights[tier] + problem.kv * shares.kv[tier]
         if tier is Tier.HOST:
             used += problem.hidden * shares.hidden_on_host
         if tier is Tier.DEVICE:

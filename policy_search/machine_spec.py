@@ -21,7 +21,7 @@ MEMORIES = {
     "disk_space": Tier.DISK,
 }
 """What the limits of each tier are called."""
-_OF_A_MODEL = ("layer_seconds", "unhidden")
+_OF_A_MODEL = ("unhidden",)
 """Fields of `Hardware` that are known for one model only."""
 _SPEEDS = tuple(field.name for field in fields(Hardware) if field.name not in _OF_A_MODEL)
 _SHARES = ("contention",)
@@ -40,6 +40,8 @@ class MachineSpec:
     """HOST is the memory of the device: a CPU computes."""
     source: str = ""
     """Where the figures are from, in words."""
+    key: str = ""
+    """Under which corrections of plans for this machine are kept; empty: there are none."""
 
     def to_json(self) -> str:
         """One JSON object; speeds without a limit are left out."""

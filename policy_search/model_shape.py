@@ -127,6 +127,13 @@ class ModelShape:
         """
         return 4 * self.query_values * self.num_layers
 
+    @property
+    def expert_flops_per_row(self) -> float:
+        """Of one row's products with the experts that it visits, in all layers."""
+        if not self.experts:
+            return 0.0
+        return 2 * self.expert_values * self.experts_per_row / self.experts
+
     def matrix_bytes(self, rows: float) -> float:
         """Of all layers' matrices, as they are computed with, that one product of `rows` reads.
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from policy_search.model_shape import touched_share
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -29,11 +31,16 @@ def product_seconds(shape: ModelShape, hardware: Hardware, rows: float, batches:
     if not rows:
         return 0.0
     each = rows / batches
-    if hardware.layer_seconds:
-        return batches * shape.num_layers * _between(hardware.layer_seconds, each)
     flops = rows * shape.flops_per_row
     if hardware.products:
-        return flops / _rate(hardware.products, each)
+        of_experts = rows * shape.expert_flops_per_row
+        seconds = (flops - of_experts) / _rate(hardware.products, each)
+        if of_experts:
+            # Each expert that is touched multiplies the rows that visit it.
+            visited = shape.experts * touched_share(shape.experts, shape.experts_per_row, each)
+            meets = each * shape.experts_per_row / visited
+            seconds += of_experts / _rate(hardware.products, meets)
+        return seconds
     reading = batches * shape.matrix_bytes(each) / hardware.matrix_read
     return max(flops / hardware.flops, reading)
 
@@ -77,16 +84,3 @@ def _rate(points: Sequence[tuple[int, float]], rows: float) -> float:
             low, high = less / slow, more / fast
             return rows / (low + (high - low) * (rows - less) / (more - less))
     return points[-1][1]
-
-
-def _between(points: Sequence[tuple[int, float]], rows: float) -> float:
-    """Seconds with `rows`: linear between points, and beyond the last two."""
-    less, low = points[0]
-    if rows <= less or len(points) == 1:
-        return low * max(1.0, rows / less)
-    for more, high in points[1:]:
-        if rows <= more:
-            break
-        if (more, high) != points[-1]:
-            less, low = more, high
-    return low + (high - low) * (rows - less) / (more - less)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from offload.tiers import STAGING_BUFFERS, Tier, staging_buffer_bytes
+from offload.tiers import BROKEN_OFF, STAGING_BUFFERS, Split, Tier, staging_buffer_bytes
 from policy_search.kv_memory import embedding_rows, hosted_row_bytes, kv_working, packed_working
 from policy_search.linear_program import PhaseBytes, Problem
-from policy_search.memory import workspace
+from policy_search.memory import IN_MOTION, workspace
 from policy_search.operators import (
     attention_seconds,
     expansion_seconds,
     head_seconds,
     product_seconds,
 )
-from policy_search.sweep_cost import micro_batches
+from policy_search.sweep_cost import disk_page_seconds, micro_batches
 from policy_search.throughput import held_tokens, job_phases
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def placement_problem(
     tables = sum(tensor.nbytes for tensor in shape.tensors if tensor.unit < 0)
     held = held_tokens(policy, job)
     rows = policy.max_rows * shape.hidden_size * shape.value_bytes
+    moving = (IN_MOTION + BROKEN_OFF) * rows * policy.micro_batch_rows / policy.max_rows
     fixed = _fixed(shape, policy, limits, context, unified=unified)
     return Problem(
         phases=tuple(
@@ -58,7 +60,9 @@ def placement_problem(
         weights=placeable,
         streamed=placeable - tables,
         kv=phases.running * held * shape.kv_token_bytes,
-        hidden=0 if unified else rows,
+        on_disk=0 if not shape.prepared_bytes or shape.always_prepared else placeable,
+        hidden=0 if unified else max(0.0, rows - moving),
+        page_seconds=disk_page_seconds(shape, policy),
         room={tier: limits[tier] * (1 - margin) - fixed[tier] for tier in Tier},
         hardware=hardware,
         unified=unified,
@@ -97,7 +101,8 @@ def _fixed(
     """Bytes of every tier that are needed whatever the shares."""
     ring = shape.working_bytes(policy.depth) + shape.expanded_bytes
     fixed: dict[Tier, float] = dict.fromkeys(Tier, 0.0)
-    fixed[Tier.DEVICE] = workspace(shape, policy) + ring + shape.resident_bytes
+    waiting = replace(policy, activations=Split(device=100))
+    fixed[Tier.DEVICE] = workspace(shape, waiting) + ring + shape.resident_bytes
     fixed[Tier.DEVICE] += packed_working(shape, policy, unified=unified)
     if not unified:
         buffer = staging_buffer_bytes(max(shape.largest_layer_bytes, shape.head_bytes))
@@ -108,5 +113,8 @@ def _fixed(
         pages = max(1, min(-(-context // policy.page_tokens), most))
         for tier, nbytes in kv_working(shape, policy, pages, unified).items():
             fixed[tier] += nbytes
-    fixed[Tier.DISK] += max(0, shape.prepared_bytes - shape.weight_bytes)
+    if shape.always_prepared:
+        fixed[Tier.DISK] += shape.prepared_bytes
+    else:
+        fixed[Tier.DISK] += max(0, shape.prepared_bytes - shape.weight_bytes)
     return fixed

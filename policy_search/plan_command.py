@@ -93,6 +93,7 @@ def run_plan(arguments: argparse.Namespace, lengths_of: Callable[..., JobLengths
         },
         job=_job(arguments, config, lengths_of),
         hardware=machine.hardware,
+        machine_key=machine.key,
         goal=Goal(max_latency=arguments.max_latency, deadline=arguments.deadline),
     )
     plan, bits = _plan(planner, quantized_policy(arguments), arguments)

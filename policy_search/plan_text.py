@@ -70,6 +70,8 @@ def _verdict(memory: Mapping[Tier, TierMemory]) -> str:
     parts += [f"KV cache on {tier}" for tier in (Tier.HOST, Tier.DISK) if memory[tier].kv]
     if not parts:
         return "the model fits: do not offload"
+    if not memory[Tier.HOST].weights and not memory[Tier.DISK].weights:
+        return f"the weights fit; of so many sequences there is {' and '.join(parts)}"
     return f"the model does not fit: {' and '.join(parts)} are read again in every sweep"
 
 
@@ -82,7 +84,7 @@ def _prediction_lines(found: Prediction, job: JobLengths) -> list[str]:
     prompts = found.running * job.prompt
     prefill = prompts / found.prefill_seconds if found.prefill_seconds else 0.0
     decode = job.sequences * job.output / found.decode_seconds if found.decode_seconds else 0.0
-    longest = found.busy[found.bound]
+    longest = found.busy[found.bound] or 1.0
     others = sorted(found.busy.items(), key=lambda each: -each[1])
     shares = [
         f"{name} {seconds / longest:.0%}"

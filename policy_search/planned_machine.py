@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from offload.tiers import Tier
 from policy_search.calibration_file import load_calibration, machine_key
+from policy_search.errors import PolicyError
 from policy_search.flags import AUTO, checked_speeds, stated_hardware
 from policy_search.machine import disk_budget, gpu_budget, host_budget
 from policy_search.machine_spec import MachineSpec
@@ -35,6 +36,11 @@ def planned_machine(arguments: argparse.Namespace, config: ModelConfig) -> Machi
         found = _this_machine(arguments, config)
     else:
         found = machine(arguments.hardware, {})
+        if arguments.unified and not found.unified:
+            raise PolicyError(
+                f"--unified says that the CPU computes, but {found.name} has a GPU",
+                hint="leave out --unified, or give --hardware cpu",
+            )
     limits, unified = dict(found.limits), found.unified or arguments.unified
     given = arguments.device_memory, arguments.host_memory, arguments.disk_space
     for tier, value in zip(Tier, given):
@@ -64,7 +70,8 @@ def _this_machine(arguments: argparse.Namespace, config: ModelConfig) -> Machine
     }
     kind = "cpu" if unified else "cuda"
     _, computed = config.types(arguments.dtype, unified=unified)
-    measured = load_calibration(machine_key(kind, computed, arguments.offload_dir))
+    key = machine_key(kind, computed, arguments.offload_dir)
+    measured = load_calibration(key)
     name = "this machine, with its CPU" if unified else "this machine, with its GPU"
     if measured is not None:
         return MachineSpec(
@@ -73,6 +80,7 @@ def _this_machine(arguments: argparse.Namespace, config: ModelConfig) -> Machine
             hardware=measured.hardware,
             unified=unified,
             source="measured",
+            key=key.digest,
         )
     return MachineSpec(
         name=name,
@@ -88,6 +96,9 @@ def _as_stated(hardware: Hardware, arguments: argparse.Namespace) -> Hardware:
     for name, value in checked_speeds(arguments).items():
         factor = 1e12 if name == "tflops" else 1
         changed |= dict.fromkeys(_FIELDS[name], float(value * factor))
+        if name == "link":  # which share RAM with each other
+            times = value / hardware.host_to_device
+            changed["links_together"] = max(1.0, times) * hardware.links_together
         if name in ("tflops", "matrix_read"):
-            changed |= {"products": (), "layer_seconds": ()}
+            changed["products"] = ()
     return replace(hardware, **changed)

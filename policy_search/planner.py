@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from compression.selection import PLAIN_BITS
 from offload.tiers import Tier
 from policy_search.bits import choose_bits, combinations
+from policy_search.corrections import Corrections, model_key
 from policy_search.goal import Goal
-from policy_search.hardware import PACKED_ATTENTION
+from policy_search.hardware import PACKED_ATTENTION, with_factors
 from policy_search.memory import default_max_rows, default_max_sequences
 from policy_search.search import Search
 from policy_search.shape_from_config import shape_from_config
@@ -67,6 +68,8 @@ class Planner:
     job: JobLengths
     """That fits the context."""
     hardware: Hardware
+    machine_key: str = ""
+    """Of a machine whose runs have corrected its speeds."""
     goal: Goal = field(default_factory=Goal)
 
     def plan(self, quantized: Policy) -> Plan:
@@ -84,6 +87,10 @@ class Planner:
             max_rows=default_max_rows(shape, device),
             max_sequences=default_max_sequences(shape, device),
         ).with_batch(**self.batch)
+        factors = {}
+        if self.machine_key:
+            factors = Corrections().load(self.machine_key, model_key(shape))
+        speeds = with_factors(self.hardware, factors)
         return Search(
             shape=shape,
             limits=self.limits,
@@ -91,7 +98,7 @@ class Planner:
             context=self.context,
             unified=self.unified,
             job=self.job,
-            hardware=for_kv_bits(self.hardware, quantized.kv_bits, unified=self.unified),
+            hardware=for_kv_bits(speeds, quantized.kv_bits, unified=self.unified),
             given=[name for name, value in self.batch.items() if value is not None],
         )
 

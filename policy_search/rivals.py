@@ -39,7 +39,8 @@ def rivals(plan: Plan) -> dict[str, Candidate | None]:
 
 def _best(search: Search, policy: Policy) -> Candidate | None:
     """With the number of sequences that is best for it."""
-    priced = (search.price(replace(policy, max_sequences=n)) for n in search.counts())
+    batches = (replace(policy, max_sequences=n) for n in search.counts())
+    priced = (search.price(search.with_rows(batch)) for batch in batches)
     fitting = [each for each in priced if not isinstance(each, CapacityError)]
     return max(fitting, key=lambda each: each.prediction.tokens_per_second, default=None)
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MOST_SEQUENCES = 4096
 """As many as a scheduler handles in a few milliseconds a sweep."""
 _MICRO_BATCHES = (128, 256, 512, 1024, 2048)
+ENOUGH_ROOM = 0.99
 _NUMBERS = (2, 3, 4)
 """Of micro-batches where HOST attends, so that it and the device work at once."""
 _MARGINS = (0.0, 0.02, 0.1)
@@ -139,11 +140,12 @@ class Search:
 
     def _add_placed(self, batch: Policy) -> None:
         """Plans for one batch: all on the device, pages there, and pages anywhere."""
-        if batch.max_sequences > batch.max_rows and "max_rows" not in self.given:
-            batch = replace(batch, max_rows=batch.max_sequences + batch.micro_batch_rows)
+        batch = self.with_rows(batch)
         if not set(self.given) & {"weights", "kv_cache"}:
-            everything = replace(batch, weights=Split(device=100), kv_cache=Split(device=100))
-            self._add(everything)
+            here = Split(device=100)
+            self._add(replace(batch, weights=here, kv_cache=here))
+            if not self.unified:
+                self._add(replace(batch, weights=here, kv_cache=Split(host=100)))
         splits = [Split(device=100), Split(disk=100)]
         if not self.unified:
             splits = [Split(device=100), Split(host=100), Split(host=50, disk=50)]
@@ -151,6 +153,12 @@ class Search:
             splits = [self.base.kv_cache]
         for kv_cache in splits:
             self._add_solved(replace(batch, kv_cache=kv_cache))
+
+    def with_rows(self, batch: Policy) -> Policy:
+        """With a row for each sequence, and some for prompts."""
+        if batch.max_sequences <= batch.max_rows or "max_rows" in self.given:
+            return batch
+        return replace(batch, max_rows=batch.max_sequences + batch.micro_batch_rows)
 
     def _add_solved(self, batch: Policy) -> None:
         """The shares that a linear program finds, with fewer layers on their way if need be."""
@@ -160,8 +168,18 @@ class Search:
                 policy = self._solved(replace(batch, prefetch_depth=depth), margin)
                 if policy is None:
                     break  # more room will not be found with a larger margin
-                if self._add(policy) is None:
+                self._add(policy)
+                if self._has_room(policy):
                     return
+
+    def _has_room(self, policy: Policy) -> bool:
+        """Whether it fits with pages for all sequences that it is for.
+
+        Where tensors and buffers take more than their share, pages have what is left.
+        """
+        found = self._found.get(policy)
+        wanted = min(policy.max_sequences, self.job.sequences)
+        return found is not None and found.prediction.running >= ENOUGH_ROOM * wanted
 
     def _solved(self, batch: Policy, margin: float) -> Policy | None:
         """`batch` with the shares that its linear program finds. Its own pages say where there may

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 UP, DOWN = "host->device", "device->host"
 TO_DISK = "host->disk"
+PAGE_SECONDS = 1e-4
+"""Of one layer's page on its way from disk, which is a read of its own, has a tail in RAM, and is
+gathered: what runs of `scripts/bench_policy.py` took beyond its bytes, with pages of 32 KiB."""
 
 
 class SweepCost:
@@ -60,6 +63,7 @@ class SweepCost:
         if unified:
             self._kv[Tier.HOST] = 0.0  # where they are computed with
         self._hosted = hosted_row_bytes(shape)
+        self._page_seconds = disk_page_seconds(shape, policy)
         self._expansion = expansion_seconds(shape, hardware)
         row_bytes = shape.hidden_size * shape.value_bytes
         self._parked = policy.activations.fraction(Tier.HOST) * row_bytes * shape.num_layers
@@ -77,6 +81,8 @@ class SweepCost:
         busy = busy_seconds(work, hardware, share) | {
             link: nbytes / speed for link, (nbytes, speed) in moved.items()
         }
+        on_disk = (load.read + load.stored) * kv[Tier.DISK]
+        busy[self._from_disk_link] += on_disk * self._page_seconds
         if not self.policy.overlap:
             return SweepTerms(sum(busy.values()), busy)
         together = sum(nbytes for nbytes, _ in moved.values()) / hardware.links_together
@@ -134,6 +140,11 @@ class SweepCost:
         if self.policy.attention == "host":
             return 1.0
         return best_host_share(work, self.hardware)
+
+
+def disk_page_seconds(shape: ModelShape, policy: Policy) -> float:
+    """For a byte of pages on DISK, besides what the disk takes for a byte of a stream."""
+    return PAGE_SECONDS / (max(shape.kv_bytes_per_token) * policy.page_tokens)
 
 
 def micro_batches(policy: Policy, rows: float) -> int:

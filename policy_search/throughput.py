@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 TAIL = 0.6
+NEARLY = 0.02
+"""Part of a block that is none: the KV cache has room for a little less than is thought."""
 
 
 class Phase(NamedTuple):
@@ -143,9 +145,10 @@ def job_phases(policy: Policy, room: float, job: JobLengths) -> JobPhases:
 
 def held_tokens(policy: Policy, job: JobLengths) -> float:
     """That a running sequence has pages for: it grows as it generates, and its last page is half
-    empty.
+    empty. Of many sequences some are young and some old; those of a few blocks are old together.
     """
-    return job.prompt + (job.output + policy.page_tokens) / 2
+    old = min(1.0, 2 * policy.max_sequences / job.sequences)
+    return job.prompt + job.output * (1 + old) / 2 + policy.page_tokens / 2
 
 
 def _drain(job: JobLengths, running: float) -> float:
@@ -158,7 +161,7 @@ def _drain(job: JobLengths, running: float) -> float:
     longest = max(job.output, job.longest)
     blocks = job.sequences / running
     alike = (job.output / longest) ** 2 if longest else 0.0
-    last_block = (math.ceil(blocks - 1e-9) - blocks) * job.output * alike
+    last_block = max(0.0, math.ceil(blocks - NEARLY) - blocks) * job.output * alike
     return last_block + TAIL * (longest - job.output)
 
 

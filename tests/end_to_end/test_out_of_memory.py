@@ -59,7 +59,7 @@ def test_half_the_batch_gives_the_same_tokens(tiny_llama_dir, tmp_path, short_of
 
 
 def test_where_not_even_a_row_has_memory_the_run_ends(tiny_llama_dir, tmp_path, short_of_memory):
-    """With what is missing and what to do, and all memory given back."""
+    """With what is missing and what to do."""
     with LLM(tiny_llama_dir, offload_dir=tmp_path, **SETTINGS) as llm:
         short_of_memory(0, 0)
         with pytest.raises(CapacityError, match="not even for one row") as caught:

@@ -33,11 +33,11 @@ def planning(tmp_path, monkeypatch):
     """The real ones, of a machine that takes no time to measure."""
     monkeypatch.setenv("FLEXRUN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(PlanningSpeeds, "_load", load)
-    measured = []
+    measured, room = [], 1 << 30
 
     def measure(backend, dtype, directory, *, seconds):
         measured.append(seconds)
-        return speeds.machine(dict.fromkeys(Tier, 1), unified=True)
+        return speeds.machine(dict.fromkeys(Tier, room), unified=True)
 
     monkeypatch.setattr("flexrun.machine_calibration.measure_machine", measure)
     backend = CpuBackend(MemoryAccount(dict.fromkeys(Tier, 1 << 20)))

@@ -55,12 +55,12 @@ def test_a_machine_bound_by_its_link_takes_few_bits(plan):
     assert bits(found)[0] == 4
     rates = found["bits"]["predicted_tokens_per_second"]
     assert found["bits"]["chosen"] == "{}/{}".format(*bits(found))
-    assert rates["4/16"] > 2.5 * rates["16/16"]
+    assert rates["4/16"] > 1.5 * rates["16/16"]
 
 
 def test_a_machine_bound_by_compute_takes_all_bits(plan):
     """Where everything fits, expanding weights only takes time."""
-    found = plan(*LARGE_GPU, ALLOWED)
+    found = plan(*LARGE_GPU, ALLOWED, "--kv-bits", "16")
     assert bits(found) == (16, 16)
     rates = found["bits"]["predicted_tokens_per_second"]
     assert rates["16/16"] > rates["8/16"]

@@ -53,6 +53,7 @@ def problem(seed: int) -> Problem:
         phases=phases,
         weights=weights,
         streamed=weights * draw.uniform(0.8, 1),
+        on_disk=weights,
         kv=kv,
         hidden=draw.uniform(0, 0.02) * room[Tier.DEVICE],
         room=room,

@@ -147,7 +147,7 @@ def held_tokens(policy: Policy, job: JobLengths) -> float:
     """That a running sequence has pages for: it grows as it generates, and its last page is half
     empty. Of many sequences some are young and some old; those of a few blocks are old together.
     """
-    old = min(1.0, 2 * policy.max_sequences / job.sequences)
+    old = min(1.0, 4 * policy.max_sequences / job.sequences)
     return job.prompt + job.output * (1 + old) / 2 + policy.page_tokens / 2
 
 

@@ -17,6 +17,7 @@ from flexrun.arguments import JOB_DEFAULTS, build_parser, engine_config, flag_of
 from flexrun.errors import CapacityError, OffloadStoreError, UsageError
 from flexrun.tokenizer import Tokenizer
 from offload.tiers import Split
+from policy_search.policy import Policy
 from policy_search.workload import JobLengths
 from tests.flexrun.fake_engine import CONTEXT, FakeEngine
 from tests.tiny_models import byte_tokenizer
@@ -384,10 +385,17 @@ def test_bits_are_chosen_for_the_jobs_own_lengths(command):
     lines = [{"prompt": "abcd", "n": 3, "max_tokens": 6}, {"prompt_token_ids": [1, 2]}, "broken"]
     command.write(*lines)
     assert command("--allow-quantization") == 1
-    assert command.config.job_lengths == JobLengths(4, 3.0, 5.25)
+    lengths = JobLengths(4, 3.0, 5.25, 6)
+    assert command.config.job_lengths == lengths
     command.output.unlink()
     assert command() == 1
-    assert command.config.job_lengths is None
+    assert command.config.job_lengths == lengths  # every plan is for them
+    command.output.unlink()
+    Path(f"{command.output}.job.json").unlink()
+    path = command.output.with_suffix(".policy")
+    path.write_text(Policy().to_json())
+    assert command("--policy", str(path)) == 1
+    assert command.config.job_lengths is None  # nothing is planned
 
 
 def test_settings_that_keep_the_results_may_change(command):

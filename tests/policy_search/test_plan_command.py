@@ -16,7 +16,7 @@ from policy_search.__main__ import main
 from policy_search.plan_text import duration
 from policy_search.plot import frontier, roofs
 from policy_search.policy import Policy
-from tests.policy_search.test_search import planner
+from tests.policy_search.test_search import planner_of
 
 ASKED = ["--model", "llama-3-70b", "--hardware", "4090", "--host-memory", "128GiB"]
 ASKED += ["--prompt-len", "512", "--gen-len", "128"]
@@ -120,7 +120,7 @@ def test_an_image_is_drawn(tmp_path):
 
 def test_what_an_image_shows():
     """Of candidates those that no other one beats; of resources what each would allow alone."""
-    plan = planner().plan(Policy())
+    plan = planner_of().plan(Policy())
     best = [each.prediction for each in frontier(plan.candidates)]
     assert len(best) > 2
     for one, other in zip(best, best[1:]):  # noqa: RUF007

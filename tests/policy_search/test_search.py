@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -64,14 +65,14 @@ def random_search(seed: int) -> Search:
     )
 
 
-SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in (1, 2, 3)]
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in range(1, 5)]
 
 
 @pytest.mark.parametrize("part", [0, *SLOW])
 def test_no_plan_takes_more_than_there_is(part):
     """Of a hundred draws; where nothing fits, the error names what is missing and a flag."""
     planned = 0
-    for seed in range(part, 100, 4):
+    for seed in range(part, 100, 5):
         drawn = random_search(seed)
         shortage = None
         try:
@@ -88,11 +89,11 @@ def test_no_plan_takes_more_than_there_is(part):
             assert sum(used.weights for used in each.memory.values()) == drawn.shape.weight_bytes
             assert any(used.kv for used in each.memory.values())
             assert each.prediction.tokens_per_second > 0
-    assert planned > 10
+    assert planned > 5
 
 
 def test_no_other_plan_is_faster():
-    """Not the one that needs no speeds, nor those of a thousand draws that fit."""
+    """Not the one that needs no speeds, nor those of many draws that fit."""
     here = search()
     best = Goal().best(here.run()).prediction.tokens_per_second
     known = here.shape, here.limits, here.base, here.context
@@ -100,13 +101,13 @@ def test_no_other_plan_is_faster():
     assert not isinstance(automatic, CapacityError)
     assert best >= automatic.prediction.tokens_per_second
     draw, fitting = random.Random(0), 0
-    for _ in range(1000):
+    for _ in range(300):
         policy = random_policy(draw)
         priced = here.price(policy)
         if not isinstance(priced, CapacityError):
             fitting += 1
             assert priced.prediction.tokens_per_second <= 1.02 * best, policy
-    assert fitting > 50
+    assert fitting > 15
 
 
 def random_policy(draw: random.Random) -> Policy:
@@ -176,7 +177,7 @@ def test_advice_is_what_helps():
     assert list(found.values()) == sorted(found.values(), reverse=True)
 
 
-def planner(**changed: Any) -> Planner:
+def planner_of(**changed: Any) -> Planner:
     spec = PRESETS["4090"]
     known: dict[str, Any] = {
         "config": NAMED_MODELS["llama-3-8b"],
@@ -193,6 +194,7 @@ def planner(**changed: Any) -> Planner:
 
 def test_the_least_memory_is_enough():
     """95 % of the throughput, or the deadline, with less RAM; with a tenth less it is not."""
+    planner = partial(planner_of, batch={"max_sequences": 128})  # fewer batches are tried
     best = planner().plan(Policy())
     found = with_least_memory(planner(), Policy())
     ram = found.search.limits[Tier.HOST]
@@ -209,7 +211,7 @@ def test_the_least_memory_is_enough():
 
 def test_rivals_are_slower():
     """By the same model none of the simpler plans is faster; what does not fit is said."""
-    plan = planner().plan(Policy())
+    plan = planner_of().plan(Policy())
     others = rivals(plan)
     assert others["nothing offloaded"] is None
     assert others["FlexGen's way"] is not None

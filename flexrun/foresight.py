@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from policy_search.sweep_load import SWEEP, SweepLoad
+from policy_search.sweep_load import SweepLoad
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,15 +46,12 @@ class Foresight:
         """What `PlanningSpeeds.learn` is told, predicted and measured; nothing of a short run.
 
         Of resources that worked for most of it: one that often waits for others is slower than it
-        could be. Besides, how much longer sweeps took than the one that was busiest.
+        could be.
         """
-        most = max(measured.values(), default=0.0)
-        if seconds < LEAST_SECONDS or not most or not self.seconds:
+        if seconds < LEAST_SECONDS:
             return {}, {}
         busy = {name for name, each in measured.items() if each >= LEAST_BUSY * seconds}
-        predicted = {name: each for name, each in self.busy.items() if name in busy}
-        beyond = self.seconds / max(self.busy.values()), seconds / most
-        return predicted | {SWEEP: beyond[0]}, {**measured, SWEEP: beyond[1]}
+        return {n: each for n, each in self.busy.items() if n in busy}, dict(measured)
 
 
 def _pair(predicted: float, measured: float) -> dict[str, float]:

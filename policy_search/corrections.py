@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from policy_search.machine import cache_dir
 from policy_search.model_shape import ModelShape
-from policy_search.sweep_load import RESOURCES, SWEEP
+from policy_search.sweep_load import RESOURCES
 from policy_search.whole_file import locked, write_whole
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ WRONG = 0.15
 """Part of the predicted seconds that a run may differ by without being remembered."""
 LEAST, MOST = 0.1, 10.0
 """Of a factor: what is farther off is no matter of speeds."""
-MOST_OF_SWEEP = 1.25
-"""Of the one of sweeps: what overlap hides depends on the policy, which may be another one then."""
 MOST_MODELS = 64
 """Of a machine; those that ran longest ago are forgotten."""
 
@@ -51,14 +49,11 @@ def corrected(
         for name, seconds in predicted.items()
         if seconds > 0 and measured.get(name, 0.0) > 0
     }
-    factors = {
+    return {
         name: min(MOST, max(LEAST, used.get(name, 1.0) * ratio))
         for name, ratio in ratios.items()
         if abs(ratio - 1) > WRONG
     }
-    if SWEEP in factors:
-        factors[SWEEP] = min(MOST_OF_SWEEP, max(1.0, factors[SWEEP]))
-    return factors
 
 
 class Corrections:

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from policy_search.sweep_load import SWEEP
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -50,8 +48,6 @@ class Hardware:
     products: tuple[tuple[int, float], ...] = ()
     """Rows, rising, and the operations per second of a product of so many with a matrix that is
     larger than caches; empty: as `flops` and `matrix_read` say."""
-    unhidden: float = 1.0
-    """A sweep's time over that of its longest term, as earlier runs had it."""
 
 
 _FIELDS = {
@@ -67,13 +63,11 @@ _FIELDS = {
 
 
 def with_factors(hardware: Hardware, factors: Mapping[str, float]) -> Hardware:
-    """`hardware` on which what a resource does takes `factors` times as long; see `SWEEP`."""
+    """`hardware` on which what a resource does takes `factors` times as long."""
     changed: dict[str, Any] = {}
     for name, factor in factors.items():
         for field in _FIELDS.get(name, ()):
             changed[field] = getattr(hardware, field) / factor
     if compute := factors.get("compute"):
         changed["products"] = tuple((n, rate / compute) for n, rate in hardware.products)
-    if SWEEP in factors:
-        changed["unhidden"] = hardware.unhidden * factors[SWEEP]
     return replace(hardware, **changed)

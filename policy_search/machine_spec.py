@@ -21,9 +21,7 @@ MEMORIES = {
     "disk_space": Tier.DISK,
 }
 """What the limits of each tier are called."""
-_OF_A_MODEL = ("unhidden",)
-"""Fields of `Hardware` that are known for one model only."""
-_SPEEDS = tuple(field.name for field in fields(Hardware) if field.name not in _OF_A_MODEL)
+_SPEEDS = tuple(field.name for field in fields(Hardware))
 _SHARES = ("contention",)
 """Speeds that are no speeds, but a part of 1."""
 

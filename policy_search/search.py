@@ -21,7 +21,7 @@ from policy_search.policy import DEFAULT_DEPTH
 from policy_search.throughput import Prediction, predict
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from policy_search.hardware import Hardware
     from policy_search.linear_program import Shares
@@ -97,24 +97,20 @@ class Search:
 
     def _refined(self) -> Iterator[Policy]:
         """Around the best so far: other micro-batches and sweeps, then other counts."""
-        best = self._fastest() if self.around is None else None
-        if best is not None and "micro_batch_rows" not in self.given:
-            for rows in _MICRO_BATCHES:
-                yield replace(best.policy, micro_batch_rows=rows)
-        if best is not None and "num_micro_batches" not in self.given:
+        changes: dict[str, Callable[[Policy], Iterable[int]]] = {
+            "micro_batch_rows": lambda _: _MICRO_BATCHES,
+            "num_micro_batches": lambda best: _NUMBERS if best.kv_cache.host else (),
+            "max_rows": lambda best: [max(1, best.max_rows // 4)],
+            "max_sequences": lambda best: self._near(best.max_sequences),
+        }
+        for name, values in changes.items():
+            known = name in self.given or (self.around is not None and name != "max_sequences")
             best = self._fastest()
-            assert best is not None
-            for number in _NUMBERS if best.policy.kv_cache.host else ():
-                yield replace(best.policy, num_micro_batches=number)
-        if best is not None and "max_rows" not in self.given:
-            best = self._fastest()
-            assert best is not None
-            yield replace(best.policy, max_rows=max(1, best.policy.max_rows // 4))
-        if best is not None and "max_sequences" not in self.given:
-            best = self._fastest()
-            assert best is not None
-            for count in self._near(best.policy.max_sequences):
-                yield replace(best.policy, max_sequences=count)
+            if best is None or known:
+                continue
+            for value in values(best.policy):
+                changed: dict[str, Any] = {name: value}
+                yield replace(best.policy, **changed)
 
     def _near(self, count: int) -> list[int]:
         """Other numbers of sequences: somewhat fewer or more, and those with which the job is over

@@ -90,7 +90,7 @@ class SweepCost:
         if share and micro_batches(self.policy, load.rows) < 2:
             # Nobody computes while the only one's rows are attended to.
             longest = max(longest, busy[COMPUTE] + busy[HOST_ATTENTION])
-        return SweepTerms(longest * hardware.unhidden, busy)
+        return SweepTerms(longest, busy)
 
     def _work(self, load: SweepLoad, pages: int, share: float) -> SweepWork:
         """Of link, device and processor if HOST attends to `share` of the `pages`."""

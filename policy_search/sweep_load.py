@@ -7,9 +7,7 @@ from typing import NamedTuple
 LINKS = ("disk->host", "host->device", "device->host", "host->disk", "disk->device")
 """As `offload.links.Link` calls them; the last one where the device computes in RAM."""
 COMPUTE, HOST_ATTENTION = "compute", "host attention"
-SWEEP = "sweep"
-"""No resource, but the time of a whole sweep over that of its longest term."""
-RESOURCES = (*LINKS, COMPUTE, HOST_ATTENTION, SWEEP)
+RESOURCES = (*LINKS, COMPUTE, HOST_ATTENTION)
 
 
 class SweepLoad(NamedTuple):

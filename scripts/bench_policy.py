@@ -76,7 +76,7 @@ def policies(unified: bool, disk: bool) -> list[Policy]:
         "host=100", "device=25,host=75", "device=45,host=55",
     ]  # fmt: skip
     if disk:
-        weights = ["disk=100", "host=30,disk=70", "device=30,disk=70"]
+        weights = ["disk=100", "device=20,disk=80", "device=10,disk=90"]
     pages = ["device=100"] if unified else ["device=100", "host=100"]
     batches = [(8, 64, 128), (16, 128, 256), (32, 128, 512)]
     if unified:

@@ -19,7 +19,7 @@ from policy_search.workload import JobLengths
 
 GIB = 2**30
 NAMES = ["t4", "3090", "4090", "a10g", "l4", "a100", "h100", "h200", "gh200", "laptop", "cpu"]
-NOT_MEASURED = ("contention", "products", "layer_seconds", "unhidden")
+NOT_MEASURED = ("contention", "products")
 SPEEDS = [each.name for each in fields(Hardware) if each.name not in NOT_MEASURED]
 ONLY_WITH_A_GPU = {"host_to_device", "device_to_host", "host_attention"}
 

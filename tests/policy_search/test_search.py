@@ -65,14 +65,14 @@ def random_search(seed: int) -> Search:
     )
 
 
-SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in range(1, 5)]
+SLOW = [pytest.param(part, marks=pytest.mark.slow) for part in range(1, 10)]
 
 
 @pytest.mark.parametrize("part", [0, *SLOW])
 def test_no_plan_takes_more_than_there_is(part):
     """Of a hundred draws; where nothing fits, the error names what is missing and a flag."""
     planned = 0
-    for seed in range(part, 100, 5):
+    for seed in range(part, 100, 10):
         drawn = random_search(seed)
         shortage = None
         try:
@@ -89,7 +89,7 @@ def test_no_plan_takes_more_than_there_is(part):
             assert sum(used.weights for used in each.memory.values()) == drawn.shape.weight_bytes
             assert any(used.kv for used in each.memory.values())
             assert each.prediction.tokens_per_second > 0
-    assert planned > 5
+    assert planned > 2
 
 
 def test_no_other_plan_is_faster():

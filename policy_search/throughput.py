@@ -145,7 +145,8 @@ def job_phases(policy: Policy, room: float, job: JobLengths) -> JobPhases:
 
 def held_tokens(policy: Policy, job: JobLengths) -> float:
     """That a running sequence has pages for: it grows as it generates, its last page is half empty,
-    and the scheduler keeps another one free for it. Of many sequences some are young and some old; those of a few blocks are old together.
+    and the scheduler keeps another one free for it. Of many sequences some are young and some old;
+    those of a few blocks are old together.
     """
     old = min(1.0, 4 * policy.max_sequences / job.sequences)
     return job.prompt + job.output * (1 + old) / 2 + 1.5 * policy.page_tokens

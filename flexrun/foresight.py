@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flexrun.plan import RowSpan
     from policy_search.sweep_cost import SweepCost
 
-LEAST_SECONDS = 5.0
+LEAST_SECONDS = 1.0
 """Of sweeps that say something about a machine."""
 LEAST_BUSY = 0.5
 """Part of them in which a resource works that says something about itself."""

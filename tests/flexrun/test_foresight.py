@@ -52,8 +52,8 @@ def test_the_report_has_both() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _five_seconds(monkeypatch) -> None:
-    """As in jobs that are no tests."""
+def _seconds_that_teach(monkeypatch) -> None:
+    """Tests of jobs teach nothing: see conftest.py."""
     monkeypatch.setattr(flexrun.foresight, "LEAST_SECONDS", SECONDS)
 
 

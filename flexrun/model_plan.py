@@ -130,10 +130,11 @@ class ModelPlanner:
             shortage = error
         try:
             return self._searched(shape, replace(base, **changed), config)
-        except (CapacityError, OffloadStoreError) as error:
+        except (CapacityError, OffloadStoreError, RuntimeError) as error:
             if shortage is not None:
                 raise shortage from None
-            logger.warning("%s: the plan knows no speeds", error.message)
+            # A device that cannot be measured can still run the job.
+            logger.warning("the plan knows no speeds: %s", error)
             return found
 
     def _suffices(self, shape: ModelShape, policy: Policy, config: EngineConfig) -> bool:

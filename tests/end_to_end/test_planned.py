@@ -9,6 +9,7 @@ import pytest
 
 from flexrun import LLM
 from flexrun.errors import CapacityError, RequestError
+from flexrun.planning_speeds import PlanningSpeeds
 from offload.tiers import Tier
 from policy_search.workload import JobLengths
 from tests.end_to_end.harness import engine_of, generate
@@ -93,3 +94,21 @@ def test_the_summary_holds_prediction_against_the_run(tiny_llama_dir, tmp_path):
         found = llm.summary()["predicted"]
         assert found["seconds"].keys() == {"predicted", "measured"}
         assert {"compute", "host->device"} <= found["terms"].keys()
+
+
+def test_a_machine_that_cannot_be_measured_runs_the_job(
+    tiny_llama_dir, tmp_path, expected, monkeypatch, caplog
+):
+    """Under the plan that needs no speeds."""
+    monkeypatch.setattr(PlanningSpeeds, "_load", lambda _: None)
+
+    def fail(_):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(PlanningSpeeds, "_measure", fail)
+    memory = {"device_memory": 800 << 10, "host_memory": 4 << 20, "disk_space": 4 << 20}
+    batch = {"micro_batch_rows": 16, "max_rows": 32}
+    with LLM(tiny_llama_dir, device="emulated", offload_dir=tmp_path, **memory, **batch) as llm:
+        assert generate(llm, PROMPTS, 4).tokens == expected
+        assert "predicted" not in llm.summary()
+    assert "the plan knows no speeds: CUDA error" in caplog.text

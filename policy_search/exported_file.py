@@ -6,23 +6,19 @@ import os
 from typing import TYPE_CHECKING
 
 from policy_search.errors import PolicyError
+from policy_search.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
 
-def write_whole(path: Path, pieces: Iterable[str], flag: str) -> None:
-    """Write text under another name, then give it its own. Raises `PolicyError`, naming `flag`."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def export_whole(path: Path, pieces: Iterable[str], flag: str) -> None:
+    """Write text, or nothing. Raises `PolicyError`, naming `flag`."""
     try:
-        with unfinished.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(pieces)
-        unfinished.replace(path)
+        write_whole(path, "".join(pieces))
     except OSError as error:
         raise _refusal(path, error, flag) from None
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def check_file(path: Path, flag: str) -> None:

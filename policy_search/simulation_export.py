@@ -6,7 +6,7 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from policy_search.exported_file import make_directory, write_whole
+from policy_search.exported_file import export_whole, make_directory
 from policy_search.latency import Latencies
 
 if TYPE_CHECKING:
@@ -56,13 +56,13 @@ def export(
         own = {name: [values[number] for number in numbers] for name, values in columns.items()}
         rows = zip(*own.values())
         path = directory / "detailed" / f"{application}.csv"
-        write_whole(path, _lines(list(own), rows), FLAG)
+        export_whole(path, _lines(list(own), rows), FLAG)
         summaries.append({"application_id": application} | summary(own))
     header = list(summaries[0]) if summaries else ["application_id"]
     lines = _lines(header, (each.values() for each in summaries))
-    write_whole(directory / "summary.csv", lines, FLAG)
+    export_whole(directory / "summary.csv", lines, FLAG)
     nodes = _lines(NODE_COLUMNS, _nodes(cluster, requests, times))
-    write_whole(directory / "request_nodes.csv", nodes, FLAG)
+    export_whole(directory / "request_nodes.csv", nodes, FLAG)
 
 
 def summary(columns: Mapping[str, Sequence[float | str]]) -> dict[str, float]:

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from policy_search.event_log import EventLog
-from policy_search.exported_file import write_whole
+from policy_search.exported_file import export_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -68,7 +68,7 @@ class TraceLog(EventLog):
 
     def write(self, path: Path) -> None:
         """Raises `PolicyError`."""
-        write_whole(path, self._text(), FLAG)
+        export_whole(path, self._text(), FLAG)
 
     @property
     def note(self) -> str:

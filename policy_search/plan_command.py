@@ -151,8 +151,9 @@ def _text(
         lines.append(bits.text(plan.search.job, plan.search.hardware))
     if arguments.compare:
         lines.append(comparison({"this plan": plan.best, **rivals(plan)}))
+    here = Path(arguments.model).expanduser().is_dir()  # else it has to be downloaded first
     command = command_line(
-        arguments.model,
+        arguments.model if here else f"path/to/{name}",
         arguments.dtype,
         plan,
         device="cpu" if machine.unified else "cuda",

@@ -39,6 +39,7 @@ def test_a_plan_on_one_screen(capsys):
     words = shlex.split(next(line for line in text.splitlines() if "flexrun generate" in line))
     config = engine_config(vars(build_parser("0").parse_args(words[1:])))
     assert config.host_memory == 128 << 30
+    assert config.model == "path/to/llama-3-70b"  # where it is, nobody knows
     assert config.weights is not None
     assert config.weights.device > 0
 

@@ -11,19 +11,22 @@ import torch
 
 from flexrun.attention.torch_ops import TorchAttention
 from flexrun.attention.triton_attention import TritonAttention, usable
-from flexrun.attention_speed import MEASURED_BYTES, measured_speed
+from flexrun.attention_speed import MEASURED_BYTES, attention_call, measured_speed
 from flexrun.compute_calibration import Products
 from flexrun.measuring import Room, median_seconds
 from flexrun.model_trace import AttentionShape
 from flexrun.paused_forward import AttentionOptions
 from offload.kv_layout import build_group
 from offload.kv_moves import SpanPages
+from offload.links import HostWork, Link
 from offload.paged_kv import KVFormat, PagedKV
 from offload.tiers import Tier
+from offload.transfer import URGENT
+from offload.transfer_engine import TransferEngine
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from flexrun.attention.interface import AttentionBackend
     from offload.backend import DeviceBackend
@@ -37,6 +40,8 @@ _CHUNK = {"cpu": 512, "cuda": 2048}
 """Rows of a prompt, which has as many positions before them."""
 _BESIDE_ROWS = 64
 """Of products while the processor attends."""
+_QUERY_BYTES = 1 << 16
+_CALL_SECONDS = 0.2
 
 
 def page_bytes(dtype: torch.dtype) -> int:
@@ -47,9 +52,10 @@ def page_bytes(dtype: torch.dtype) -> int:
 def measured_host_attention(
     backend: DeviceBackend, dtype: torch.dtype, seconds: float
 ) -> dict[str, float]:
-    """Bytes per second of pages on HOST, and what attention and compute take from each other.
+    """Bytes per second of pages on HOST, what attention and compute take from each other, and the
+    seconds of rows on their way there and back.
 
-    The latter only where the device is emulated: then both are work of the same cores.
+    The second only where the device is emulated: then both are work of the same cores.
     """
     from flexrun.attention.cpu import CpuAttention  # Numba takes a while to import
 
@@ -58,14 +64,50 @@ def measured_host_attention(
     with Products(backend, dtype) as products:
         pages = _page_count(products, Tier.HOST, dtype)
         if not pages:
-            return {"host_attention": math.inf, "contention": 0.0}
+            return {"host_attention": math.inf, "contention": 0.0, "hosted_call": 0.0}
         pool = _pool(products, Tier.HOST, pages, dtype)
         both = emulated and products.prepare()
         compute = products.product(_BESIDE_ROWS) if both else None
         with contextlib.closing(CpuAttention(threads)) as attention:
             attention.compile(pool.format)
             speed = measured_speed(attention, pool, SHAPE, compute, seconds / 3)
-    return {"host_attention": speed.bytes_per_second, "contention": min(speed.contention, 0.99)}
+            _, attend = attention_call(attention, _pool(products, Tier.HOST, 1, dtype), SHAPE)
+            call = _hosted_call(products, attend)
+    return {
+        "host_attention": speed.bytes_per_second,
+        "contention": min(speed.contention, 0.99),
+        "hosted_call": call,
+    }
+
+
+def _hosted_call(room: Room, attend: Callable[[], object]) -> float:
+    """Seconds until rows are back whose attention on HOST is to next to nothing; 0 without room."""
+    backend = room.backend
+    if min(room.left(Tier.DEVICE), room.left(Tier.HOST)) < _QUERY_BYTES:
+        return 0.0
+    here, there = (room.take(tier, _QUERY_BYTES) for tier in (Tier.DEVICE, Tier.HOST))
+    transfers = TransferEngine(backend)
+
+    def work() -> None:
+        attend()
+
+    def call() -> None:
+        computed = backend.record()
+        down = transfers.submit(
+            Link.DEVICE_TO_HOST, here, there, kind="queries", after=[computed], priority=URGENT
+        )
+        attended = transfers.submit_work(
+            Link.HOST_ATTENTION, HostWork(work, 0), kind="kv", after=[down]
+        )
+        back = transfers.submit(
+            Link.HOST_TO_DEVICE, there, here, kind="attention", after=[attended], priority=URGENT
+        )
+        back.synchronize()
+
+    try:
+        return median_seconds(backend, call, _CALL_SECONDS)
+    finally:
+        transfers.close()
 
 
 def _page_count(room: Room, tier: Tier, dtype: torch.dtype) -> int:

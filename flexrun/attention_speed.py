@@ -50,7 +50,7 @@ def measured_speed(
     `compute` is a short piece of what the device does meanwhile, None if it has memory of its own:
     it runs for `seconds` alone, and as long beside attention.
     """
-    nbytes, attend = _call(attention, pool, shape)
+    nbytes, attend = attention_call(attention, pool, shape)
     attend()  # the first one compiles, or loads what was compiled
     alone = statistics.median(_seconds(attend) for _ in range(_REPEATS))
     if compute is None:
@@ -62,10 +62,10 @@ def measured_speed(
     return AttentionSpeed(nbytes / alone, max(0.0, contention))
 
 
-def _call(
+def attention_call(
     attention: CpuAttention, pool: PagedKV, shape: AttentionShape
 ) -> tuple[int, Callable[[], object]]:
-    """Bytes of pages, and a call that attends to them."""
+    """Bytes of the pages of `pool`, at most `MEASURED_BYTES`, and a call that attends to them."""
     page_tokens, page_bytes = pool.page_tokens, pool.page_bytes
     pages = min(len(pool.raw), max(1, MEASURED_BYTES // page_bytes))
     numbers = [range(pages)[row::_ROWS] for row in range(min(_ROWS, pages))]

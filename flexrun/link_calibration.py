@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from flexrun.measuring import Room, median_of
 from offload.cut import cut
 from offload.direct_file import DirectFile, file_error
 from offload.links import FileExtent, Link
-from offload.raw_speed import RawCopy, raw_speeds, speed_together
+from offload.raw_speed import RawCopy, copy_until, raw_speeds, speed_together
 from offload.tiers import DISK_BLOCK, Tier
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import torch
@@ -44,12 +47,21 @@ class LinkCalibration(Room):
     leave no room for have no copies and are not measured.
     """
 
-    def __init__(self, backend: DeviceBackend, directory: Path, page_bytes: int) -> None:
-        """`directory`: of the file; `page_bytes`: of one KV page of one layer."""
+    def __init__(
+        self,
+        backend: DeviceBackend,
+        directory: Path,
+        page_bytes: int,
+        links: Sequence[Link] | None = None,
+    ) -> None:
+        """`directory`: of the file; `page_bytes`: of one KV page of one layer; `links`: which ones
+        have buffers, None: all.
+        """
         super().__init__(backend)
+        self._links = backend.links if links is None else links
         self._page_bytes = page_bytes
         self._ram = Tier.DEVICE if backend.unified else Tier.HOST
-        self._sizes = {link: self._request_bytes(link) for link in backend.links}
+        self._sizes = {link: self._request_bytes(link) for link in self._links}
         self._directory = directory
         self._file: DirectFile | None = None
         self._copies: dict[Link, list[RawCopy]] = {}
@@ -57,7 +69,7 @@ class LinkCalibration(Room):
     def _request_bytes(self, link: Link) -> int:
         """Of one buffer: a request, or less where half the memory is shared by all links."""
         rooms = [self.left(tier) for tier in self._tiers(link)]
-        shared = min(rooms) // (2 * len(self.backend.links) * _PIECES)
+        shared = min(rooms) // (2 * len(self._links) * _PIECES)
         return min(self.backend.request_bytes(link), shared) // DISK_BLOCK * DISK_BLOCK
 
     def _tiers(self, link: Link) -> list[Tier]:
@@ -80,7 +92,7 @@ class LinkCalibration(Room):
 
     def _write_file(self, seconds: float) -> int:
         """Bytes that were written, at least of every buffer that may be read."""
-        size = self._sizes[Link.HOST_TO_DISK]
+        size = self._sizes.get(Link.HOST_TO_DISK, 0)
         nbytes = min(_FILE_BYTES, self.left(Tier.DISK) // 2) // DISK_BLOCK * DISK_BLOCK
         if not size or nbytes < size:
             return 0
@@ -153,6 +165,20 @@ class LinkCalibration(Room):
         each = seconds / _REPEATS * 2 / 3
         speed = median_of(lambda _: speed_together(self.backend, pairs, each), seconds)
         return {"links_together": speed}
+
+    def beside(self, link: Link, call: Callable[[], float]) -> tuple[float, float]:
+        """Bytes per second of `link` while `call` runs, and what that gives; 0 without copies."""
+        pieces = self._copies.get(link)
+        if not pieces:
+            return 0.0, call()
+        over = threading.Event()
+        with ThreadPoolExecutor(1, "flexrun measuring a link") as thread:
+            copying = thread.submit(copy_until, self.backend, link, pieces, over)
+            try:
+                found = call()
+            finally:
+                over.set()
+        return copying.result(), found
 
     def pages(self, seconds: float) -> dict[str, float]:
         """Bytes per second of KV pages, one by one, to the tier of sequences that wait."""

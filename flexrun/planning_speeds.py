@@ -6,16 +6,19 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from flexrun.skeleton import one_line
 from policy_search.calibration_file import load_calibration, machine_key, save_calibration
 from policy_search.corrections import Corrections, corrected, model_key
 from policy_search.errors import PolicyError
-from policy_search.hardware import with_factors
+from policy_search.model_profile import ModelProfiles
+from policy_search.model_speeds import model_speeds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     import torch
+    from transformers import PretrainedConfig
 
     from offload.backend import DeviceBackend
     from policy_search.calibration_file import MachineKey
@@ -39,9 +42,13 @@ class PlanningSpeeds:
     directory: Path
     """Of the DISK tier."""
     emulate: str | None = None
+    model: PretrainedConfig | None = None
+    """Whose layers are measured, too."""
     _measured: Hardware | None = None
     _used: dict[str, float] = field(default_factory=dict)
-    """Factors in the speeds that were given out last."""
+    """Factors in the speeds that were given out last, …"""
+    _profiled: bool = False
+    """… and whether they have the model's profile."""
 
     @property
     def _key(self) -> MachineKey:
@@ -58,14 +65,34 @@ class PlanningSpeeds:
         return self._measured is not None
 
     def hardware(self, shape: ModelShape) -> Hardware:
-        """For a model of `shape`; measured now if it never was. Raises `CapacityError` and
-        `OffloadStoreError` where that is impossible.
+        """For a model of `shape`. Machine and model are measured now if they never were.
+
+        Raises `CapacityError` and `OffloadStoreError` where the machine cannot be measured.
         """
         if not self.known():
             self._measured = self._measure()
         assert self._measured is not None
-        self._used = Corrections().load(self._key.digest, model_key(shape))
-        return with_factors(self._measured, self._used)
+        self._profile(shape)
+        found, self._used = model_speeds(self._measured, self._key.digest, shape)
+        self._profiled = found.profile is not None
+        return found
+
+    def _profile(self, shape: ModelShape) -> None:
+        """Measure the model, once."""
+        if self.model is None or ModelProfiles().load(self._key.digest, shape) is not None:
+            return
+        from flexrun import model_profile  # Numba takes a while to import, too
+
+        seconds = model_profile.SECONDS
+        logger.warning("measuring this model's layers, once: about %.0f seconds", seconds)
+        where = self.dtype, self.backend, self.directory
+        try:
+            found = model_profile.measured_profile(self.model, shape, *where)
+        except Exception as error:  # of model code, or of memory: a job can do without
+            logger.warning("they cannot be measured (%s): they are predicted", one_line(error))
+            return
+        if found is not None:
+            ModelProfiles().store(self._key.digest, shape, found)
 
     def _measure(self) -> Hardware:
         """Raises `CapacityError` and `OffloadStoreError`."""
@@ -97,4 +124,5 @@ class PlanningSpeeds:
         What is wrong by more than 15 % is corrected in the next plan.
         """
         factors = corrected(self._used, predicted, measured)
-        Corrections().store(self._key.digest, model_key(shape), factors)
+        key = model_key(shape, profiled=self._profiled)
+        Corrections().store(self._key.digest, key, factors)

@@ -72,7 +72,7 @@ class Runtime:
         )
         self._offload_directory = offload_directory(config)
         machine = self.dtype, self.backend, self._offload_directory
-        self._speeds = PlanningSpeeds(*machine, config.emulate)
+        self._speeds = PlanningSpeeds(*machine, config.emulate, hf_config)
         planner = ModelPlanner(self.model, checkpoint, *machine, self._speeds)
         given, (config, self.bits) = config, with_chosen_bits(config, planner)
         if given.free_bits:

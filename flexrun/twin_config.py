@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from flexrun.twin_layers import Settings, keep_one_layer_of_each_kind
+from flexrun.twin_layers import Settings, keep_layers_of_each_kind
 
 _VOCABULARY = 128
 _POSITIONS = 256
@@ -59,10 +59,8 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     parts it describes the text part.
     """
     text = config.get_text_config()
-    settings: Settings = copy.deepcopy(text.to_dict())
-    for name in ("quantization_config", "_name_or_path", "transformers_version"):
-        settings.pop(name, None)
-    keep_one_layer_of_each_kind(settings)
+    settings = _settings(text)
+    keep_layers_of_each_kind(settings)
     shrink_ropes = _shrink_heads(settings)
     _shrink_experts(settings)
     _shrink_context(settings, shrink_ropes)
@@ -70,6 +68,29 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     settings.update({name: size for name, size in _FIXED.items() if settings.get(name)})
     settings["dtype"] = "float32"
     return type(text).from_dict(settings)
+
+
+def few_layers(
+    config: PretrainedConfig, copies: int, *, whole_head: bool
+) -> tuple[PretrainedConfig, list[float]]:
+    """A config with at most so many layers of each kind, in full size.
+
+    Its vocabulary is small but for a `whole_head`. With it, how many of `config`'s layers each of
+    them stands for; none where the config does not say how many it has.
+    """
+    text = config.get_text_config()
+    settings = _settings(text)
+    counts = keep_layers_of_each_kind(settings, copies)
+    if not whole_head:
+        _shrink_vocabulary(settings)
+    return type(text).from_dict(settings), counts
+
+
+def _settings(text: PretrainedConfig) -> Settings:
+    settings: Settings = copy.deepcopy(text.to_dict())
+    for name in ("quantization_config", "_name_or_path", "transformers_version"):
+        settings.pop(name, None)
+    return settings
 
 
 def _first(settings: Settings, names: tuple[str, ...]) -> int | None:

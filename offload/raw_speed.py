@@ -13,6 +13,7 @@ from offload.links import Link
 from offload.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterable, Sequence
 
     from offload.backend import DeviceBackend, Source, Target
@@ -24,6 +25,8 @@ _WARM_UP = 0.1
 AT_LEAST = 8
 """Copies, however long they take: the first ones find the links cold."""
 _QUEUED = 6
+_TURN = 0.1
+"""Seconds until it is looked whether something is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +77,20 @@ def speed_together(
         with ThreadPoolExecutor(len(copies), "flexrun measuring links") as threads:
             running = [threads.submit(_speed, transfers, *each, seconds) for each in copies]
             return sum(each.result() for each in running)
+    finally:
+        transfers.close()
+
+
+def copy_until(
+    backend: DeviceBackend, link: Link, pieces: list[RawCopy], over: threading.Event
+) -> float:
+    """Bytes per second of one link that copies until something is `over`; see `raw_speeds`."""
+    transfers = TransferEngine(backend)
+    try:
+        start, nbytes = time.perf_counter(), 0
+        while not over.is_set():
+            nbytes += _copy_for(transfers, link, pieces, _TURN)
+        return nbytes / (time.perf_counter() - start)
     finally:
         transfers.close()
 

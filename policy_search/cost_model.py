@@ -28,6 +28,8 @@ class SweepWork:
     """Seconds of everything else on the device, in all layers."""
     around: float = 0.0
     """Seconds of the device before the first layer and after the last one: nobody attends then."""
+    program: float = 0.0
+    """Seconds in which the device waits for the program, besides."""
     stages: float = math.inf
     """Layers times micro-batches: the equal parts that the work consists of."""
 
@@ -49,16 +51,37 @@ def sweep_seconds(work: SweepWork, hardware: Hardware, host_share: float) -> flo
     on with those of the last one when it has ended: a pipeline's filling and draining.
     """
     busy = busy_seconds(work, hardware, host_share)
-    in_layers = busy["host attention"], work.compute
+    shorter, longer = sorted((busy["host attention"], work.compute))
     pages = (1 - host_share) * work.host_kv / hardware.host_to_device
     # Weights travel all the time, pages only while there are layers to attend in.
     link = max(busy["host->device"], pages + work.around if pages else 0.0)
-    # While both work, each does 1 - contention of a second's work in a second.
-    shorter, longer = sorted(in_layers)
-    beside = longer + shorter * hardware.contention / (1 - hardware.contention)
-    device = beside + work.around
+    device = device_seconds(work, hardware, host_share)
     others = shorter + longer if link > device else shorter + link
-    return max(link, device) + others / work.stages
+    return max(beside(link, device, hardware)) + others / work.stages
+
+
+def device_seconds(work: SweepWork, hardware: Hardware, host_share: float) -> float:
+    """Until device and processor are through, if they never wait for bytes."""
+    attending = busy_seconds(work, hardware, host_share)["host attention"]
+    shorter, longer = sorted((attending, work.compute))
+    # While both work, each does 1 - contention of a second's work in a second.
+    both = longer + shorter * hardware.contention / (1 - hardware.contention)
+    return both + work.around + work.program
+
+
+def beside(link: float, device: float, hardware: Hardware) -> tuple[float, float]:
+    """How long both take at the same time, of what takes `link` and `device` seconds alone.
+
+    The one that ends first is slowed down by the other all the time, which is slowed down by it
+    as long. Neither takes longer than both one after the other.
+    """
+    lost, loses = hardware.compute_lost, hardware.link_lost
+    slow_link, slow_device = link / (1 - loses), device / (1 - lost)
+    if slow_link <= slow_device:
+        slow_device = device + lost * slow_link
+    else:
+        slow_link = link + loses * slow_device
+    return min(slow_link, link + device), min(slow_device, link + device)
 
 
 def best_host_share(work: SweepWork, hardware: Hardware) -> float:

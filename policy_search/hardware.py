@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from policy_search.model_profile import ModelProfile
+
 PACKED_ATTENTION = 0.45
 """Bytes per second at which the processor attends to packed pages, over those of plain ones, where
 it is not measured: it is bound by compute there."""
@@ -25,9 +27,15 @@ class Hardware:
     """Bytes per second of all links in sum, while all of them work: they meet in RAM."""
     host_attention: float = math.inf
     """Bytes of keys and values in RAM that the processor attends to, a row for each sequence."""
+    hosted_call: float = 0.0
+    """Seconds until rows are back that the processor attends to, in one layer, besides."""
     contention: float = 0.0
     """Part of their speed that this attention and the device's compute lose while both work: where
     the device is emulated they share memory and caches."""
+    compute_lost: float = 0.0
+    """Part of its speed that compute loses while weights arrive, …"""
+    link_lost: float = 0.0
+    """… and their link while the device computes: both want memory, sometimes the same cores."""
     disk_read: float = math.inf
     """Bytes of weights that arrive from disk."""
     disk_write: float = math.inf
@@ -48,6 +56,15 @@ class Hardware:
     products: tuple[tuple[int, float], ...] = ()
     """Rows, rising, and the operations per second of a product of so many with a matrix that is
     larger than caches; empty: as `flops` and `matrix_read` say."""
+    profile: ModelProfile | None = None
+    """What a model was measured to take; then this is hardware for that model alone."""
+
+    def profiled(self, profile: ModelProfile) -> Hardware:
+        """For the model of `profile`."""
+        names = "device_attention", "attention_flops", "compute_lost", "link_lost"
+        found = {name: getattr(profile, name) for name in names}
+        known = {name: value for name, value in found.items() if value < math.inf}
+        return replace(self, profile=profile, **known)
 
 
 _FIELDS = {
@@ -70,4 +87,6 @@ def with_factors(hardware: Hardware, factors: Mapping[str, float]) -> Hardware:
             changed[field] = getattr(hardware, field) / factor
     if compute := factors.get("compute"):
         changed["products"] = tuple((n, rate / compute) for n, rate in hardware.products)
+        if hardware.profile is not None:
+            changed["profile"] = hardware.profile.slowed(compute)
     return replace(hardware, **changed)

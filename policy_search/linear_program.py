@@ -112,11 +112,18 @@ def terms(problem: Problem, phase: PhaseBytes, shares: Any) -> dict[str, list[An
         device = device + phase.read * (1 - shares.attended) * (1 / hw.device_attention)
     hosted = phase.read * shares.attended * (1 / hw.host_attention)
     beside = hw.contention / (1 - hw.contention)
+    arriving = (
+        (read + pages) * (1 / hw.disk_read) if problem.unified else up * (1 / hw.host_to_device)
+    )
     found = {
         FROM_DISK: [(read + pages) * (1 / hw.disk_read) + pages * problem.page_seconds],
         TO_DISK: [written * (1 / hw.disk_write)],
         # While both work, each slows the other down: the longer one, and a part of the shorter.
-        COMPUTE: [device + hosted * beside, hosted + device * beside],
+        COMPUTE: [
+            device + hosted * beside + arriving * (hw.compute_lost / (1 - hw.link_lost)),
+            hosted + device * beside,
+            arriving + device * (hw.link_lost / (1 - hw.compute_lost)),
+        ],
         HOST_ATTENTION: [hosted],
     }
     if problem.unified:

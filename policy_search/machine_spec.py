@@ -21,9 +21,9 @@ MEMORIES = {
     "disk_space": Tier.DISK,
 }
 """What the limits of each tier are called."""
-_SPEEDS = tuple(field.name for field in fields(Hardware))
-_SHARES = ("contention",)
-"""Speeds that are no speeds, but a part of 1."""
+_SPEEDS = tuple(field.name for field in fields(Hardware) if field.name != "profile")
+_SHARES = ("contention", "compute_lost", "link_lost", "hosted_call")
+"""Speeds that are no speeds, but a part of 1, or of a second."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ Products with matrices take as long as their operations or as reading the matric
 longer (the roofline model, Williams, 2009), or as was measured for so many rows. Attention of
 single rows reads all their sequences' keys and values and is bound by that; of many rows of a
 sequence it is bound by operations. Vidur (MLSys 2024) prices batches by operators in the same way.
+Where the model's own layers were measured, they take what they took there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from policy_search.model_profile import seconds_at
 from policy_search.model_shape import touched_share
 
 if TYPE_CHECKING:
@@ -26,11 +28,18 @@ def compute_seconds(shape: ModelShape, hardware: Hardware, rows: float, position
     return flops / hardware.flops
 
 
-def product_seconds(shape: ModelShape, hardware: Hardware, rows: float, batches: int) -> float:
-    """Of `rows` in so many micro-batches, attention apart; each reads the matrices once more."""
+def layer_seconds(
+    shape: ModelShape, hardware: Hardware, rows: float, batches: int, in_place: float = 0.0
+) -> float:
+    """Of `rows` in so many micro-batches, attention apart; each reads the matrices once more.
+
+    A part `in_place` of the weights stays where it is computed with.
+    """
     if not rows:
         return 0.0
     each = rows / batches
+    if hardware.profile is not None:
+        return batches * hardware.profile.layer_seconds(each, in_place)
     flops = rows * shape.flops_per_row
     if hardware.products:
         of_experts = rows * shape.expert_flops_per_row
@@ -57,15 +66,23 @@ def attention_seconds(
     return single + positions * flops / many
 
 
-def head_seconds(shape: ModelShape, hardware: Hardware, rows: float) -> float:
-    """Of the output head for `rows` that need logits."""
-    if not rows:
+def head_seconds(shape: ModelShape, hardware: Hardware, rows: float, batches: int) -> float:
+    """Of the output head for `rows` that need logits; every micro-batch has at least one."""
+    if not batches:
         return 0.0
-    flops = rows * shape.head_flops_per_row
+    each = max(1.0, rows / batches)
+    if hardware.profile is not None and hardware.profile.head:
+        return batches * seconds_at(hardware.profile.head, each)
+    flops = each * shape.head_flops_per_row
     if hardware.products:
-        return flops / _rate(hardware.products, rows)
+        return batches * flops / _rate(hardware.products, each)
     matrix = shape.head_flops_per_row // 2 * shape.value_bytes
-    return max(flops / hardware.flops, matrix / hardware.matrix_read)
+    return batches * max(flops / hardware.flops, matrix / hardware.matrix_read)
+
+
+def program_seconds(hardware: Hardware, batches: int) -> float:
+    """In which the device waits for the program, in a sweep."""
+    return 0.0 if hardware.profile is None else batches * hardware.profile.program
 
 
 def expansion_seconds(shape: ModelShape, hardware: Hardware) -> float:

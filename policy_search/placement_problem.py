@@ -14,7 +14,8 @@ from policy_search.operators import (
     attention_seconds,
     expansion_seconds,
     head_seconds,
-    product_seconds,
+    layer_seconds,
+    program_seconds,
 )
 from policy_search.sweep_cost import disk_page_seconds, micro_batches
 from policy_search.throughput import held_tokens, job_phases
@@ -74,13 +75,14 @@ def _bytes(shape: ModelShape, phase: Phase, policy: Policy, hardware: Hardware) 
     load, kv = phase.load, shape.kv_token_bytes
     batches = micro_batches(policy, load.rows)
     prompts = attention_seconds(shape, hardware, 0.0, 0.0, load.positions - load.read)
-    products = product_seconds(shape, hardware, load.rows, batches)
+    layers = layer_seconds(shape, hardware, load.rows, batches)
+    head = head_seconds(shape, hardware, load.generating, batches)
     sent, back = (hosted_row_bytes(shape)[tier] for tier in (Tier.HOST, Tier.DEVICE))
     hosted = load.generating * shape.num_layers
     return PhaseBytes(
         sweeps=phase.sweeps,
-        compute=expansion_seconds(shape, hardware) + products + prompts,
-        around=head_seconds(shape, hardware, load.generating),
+        compute=expansion_seconds(shape, hardware) + layers + prompts,
+        around=head + program_seconds(hardware, batches),
         read=load.read * kv,
         stored=load.stored * kv,
         new=load.rows * kv,

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from compression.selection import PLAIN_BITS
 from offload.tiers import Tier
 from policy_search.bits import choose_bits, combinations
-from policy_search.corrections import Corrections, model_key
 from policy_search.goal import Goal
-from policy_search.hardware import PACKED_ATTENTION, with_factors
+from policy_search.hardware import PACKED_ATTENTION
 from policy_search.memory import default_max_rows, default_max_sequences
+from policy_search.model_speeds import model_speeds
 from policy_search.search import Search
 from policy_search.shape_from_config import shape_from_config
 
@@ -87,10 +87,9 @@ class Planner:
             max_rows=default_max_rows(shape, device),
             max_sequences=default_max_sequences(shape, device),
         ).with_batch(**self.batch)
-        factors = {}
+        speeds = self.hardware
         if self.machine_key:
-            factors = Corrections().load(self.machine_key, model_key(shape))
-        speeds = with_factors(self.hardware, factors)
+            speeds, _ = model_speeds(speeds, self.machine_key, shape)
         return Search(
             shape=shape,
             limits=self.limits,

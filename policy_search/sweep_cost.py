@@ -8,17 +8,26 @@ that ride in the sweeps of sequences that generate, and keys and values shared b
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload.placement import place
-from offload.tiers import Tier
-from policy_search.cost_model import SweepWork, best_host_share, busy_seconds, sweep_seconds
+from offload.tiers import REQUEST_BYTES, Tier
+from policy_search.cost_model import (
+    SweepWork,
+    beside,
+    best_host_share,
+    busy_seconds,
+    device_seconds,
+    sweep_seconds,
+)
 from policy_search.kv_memory import hosted_row_bytes
 from policy_search.operators import (
     attention_seconds,
     expansion_seconds,
     head_seconds,
-    product_seconds,
+    layer_seconds,
+    program_seconds,
 )
 from policy_search.sweep_load import COMPUTE, HOST_ATTENTION, SweepTerms
 
@@ -33,6 +42,9 @@ if TYPE_CHECKING:
 
 UP, DOWN = "host->device", "device->host"
 TO_DISK = "host->disk"
+REQUESTS_BEFORE = 1.5
+"""Of weights, each of `REQUEST_BYTES`, that urgent bytes wait for: half of the one under way, and
+the next one."""
 PAGE_SECONDS = 1e-4
 """Of one layer's page on its way from disk, which is a read of its own, has a tail in RAM, and is
 gathered: what runs of `scripts/bench_policy.py` took beyond its bytes, with pages of 32 KiB."""
@@ -57,6 +69,7 @@ class SweepCost:
         self._unified = unified
         self._from_disk_link = "disk->device" if unified else "disk->host"
         self.streamed, self.from_disk = streamed_bytes(shape, policy, unified=unified)
+        self._in_place = 1 - self.streamed / (shape.weight_bytes or 1)
         total = sum(used.kv for used in memory.values()) or 1
         # All sequences have an equal share of their pages on each tier.
         self._kv = {tier: shape.kv_token_bytes * memory[tier].kv / total for tier in Tier}
@@ -75,8 +88,10 @@ class SweepCost:
         pages = int(load.read * kv[Tier.HOST])
         work = self._work(load, pages, 0.0)
         share = self._host_share(work)
+        batches = micro_batches(self.policy, load.rows)
         if share:
             work = self._work(load, pages, share)
+            work = replace(work, program=work.program + self._waiting(work, batches, share))
         moved = self._moved(load, work, share)
         busy = busy_seconds(work, hardware, share) | {
             link: nbytes / speed for link, (nbytes, speed) in moved.items()
@@ -84,12 +99,17 @@ class SweepCost:
         on_disk = (load.read + load.stored) * kv[Tier.DISK]
         busy[self._from_disk_link] += on_disk * self._page_seconds
         if not self.policy.overlap:
-            return SweepTerms(sum(busy.values()), busy)
+            return SweepTerms(sum(busy.values()) + work.program, busy)
         together = sum(nbytes for nbytes, _ in moved.values()) / hardware.links_together
-        longest = max(sweep_seconds(work, hardware, share), together, *busy.values())
-        if share and micro_batches(self.policy, load.rows) < 2:
+        # What arrives and what computes may slow each other down.
+        link = self._from_disk_link if self._unified else UP
+        device = device_seconds(work, hardware, share)
+        busy[link], slowed = beside(busy[link], device, hardware)
+        busy[COMPUTE] *= slowed / device if device else 1.0
+        longest = max(sweep_seconds(work, hardware, share), slowed, together, *busy.values())
+        if share and batches < 2:
             # Nobody computes while the only one's rows are attended to.
-            longest = max(longest, busy[COMPUTE] + busy[HOST_ATTENTION])
+            longest = max(longest, busy[COMPUTE] + busy[HOST_ATTENTION] + work.program)
         return SweepTerms(longest, busy)
 
     def _work(self, load: SweepLoad, pages: int, share: float) -> SweepWork:
@@ -101,15 +121,31 @@ class SweepCost:
         attending = attention_seconds(
             shape, hardware, part * load.read, here, load.positions - load.read
         )
-        products = product_seconds(shape, hardware, load.rows, batches)
+        layers = layer_seconds(shape, hardware, load.rows, batches, self._in_place)
         away = 0.0 if self._unified else kv[Tier.DISK]
         moved = load.read * away + load.stored * (kv[Tier.HOST] + away)
         return SweepWork(
             weights=0 if self._unified else int(self.streamed + moved),
             host_kv=pages,
-            compute=self._expansion + products + attending,
-            around=head_seconds(shape, hardware, load.generating),
+            compute=self._expansion + layers + attending,
+            around=head_seconds(shape, hardware, load.generating, batches),
+            program=program_seconds(hardware, batches),
         )
+
+    def _waiting(self, work: SweepWork, batches: int, share: float) -> float:
+        """Seconds for rows on their way to HOST's attention and back, in all layers.
+
+        What comes back waits for a request of weights, or for two, if one is under way then. Other
+        micro-batches compute meanwhile.
+        """
+        hardware, calls = self.hardware, batches * self.shape.num_layers
+        each = hardware.hosted_call
+        if batches < 2:
+            link = busy_seconds(work, hardware, share)[UP]
+            device = device_seconds(work, hardware, share)
+            part = link / max(link, device) if link else 0.0
+            each += part * REQUESTS_BEFORE * REQUEST_BYTES / hardware.host_to_device
+        return calls * each
 
     def _moved(
         self, load: SweepLoad, work: SweepWork, share: float

@@ -41,14 +41,17 @@ def _known_speeds(tmp_path_factory: pytest.TempPathFactory):
     """
     from flexrun import foresight
     from flexrun.planning_speeds import PlanningSpeeds
-    from policy_search import corrections
+    from policy_search import model_records
     from tests.speeds import SPEEDS
 
     own = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlanningSpeeds, "_load", lambda _: SPEEDS)
+        patch.setattr(PlanningSpeeds, "_profile", lambda *_: None)
         patch.setattr(foresight, "LEAST_SECONDS", math.inf)
-        patch.setattr(corrections, "cache_dir", lambda: Path(os.environ.get("FLEXRUN_CACHE", own)))
+        patch.setattr(
+            model_records, "cache_dir", lambda: Path(os.environ.get("FLEXRUN_CACHE", own))
+        )
         yield
 
 

@@ -88,6 +88,7 @@ def test_all_that_plans_ask_for_is_measured(tmp_path, name, dtype):
     wanted = EVERYWHERE | DISK_SPEEDS | (set() if name == "cpu" else BETWEEN_MEMORIES)
     assert found(machine) == wanted
     assert 0 <= machine.hardware.contention < 1
+    assert (machine.hardware.hosted_call > 0) == (name == "emulated")
     rows = [rows for rows, _ in machine.hardware.products]
     assert rows[:3] == [1, 4, 16]
     assert machine.hardware.flops == max(speed for _, speed in machine.hardware.products)

@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from flexrun.planning_speeds import PlanningSpeeds
 from offload.backend_cpu import CpuBackend
 from offload.tiers import MemoryAccount, Tier
 from policy_search.calibration_file import calibration_path, load_calibration, save_calibration
 from policy_search.errors import PolicyError
+from policy_search.model_profile import ModelProfile
 from policy_search.model_shape import ModelShape
 from tests import speeds
 
@@ -45,8 +47,8 @@ def planning(tmp_path, monkeypatch):
     backend.close()
 
 
-load = PlanningSpeeds._load
-"""Before tests replace it."""
+load, profile = PlanningSpeeds._load, PlanningSpeeds._profile
+"""Before tests replace them."""
 
 
 def test_a_machine_is_measured_once(planning, caplog):
@@ -98,3 +100,37 @@ def test_other_machines_have_their_own(planning, tmp_path):
     other = PlanningSpeeds(torch.bfloat16, first.backend, tmp_path)
     assert first.known()
     assert not other.known()
+
+
+def test_a_model_is_measured_once(planning, monkeypatch, caplog):
+    """Its layers, where the machine is known; the next job finds them."""
+    first, second, _ = planning
+    monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
+    made = []
+
+    def measure(config, *_):
+        made.append(config)
+        return ModelProfile(layers=((1, 2.0),), program=0.5)
+
+    monkeypatch.setattr("flexrun.model_profile.measured_profile", measure)
+    assert first.hardware(SHAPE).profile is None, "nobody knows what model it is"
+    first.model = second.model = LlamaConfig()
+    found = first.hardware(SHAPE)
+    assert "measuring this model's layers, once" in caplog.text
+    assert found.profile == ModelProfile(layers=((1, 2.0),), program=0.5)
+    assert second.hardware(SHAPE) == found
+    assert made == [first.model]
+
+
+def test_a_model_that_cannot_be_measured_runs(planning, monkeypatch, caplog):
+    """Its code may fail in any way; the machine's speeds are left."""
+    first, _, _ = planning
+    monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
+
+    def fail(*_):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr("flexrun.model_profile.measured_profile", fail)
+    first.model = LlamaConfig()
+    assert first.hardware(SHAPE) == speeds.SPEEDS
+    assert "they cannot be measured (RuntimeError: no such operation)" in caplog.text

@@ -8,7 +8,8 @@ from multiprocessing import get_context
 
 import pytest
 
-from policy_search.corrections import MOST_MODELS, Corrections, corrected, model_key
+from policy_search.corrections import Corrections, corrected, model_key
+from policy_search.model_records import MOST_MODELS
 from policy_search.model_shape import ModelShape
 
 SHAPE = ModelShape(

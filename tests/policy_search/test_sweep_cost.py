@@ -12,7 +12,7 @@ from offload.tiers import Split, Tier
 from policy_search.hardware import Hardware, with_factors
 from policy_search.memory import TierMemory
 from policy_search.model_shape import ModelShape
-from policy_search.operators import attention_seconds, head_seconds, product_seconds
+from policy_search.operators import attention_seconds, head_seconds, layer_seconds
 from policy_search.policy import Policy
 from policy_search.sweep_cost import SweepCost, micro_batches
 from policy_search.sweep_load import SweepLoad
@@ -127,15 +127,15 @@ def test_one_micro_batch_waits_for_its_attention() -> None:
 def test_products_by_rows() -> None:
     """As measured: linear between points and in proportion beyond; each micro-batch by itself."""
     measured = replace(FAST, products=((2, 10.0), (4, 40.0)))
-    assert product_seconds(SHAPE, measured, 2, 1) == pytest.approx(200 / 10)
-    assert product_seconds(SHAPE, measured, 1, 1) == pytest.approx(200 / 10)  # matrices are read
-    assert product_seconds(SHAPE, measured, 4, 1) == pytest.approx(400 / 40)
-    assert product_seconds(SHAPE, measured, 4, 2) == pytest.approx(2 * 200 / 10)
-    assert product_seconds(SHAPE, measured, 40, 1) == pytest.approx(4000 / 40)
+    assert layer_seconds(SHAPE, measured, 2, 1) == pytest.approx(200 / 10)
+    assert layer_seconds(SHAPE, measured, 1, 1) == pytest.approx(200 / 10)  # matrices are read
+    assert layer_seconds(SHAPE, measured, 4, 1) == pytest.approx(400 / 40)
+    assert layer_seconds(SHAPE, measured, 4, 2) == pytest.approx(2 * 200 / 10)
+    assert layer_seconds(SHAPE, measured, 40, 1) == pytest.approx(4000 / 40)
     between = (200 / 10 + 400 / 40) / 2
-    assert product_seconds(SHAPE, measured, 3, 1) == pytest.approx(between)
-    assert head_seconds(SHAPE, measured, 4) == pytest.approx(4 * 40 / 40)
-    assert product_seconds(SHAPE, measured, 0, 1) == head_seconds(SHAPE, measured, 0) == 0
+    assert layer_seconds(SHAPE, measured, 3, 1) == pytest.approx(between)
+    assert head_seconds(SHAPE, measured, 4, 1) == pytest.approx(4 * 40 / 40)
+    assert layer_seconds(SHAPE, measured, 0, 1) == head_seconds(SHAPE, measured, 0, 0) == 0
 
 
 def test_attention_reads_or_computes() -> None:

@@ -1,0 +1,75 @@
+"""Small records about models on machines: a file for each machine, a record for each model.
+
+They are only caches: one that cannot be read or written costs a worse plan, and no job.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+from policy_search.machine import cache_dir
+from policy_search.whole_file import locked, write_whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+MOST_MODELS = 64
+"""Of a machine; those whose records were written longest ago are forgotten."""
+
+
+class ModelRecords:
+    """Records of one kind, each a JSON object."""
+
+    def __init__(
+        self, kind: str, read: Callable[[Any], Any], directory: Path | None = None
+    ) -> None:
+        """`read` makes something of a JSON object; it raises `TypeError`, `ValueError`, `KeyError`
+        or `AttributeError` if it is none of its kind. `directory`: of the files; None: one that is
+        called `kind` in the user's cache.
+        """
+        self._directory = directory or cache_dir() / kind
+        self._read = read
+
+    def load(self, machine_key: str, model_key: str) -> Any:
+        """What is made of the record; None if there is none."""
+        return self._models(machine_key).get(model_key, (None, None))[1]
+
+    def store(self, machine_key: str, model_key: str, change: Callable[[Any], Any]) -> None:
+        """Replace a record by what `change` makes of it, or of None. Says in a warning if it
+        cannot.
+        """
+        path = self._path(machine_key)
+        try:
+            with locked(path.with_suffix(".lock")):
+                models = {key: data for key, (data, _) in self._models(machine_key).items()}
+                known = models.pop(model_key, None)
+                models[model_key] = change(known)  # the newest is the last
+                kept = dict(list(models.items())[-MOST_MODELS:])
+                write_whole(path, json.dumps({"models": kept}, indent=2) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): the next plan is no better", path, error)
+
+    def _path(self, machine_key: str) -> Path:
+        return self._directory / f"{machine_key}.json"
+
+    def _models(self, machine_key: str) -> dict[str, tuple[Any, Any]]:
+        """By model key, the one that was written longest ago first: as in the file, and as read."""
+        path = self._path(machine_key)
+        try:
+            models = json.loads(path.read_text(encoding="utf-8"))["models"]
+            return {model: (data, self._read(data)) for model, data in models.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.warning(
+                "%s is only a cache and cannot be read (%r): it is ignored, and replaced after the "
+                "next run",
+                path,
+                error,
+            )
+            return {}

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.scripts.in_process import run_as_a_user, run_here
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_links.py"
-
-
-def bench(directory: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "--directory", str(directory), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 def report(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -43,7 +39,7 @@ def check(found: dict[str, Any], repeats: int) -> None:
 def test_cpu_measures_disk_and_memory(tmp_path: Path):
     """On a CPU there is a row for every way to use the disk, and the test files are gone."""
     options = ("--device", "cpu", "--size", "8MiB", "--seconds", "0.05", "--repeats", "2")
-    done = bench(tmp_path, *options)
+    done = run_as_a_user(SCRIPT, "--directory", str(tmp_path), *options)
     assert done.returncode == 0, done.stderr
     found = report(done)
     check(found, repeats=2)
@@ -64,8 +60,9 @@ def test_cpu_measures_disk_and_memory(tmp_path: Path):
 def test_emulated_is_held_to_the_stated_speeds(tmp_path: Path):
     """Every emulated link has its stated speed beside it; the exit code says if all are reached."""
     stated = "host-to-device=200MB/s,device-to-host=100MB/s,disk-read=50MB/s,disk-write=50MB/s"
-    options = ("--device", "emulated", "--emulate", stated, "--size", "8MiB")
-    done = bench(tmp_path, *options, "--seconds", "0.1", "--repeats", "1")
+    options = ["--device", "emulated", "--emulate", stated, "--size", "8MiB"]
+    options += ["--seconds", "0.1", "--repeats", "1"]
+    done = run_here(SCRIPT, "--directory", str(tmp_path), *options)
     found = report(done)
     check(found, repeats=1)
     speeds = {row["link"]: row["stated_gb_per_s"] for row in found["rows"]}
@@ -90,8 +87,8 @@ def test_emulated_is_held_to_the_stated_speeds(tmp_path: Path):
 )
 def test_errors_name_the_next_step(tmp_path: Path, options: tuple[str, ...], hint: str):
     """What cannot be measured is refused before anything is written, with what to do instead."""
-    done = bench(tmp_path, *options)
-    assert done.returncode not in (0, None)
+    done = run_here(SCRIPT, "--directory", str(tmp_path), *options)
+    assert done.returncode != 0
     assert hint in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []

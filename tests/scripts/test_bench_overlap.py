@@ -5,22 +5,18 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.scripts.in_process import run_as_a_user, run_here
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_overlap.py"
 TINY = ("--rows", "8", "--few-rows", "4", "--sweeps", "2", "--repeats", "1", "--seconds", "0.05")
 LAYERS = 2
 LAYER_BYTES = 4 * (2 * 256 * 256 + 2 * 256 * 64 + 3 * 256 * 704 + 2 * 256)
 HEAD_BYTES = 4 * 1024 * 256
-
-
-def bench(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
 def report(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -47,7 +43,8 @@ def check_case(case: dict[str, Any]) -> None:
 def test_three_links_move_what_they_should(tmp_path: Path):
     """Weights from disk, keys and values both ways: nothing is attended to where it lies."""
     options = ("--layers", str(LAYERS), "--hidden", "256", "--directory", str(tmp_path))
-    (case,) = report(bench(*options, *TINY, "--only", "three links, balanced"))["cases"]
+    done = run_as_a_user(SCRIPT, *options, *TINY, "--only", "three links, balanced")
+    (case,) = report(done)["cases"]
     check_case(case)
     (moved,) = (pair["link_bytes"] for pair in case["pairs"])
     assert {link for link, nbytes in moved.items() if nbytes} == {
@@ -62,7 +59,7 @@ def test_emulated_report_agrees_with_itself(tmp_path: Path):
     """All six cases are there, their bytes are the model's, and every token is the same."""
     traces = tmp_path / "traces"
     options = ("--layers", str(LAYERS), "--hidden", "256", "--directory", str(tmp_path))
-    done = bench(*options, *TINY, "--trace", str(traces))
+    done = run_as_a_user(SCRIPT, *options, *TINY, "--trace", str(traces))
     found = report(done)
     kinds = ("link-bound", "balanced", "compute-bound")
     names = ("host->device", "three links")
@@ -93,7 +90,7 @@ def test_emulated_report_agrees_with_itself(tmp_path: Path):
 @pytest.mark.slow
 def test_cpu_report_agrees_with_itself(tiny_llama_dir: Path):
     """From the real disk: read rates are bytes over time, shares are held against the targets."""
-    done = bench("--device", "cpu", "--model", str(tiny_llama_dir), *TINY)
+    done = run_as_a_user(SCRIPT, "--device", "cpu", "--model", str(tiny_llama_dir), *TINY)
     found = report(done)
     for pair in found["disk_bound"]:
         rate = pair["sweep_bytes"] / pair["sweep_seconds"] / 1e9
@@ -121,6 +118,7 @@ def test_cpu_report_agrees_with_itself(tiny_llama_dir: Path):
 )
 def test_errors_name_the_next_step(options: tuple[str, ...], hint: str):
     """A command that makes no sense is refused with the flag to change."""
-    done = bench(*options)
+    done = run_here(SCRIPT, *options)
     assert done.returncode == 2
     assert hint in done.stderr
+    assert "Traceback" not in done.stderr

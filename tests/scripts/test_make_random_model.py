@@ -12,18 +12,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from tests.scripts.in_process import run_here
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "make_random_model.py"
 
 
 def make(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), "tiny", str(directory), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_here(SCRIPT, "tiny", str(directory), *arguments)
 
 
 @pytest.fixture(scope="module")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made by a process of its own."""
     directory = tmp_path_factory.mktemp("random") / "tiny"
-    done = make(directory)
+    command = [sys.executable, str(SCRIPT), "tiny", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{directory}\n"
     return directory

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -107,15 +105,9 @@ def tiny_tied_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The demo's model, SmolLM2-135M-Instruct, converted once into the user's cache."""
-    script = ROOT / "scripts" / "get_demo_model.py"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    from tests.scripts.in_process import run_here
+
+    done = run_here(ROOT / "scripts" / "get_demo_model.py")
     if done.returncode != 0:
         pytest.fail(f"the demo's model is not at hand:\n{done.stderr}", pytrace=False)
     return Path(done.stdout.splitlines()[-1])

@@ -1,25 +1,32 @@
 """What the command says and leaves behind when something is wrong.
 
-What is killed, limited or disturbed is a process of its own.
+What is killed, or has no room for a result, is a process of its own.
 """
 
 from __future__ import annotations
 
+import errno
 import io
+import itertools
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flexrun import cli
+from flexrun.executor import Executor
 from tests.end_to_end.reference import ragged_prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,16 +57,15 @@ class Job:
         return [*GENERATE, *map(str, files), *fixed, *flags]
 
     def run(
-        self, *flags: str, limit_blocks: int | None = None, fault: str = "", shell: str = ""
+        self, *flags: str, limit_blocks: int | None = None, fault: str = ""
     ) -> subprocess.CompletedProcess[str]:
         """Run to the end; `limit_blocks` of 512 bytes is the largest file that can be written.
 
-        The Python code `fault` runs first in the process, the command `shell` before it.
+        The Python code `fault` runs first in the process.
         """
         command = self.command(*flags)
         if limit_blocks is not None:
             shell = f"ulimit -f {limit_blocks}"
-        if shell:
             command = ["/bin/sh", "-c", f'{shell} && exec "$@"', "sh", *command]
         environment = ENVIRONMENT
         if fault:
@@ -78,6 +84,26 @@ class Job:
         with redirect_stdout(stdout), redirect_stderr(stderr):
             code = cli.main(words)
         return subprocess.CompletedProcess(words, code, stdout.getvalue(), stderr.getvalue())
+
+    def run_disturbed(
+        self, results: int, disturb: Callable[[], object], *flags: str
+    ) -> subprocess.CompletedProcess[str]:
+        """`run_here` beside a thread that disturbs it when this many results are written."""
+        finished = threading.Event()
+
+        def wait_and_disturb() -> None:
+            while not self.output.exists() or len(self.lines()) < results:
+                if finished.wait(0.01):
+                    return
+            disturb()
+
+        thread = threading.Thread(target=wait_and_disturb)
+        thread.start()
+        try:
+            return self.run_here(*flags)
+        finally:
+            finished.set()
+            thread.join()
 
     def start_until(self, results: int, *flags: str) -> subprocess.Popen[str]:
         """A running process that has written this many results and is not done yet."""
@@ -199,7 +225,12 @@ def test_weights_read_in_place_take_no_disk(job, whole):
 
 def test_a_disk_that_is_full(job):
     """Prepared weights that the disk does not take are refused; a part of them is not kept."""
-    done = job.run("--device", "cpu", *PREPARE, limit_blocks=200)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200 * 512, before[1]))
+    try:
+        done = job.run_here("--device", "cpu", *PREPARE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert_refused(job, done, "reserving", str(job.offload), "File too large", "--offload-dir")
     assert job.stores() == ["lock"]
     assert sorted(path.name for path in job.directory.iterdir()) == ["in.jsonl", "offload"]
@@ -208,19 +239,16 @@ def test_a_disk_that_is_full(job):
 def test_a_disk_that_is_too_small(job):
     """A disk with less free space than the prepared weights is refused before it is written to."""
     job.offload.mkdir()
-    mount = f"mount -t tmpfs -o size=200k none '{job.offload}'"
-    own = ["unshare", "--mount", "--propagation", "private"]
-    probe = subprocess.run([*own, "sh", "-c", mount], capture_output=True, check=False)
-    if probe.returncode != 0:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(job.offload)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("may not mount a file system")
-    left = job.directory / "left"
-    inner = f"{mount} && trap 'find {job.offload} -type f > {left}' EXIT"
-    command = [*own, "sh", "-c", f'{inner}; "$@"', "sh", *job.command("--device", "cpu", *PREPARE)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    try:
+        done = job.run_here("--device", "cpu", *PREPARE)
+        left = [path.name for path in job.offload.rglob("*")]
+    finally:
+        subprocess.run(["umount", str(job.offload)], check=True)
     assert_refused(job, done, "missing", "KiB", "--disk-space")
-    assert "weights.bin" not in left.read_text()
+    assert "weights.bin" not in left
 
 
 def test_an_offload_directory_that_cannot_be_written(job):
@@ -244,16 +272,16 @@ offload.prepared_writer.WRITE_BYTES = 65536
 """
 
 
-def test_a_preparation_killed_in_the_middle(job, whole_float16):
+def test_a_preparation_killed_in_the_middle(job, whole_float16, caplog):
     """After kill -9 the next run goes on with what was written; the next reuses it."""
     done = job.run("--device", "cpu", *PREPARE, fault=KILL_AT_WRITE)
     assert done.returncode == -signal.SIGKILL
     (_, unfinished) = sorted(job.stores(), key=lambda name: ".tmp" in name)
     assert ".tmp" in unfinished
     assert not job.output.exists() or job.lines() == []
-    done = job.run("--device", "cpu", *PREPARE)
+    done = job.run_here("--device", "cpu", *PREPARE)
     assert done.returncode == 0, done.stderr
-    assert f"in {job.offload / 'flexrun-prepared' / unfinished}" in done.stderr
+    assert f"in {job.offload / 'flexrun-prepared' / unfinished}" in caplog.text
     assert by_index(job.lines()) == whole_float16
     assert unfinished not in job.stores()
     (store, _) = job.stores()
@@ -283,27 +311,32 @@ def test_a_damaged_store(job):
     assert "Traceback" not in done.stderr
 
 
-FAIL_IN_SWEEP = """
-import errno, os
-import flexrun.executor
-read, sweep, sweeps, reads = os.preadv, flexrun.executor.Executor.run, [], []
-def counting(*arguments, **named):
-    sweeps.append(1)
-    return sweep(*arguments, **named)
-def failing(*arguments):
-    if len(sweeps) == 20:
-        reads.append(1)
-        if len(reads) == 3:
+def fail_in_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third read of the twentieth sweep fails, once."""
+    read, sweep = os.preadv, Executor.run
+    sweeps, reads = itertools.count(1), itertools.count(1)
+    number = 0
+
+    def counting(*arguments: Any, **named: Any) -> Any:
+        nonlocal number
+        number = next(sweeps)
+        return sweep(*arguments, **named)
+
+    def failing(*arguments: Any) -> int:
+        if number == 20 and next(reads) == 3:
             raise OSError(errno.EIO, "Input/output error")
-    return read(*arguments)
-flexrun.executor.Executor.run, os.preadv = counting, failing
-"""
+        return read(*arguments)
+
+    monkeypatch.setattr(Executor, "run", counting)
+    monkeypatch.setattr(os, "preadv", failing)
 
 
-def test_a_read_error_in_the_middle(job, whole):
+def test_a_read_error_in_the_middle(job, whole, monkeypatch):
     """A disk that fails once breaks the job off, and names the file; a second run does the rest."""
     flags = ["--device", "emulated", "--weights", "disk=100"]
-    done = job.run(*flags, fault=FAIL_IN_SWEEP)
+    with monkeypatch.context() as patch:
+        fail_in_sweep(patch)
+        done = job.run_here(*flags)
     assert job.lines(), "it failed before anything was finished"
     assert done.returncode == 1, done.stderr
     assert f"reading {job.model / 'model.safetensors'} at byte" in done.stderr
@@ -327,12 +360,10 @@ def assert_the_rest_is_done(job: Job, whole: list[bytes], *flags: str) -> None:
 def test_a_checkpoint_written_to_while_it_is_read(job, whole):
     """A job whose weights someone touches ends with that file's name; finished results are kept."""
     weights = copied_model(job)
-    process = job.start_until(5, *SLOW_DISK)
-    os.utime(weights)
-    _, errors = process.communicate()
-    assert process.returncode == 1, errors
-    assert f"{weights} was changed while a job was reading it" in errors
-    assert "Traceback" not in errors
+    done = job.run_disturbed(5, lambda: os.utime(weights), *SLOW_DISK)
+    assert done.returncode == 1, done.stderr
+    assert f"{weights} was changed while a job was reading it" in done.stderr
+    assert "Traceback" not in done.stderr
     assert len(job.lines()) >= 5
     assert_the_rest_is_done(job, whole, *SLOW_DISK)
 
@@ -341,13 +372,12 @@ def test_a_checkpoint_cut_off_while_it_is_read(job, whole):
     """A job whose weights are truncated under it ends with an error; restored, it continues."""
     weights = copied_model(job)
     content = weights.read_bytes()
-    process = job.start_until(5, *SLOW_DISK)
-    os.truncate(weights, len(content) // 2)
-    _, errors = process.communicate()
-    assert process.returncode == 1, errors
-    assert str(weights) in errors
-    assert "changed" in errors or "has become shorter" in errors
-    assert "Traceback" not in errors
+    cut_off = partial(os.truncate, weights, len(content) // 2)
+    done = job.run_disturbed(5, cut_off, *SLOW_DISK)
+    assert done.returncode == 1, done.stderr
+    assert str(weights) in done.stderr
+    assert "changed" in done.stderr or "has become shorter" in done.stderr
+    assert "Traceback" not in done.stderr
     weights.write_bytes(content)
     assert_the_rest_is_done(job, whole, *SLOW_DISK)
 
@@ -355,11 +385,11 @@ def test_a_checkpoint_cut_off_while_it_is_read(job, whole):
 def test_a_checkpoint_replaced_while_it_is_read(job, whole):
     """A new file under the old name does not disturb a job: it goes on with the one it opened."""
     weights = copied_model(job)
-    process = job.start_until(5, *SLOW_DISK)
-    (job.directory / "other").write_bytes(b"not weights")
-    os.replace(job.directory / "other", weights)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    other = job.directory / "other"
+    other.write_bytes(b"not weights")
+    done = job.run_disturbed(5, lambda: os.replace(other, weights), *SLOW_DISK)
+    assert done.returncode == 0, done.stderr
+    assert weights.read_bytes() == b"not weights", "it was over before it could be disturbed"
     assert by_index(job.lines()) == whole
 
 

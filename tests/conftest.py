@@ -22,12 +22,17 @@ def _offload_dir(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _short_measurements():
-    """Engines measure their links for half a second each; for these tests a few copies will do."""
+    """Engines measure links for half a second each, and attention over 256 MiB that are written.
+
+    For these tests a few copies and a few pages will do.
+    """
+    from flexrun import host_attention
     from offload import raw_speed
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(raw_speed, "SECONDS", 0.0)
         patch.setattr(raw_speed, "_WARM_UP", 0.0)
+        patch.setattr(host_attention, "MEASURED_BYTES", 4 << 20)
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,6 +14,8 @@ the river runs north past an old mill where children once learned to read maps w
 argued about steam pressure copper wire winter wheat prices and whether a printed book could ever
 be copied faster than a clerk can write seven letters by hand
 """.split()  # noqa: SIM905  (a list of words would be formatted one a line)
+
+_known: dict[tuple[Any, ...], list[list[int]]] = {}
 
 
 def ragged_prompts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
@@ -26,7 +29,21 @@ def ragged_prompts(count: int, seed: int = 0, longest: int = 60) -> list[str]:
 def greedy_tokens(
     directory: Path, prompts: list[list[int]], new_tokens: int, end_ids: list[int], batch: int = 16
 ) -> list[list[int]]:
-    """Greedy continuations by `generate`: eager attention, float32, left-padded batches."""
+    """Greedy continuations by `generate`: eager attention, float32, left-padded batches.
+
+    Many tests have the same reference: it is kept as long as the model's files stay as they are.
+    """
+    stats = [(path.name, path.stat()) for path in sorted(directory.iterdir())]
+    files = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+    key = directory, files, tuple(map(tuple, prompts)), new_tokens, tuple(end_ids), batch
+    if key not in _known:
+        _known[key] = _generated(directory, prompts, new_tokens, end_ids, batch)
+    return [list(tokens) for tokens in _known[key]]
+
+
+def _generated(
+    directory: Path, prompts: list[list[int]], new_tokens: int, end_ids: list[int], batch: int
+) -> list[list[int]]:
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()

@@ -12,6 +12,7 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test may ask the hub
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = ("test_readme.py", "test_bench_overlap.py", "test_bench_links.py")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -63,6 +64,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest tests are first: at the end a process would do one alone, and others nothing.
+    items.sort(key=lambda item: item.path.name not in LONG)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests and not _has_cuda():
         for item in gpu_tests:

@@ -63,7 +63,7 @@ open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
 model, weights = sys.argv[1:]
 with LLM(model, device="cpu", dtype="bfloat16", weights=weights, kv_cache="device=100") as llm:
     prompts = [f"{i}: The river" + " runs" * i for i in range(8)]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=10), use_tqdm=False)
     shape = llm._engine._runtime.shape
     sizes = {"weights": shape.weight_bytes, "expanded": shape.expanded_bytes}
 tokens = sum(len(output.outputs[0].token_ids) for output in outputs)

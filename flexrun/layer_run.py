@@ -4,6 +4,7 @@ sweep, to find out what they take."""
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -41,7 +42,7 @@ _MOST_BYTES = 512 << 20
 """Of all layers that run: more than most caches hold, as in a job."""
 _MOST_HEAD = 128 << 20
 """Bytes of a head that runs whole."""
-_PROMPT_ROWS = {"cpu": (128, 256, 1024), "cuda": (256, 1024, 4096)}
+_PROMPT_ROWS = {"cpu": (128, 256, 512, 1024), "cuda": (256, 1024, 4096)}
 """Of prompts in a sweep, by the type of device."""
 _LOGIT_ROWS = 64
 _NEW_TOKENS = 64
@@ -220,14 +221,14 @@ class LayerRun:
             self.scheduler.finish(name)
 
     def generating(self, count: int, context: int, repeats: int) -> Timed:
-        """The median sweep in which `count` sequences with so many positions generate."""
+        """The median of sweeps in which `count` sequences with so many positions generate."""
         with self.sequences(count, context):
             while self.scheduler.waiting or self.scheduler.prompts:
                 self.sweep()
             return _median([self.sweep() for _ in range(repeats)])
 
     def prompts(self, count: int, length: int, repeats: int) -> Timed:
-        """The median sweep of `count` prompts, after one that is not counted."""
+        """The median of sweeps of `count` prompts, after one that is not counted."""
         found = []
         for _ in range(repeats + 1):
             with self.sequences(count, length):
@@ -280,7 +281,10 @@ class LayerRun:
 
 
 def _median(sweeps: list[Timed]) -> Timed:
-    return sorted(sweeps, key=lambda each: each.seconds)[len(sweeps) // 2]
+    """Of sweeps with the same rows: each of their times by itself."""
+    last = sweeps[-1]
+    times = zip(*(each[3:] for each in sweeps))
+    return Timed(last.rows, last.read, last.positions, *map(statistics.median, times))
 
 
 def _random(weight: Weight) -> torch.Tensor:

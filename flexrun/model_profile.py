@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 10.0
+SECONDS = 15.0
 """For measuring a model, about: a sweep that has begun is ended."""
 _SINGLE_ROWS = (1, 4, 16, 32, 64)
 """Sequences that generate, a row each."""
-_PROMPT = 64
+_PROMPT = 128
 """Rows of each prompt, of which as many are computed as more rows need."""
 _CONTEXT = 512
 """Positions that are attended to where attention is measured."""
 _SEQUENCES = 8
-_FEW, _MANY = 3, 7
+_FEW, _MANY = 5, 9
 """Times that a sweep is repeated; the median counts."""
 _BESIDE_ROWS = 16
 """That compute while weights arrive."""

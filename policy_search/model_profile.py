@@ -70,14 +70,13 @@ class ModelProfile:
 
 
 def seconds_at(points: Sequence[tuple[int, float]], rows: float) -> float:
-    """Linear between `points`, constant below the first; in proportion to rows beyond the last."""
-    first, last = points[0], points[-1]
-    if rows <= first[0]:
-        return first[1]
-    for (less, fast), (more, slow) in pairwise(points):
-        if rows <= more:
-            return fast + (slow - fast) * (rows - less) / (more - less)
-    return last[1] * rows / last[0]
+    """Linear between `points` and beyond the last two; constant below the first."""
+    first = points[0]
+    if len(points) == 1 or rows <= first[0]:
+        return first[1] * max(1.0, rows / first[0])
+    pairs = list(pairwise(points))
+    (less, fast), (more, slow) = next((pair for pair in pairs if rows <= pair[1][0]), pairs[-1])
+    return fast + (slow - fast) * (rows - less) / (more - less)
 
 
 def profile_key(shape: ModelShape) -> str:

@@ -48,10 +48,11 @@ FAST = Hardware(host_to_device=math.inf)
 
 
 def test_seconds_between_points():
-    """Linear in between, constant below, in proportion beyond."""
+    """Linear in between and beyond, constant below; a single point is in proportion."""
     rows = (0.5, 1, 2.5, 4, 10, 16, 32)
     expected = [2.0, 2.0, 3.5, 5.0, 12.5, 20.0, 40.0]
     assert [seconds_at(PROFILE.layers, n) for n in rows] == pytest.approx(expected)
+    assert [seconds_at(((4, 2.0),), n) for n in (1, 4, 10)] == [2.0, 2.0, 5.0]
 
 
 def test_weights_that_stay_take_what_they_were_measured_to():

@@ -140,12 +140,12 @@ class BatchScheduler:
             self.pools.release(sequence)
 
     def decode(self, sweep: SweepRows) -> None:
-        """A row for each running sequence that has its next token to compute.
-
-        Where not all fit they take turns.
+        """A row for each running sequence with its next token to compute, which take turns if not
+        all fit; those that joined in this sweep have theirs.
         """
-        running, prompts, allocate = self.running, self.prompts, self.pools.allocate
-        ready = [each for sequence, each in running.items() if sequence not in prompts]
+        running, allocate = self.running, self.pools.allocate
+        others = {*self.prompts, *(span.sequence for span in sweep.spans)}
+        ready = [each for sequence, each in running.items() if sequence not in others]
         if len(ready) > sweep.left:
             ready.sort(key=lambda progress: progress.last_sweep)
         for progress in ready:

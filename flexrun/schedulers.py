@@ -41,12 +41,16 @@ class ContinuousScheduler(BatchScheduler):
 
 
 class PhasedScheduler(BatchScheduler):
-    """One phase at a time: sweeps of prompts while any can be computed, else of single rows."""
+    """One phase at a time: sweeps of prompts while any can be computed, else of single rows.
+
+    Who joins with its prompt computed, by another machine or before it gave its place away, has a
+    single row, too.
+    """
 
     def fill(self, sweep: SweepRows) -> None:
         self.continue_prompts(sweep)
         self.admit(sweep)
-        if not sweep.spans:
+        if all(span.length == 1 and span.wants_logits for span in sweep.spans):
             self.decode(sweep)
 
 

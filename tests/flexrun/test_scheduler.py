@@ -694,6 +694,17 @@ def test_a_prompt_that_was_computed_elsewhere_is_not_computed_again():
     assert scheduler.pools.tables[1].tokens == 9
 
 
+@pytest.mark.parametrize("kind", [ContinuousScheduler, PhasedScheduler])
+def test_whose_prompt_was_computed_elsewhere_rides_with_those_that_generate(kind):
+    """There is no prompt to compute, so nobody waits for one."""
+    scheduler = make_scheduler(kind=kind)
+    scheduler.add(0, 9, 12, computed=8)
+    commit(scheduler, scheduler.next_sweep())
+    scheduler.add(1, 5, 12, computed=4)
+    rows = sorted(scheduler.next_sweep().spans)
+    assert rows == [RowSpan(0, 9, 1, True), RowSpan(1, 4, 1, True)]
+
+
 def test_what_was_handed_over_is_lost_with_its_pages():
     """Whoever gives its pages away computes all its tokens again, wherever it began."""
     scheduler = make_scheduler()

@@ -12,13 +12,14 @@ from policy_search.latency import Latencies
 from policy_search.network import Network
 from policy_search.simulated_machine import SimulatedMachine
 from policy_search.simulator import run
+from policy_search.sweep_load import SweepTerms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from policy_search.latency import Targets
     from policy_search.simulated_machine import Scheduler
-    from policy_search.sweep_load import SweepLoad, SweepTerms
+    from policy_search.sweep_load import SweepLoad
     from policy_search.workload import Lengths
 
 
@@ -44,6 +45,8 @@ class Scenario:
     machines: int = 1
     """That do everything; with a `split`, those that it has instead."""
     split: Split | None = None
+    free_prompts: bool = False
+    """With a `split` prompts take no time: what is left is what its token machines do."""
     routing: str = ROUTINGS[0]
     max_tokens: int | None = None
     """See `Cluster`."""
@@ -56,15 +59,16 @@ class Scenario:
             return Cluster(pool, max_tokens=self.max_tokens)
         prompts = split.prompt_machines
         return Cluster(
-            self._pool("prompt machine", range(prompts)),
+            self._pool("prompt machine", range(prompts), free=self.free_prompts),
             self._pool("token machine", range(prompts, prompts + split.token_machines)),
             Network(split.network, split.token_bytes),
             self.max_tokens,
         )
 
-    def _pool(self, name: str, numbers: range) -> Pool:
+    def _pool(self, name: str, numbers: range, *, free: bool = False) -> Pool:
+        cost = _nothing if free else self.cost
         machines = [
-            SimulatedMachine(number, self.make_scheduler(), self.cost, f"{name} {number}")
+            SimulatedMachine(number, self.make_scheduler(), cost, f"{name} {number}")
             for number in numbers
         ]
         return Pool(machines, self.routing)
@@ -81,3 +85,7 @@ class Scenario:
         time: see `capacity`.
         """
         return highest_rate(lambda rate: self.attainment(lengths, rate, seed, targets))
+
+
+def _nothing(load: SweepLoad) -> SweepTerms:
+    return SweepTerms(0.0, {})

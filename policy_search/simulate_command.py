@@ -25,6 +25,8 @@ from policy_search.simulation_text import simulation_text
 from policy_search.simulation_trace import FLAG as TRACE_FLAG
 from policy_search.simulation_trace import TraceLog
 from policy_search.simulator import run
+from policy_search.split_search import SplitSearch
+from policy_search.split_text import split_search_report
 
 if TYPE_CHECKING:
     import argparse
@@ -57,6 +59,11 @@ def run_simulate(
     pages = _pages(arguments, machine, job.most_tokens)
     scenario = _scenario(arguments, machine, pages, job, schedulers[arguments.scheduler])
     targets = Targets(**{n: v for n in ("ttft", "tpot") if (v := getattr(arguments, n))})
+    if arguments.find_split is not None:
+        most = arguments.find_split
+        search = SplitSearch(scenario, job.lengths, most, arguments.seed, targets)
+        print(split_search_report(search, as_json=arguments.json))
+        return 0
     requests, found = job.requests, dict[str, Any]()
     if arguments.max_rate:
         rate = scenario.highest_rate(job.lengths, arguments.seed, targets)
@@ -123,10 +130,11 @@ def _scenario(
         )
 
     split = None
-    if arguments.split is not None:
+    if arguments.split is not None or arguments.find_split is not None:
+        prompt_machines, token_machines = arguments.split or (1, 1)
         split = Split(
-            prompt_machines=arguments.split[0],
-            token_machines=arguments.split[1],
+            prompt_machines=prompt_machines,
+            token_machines=token_machines,
             network=float(arguments.network or NETWORK),
             token_bytes=machine.kv_token_bytes,
         )

@@ -59,6 +59,8 @@ def _add_request_flags(group: argparse._ActionsContainer) -> None:
     add("--trace", type=Path, metavar="FILE", help=text)
     text = "prompts, a JSONL file as for `flexrun generate`"
     add("--input", type=Path, metavar="FILE", help=text)
+    text = "leave out requests of more tokens, which a model of this context cannot serve"
+    add("--context", type=count, metavar="TOKENS", help=text)
     text = "requests per second that arrive, at random; default: all are there at once"
     add("--rate", type=_positive, metavar="R", help=text)
 
@@ -68,7 +70,7 @@ def _add_machine_flags(group: argparse._ActionsContainer) -> None:
     add("--machines", type=count, metavar="N", help="that do the same (1)")
     text = "P machines compute prompts and D generate"
     add("--split", type=_split, metavar="P:D", help=text)
-    text = "per second, between the machines of --split (25GB)"
+    text = "per second, between the machines of --split or --find-split (25GB)"
     add("--network", type=size, metavar="SIZE", help=text)
     text = "to the machine with the fewest pending tokens, or round robin (%(default)s)"
     add("--routing", default=ROUTINGS[0], choices=ROUTINGS, help=text)
@@ -81,6 +83,8 @@ def _add_result_flags(group: argparse._ActionsContainer) -> None:
     add("--tpot", **seconds, help="from token to token after that, on average")
     text = f"find the highest rate at which {SHARE:.0%} of the requests meet --ttft and --tpot"
     add("--max-rate", action="store_true", help=text.replace("%", "%%"))
+    text = "the same of up to N machines in the best split, beside as many that do everything"
+    add("--find-split", type=_at_least_two, metavar="N", help=text)
     add("--trace-out", type=Path, metavar="FILE", help="write a Chrome trace")
     text = "write summary.csv, detailed/ and request_nodes.csv, with Splitwise's columns"
     add("--csv", type=Path, metavar="DIR", help=text)
@@ -90,22 +94,27 @@ def _add_result_flags(group: argparse._ActionsContainer) -> None:
 def check_simulate_flags(arguments: argparse.Namespace) -> None:
     """Raise `PolicyError` if some contradict each other."""
     given = {name: value for name, value in vars(arguments).items() if value not in (None, False)}
-    _refuse_together(given, "trace", ["input", "rate", "max_rate"])
+    _refuse_together(given, "trace", ["input", "rate", "max_rate", "find_split"])
     for name in ("trace", "input"):
         if name in given:
             _refuse_table(arguments, name)
-    _refuse_together(given, "max_rate", ["rate", "trace_out", "csv"])
+    searches = ["max_rate", "find_split"]
+    for name in searches:
+        _refuse_together(given, name, ["rate", "trace_out", "csv"])
+    _refuse_together(given, "find_split", ["max_rate", "machines", "split"])
     _refuse_together(given, "machines", ["split"])
     speeds = ["link", "expansion", "tflops"]
     bits = ["weight_bits", "head_bits", "kv_bits", "group_size", "keep"]
     _refuse_together(given, "profile", ["model", "streamed", "policy", *speeds, *bits])
     _refuse_together(given, "policy", ["streamed", *bits])
-    if "network" in given and "split" not in given:
+    if "network" in given and not given.keys() & {"split", "find_split"}:
         raise PolicyError("--network is between the machines of --split", hint="give --split P:D")
-    if "max_rate" in given and not given.keys() & {"ttft", "tpot"}:
-        raise PolicyError(
-            "--max-rate needs to know what is too slow", hint="give --ttft, --tpot or both"
-        )
+    for name in searches:
+        if name in given and not given.keys() & {"ttft", "tpot"}:
+            flag = name.replace("_", "-")
+            raise PolicyError(
+                f"--{flag} needs to know what is too slow", hint="give --ttft, --tpot or both"
+            )
 
 
 def _refuse_table(arguments: argparse.Namespace, name: str) -> None:
@@ -133,6 +142,12 @@ def _split(text: str) -> tuple[int, int]:
     if len(parts) != 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, such as 1:3")
     return count(parts[0]), count(parts[1])
+
+
+def _at_least_two(text: str) -> int:
+    if (machines := count(text)) < 2:
+        raise argparse.ArgumentTypeError("one machine cannot be split: give at least 2")
+    return machines
 
 
 def _positive(text: str) -> float:

@@ -47,10 +47,13 @@ class SimulatedJob:
         """From --trace, --input or --workload. Raises `PolicyError`.
 
         `lengths_of_file(path, gen_len, model)` counts the tokens of prompts with a tokenizer.
+        Requests beyond --context are left out, as DistServe does (OSDI 2024).
         """
         if arguments.trace is not None:
             requests = read_trace(arguments.trace)
-            most = None if arguments.known_lengths else max(each.output for each in requests)
+            requests = [each for each in requests if _fits(each, arguments.context)]
+            longest = max((each.output for each in requests), default=1)
+            most = None if arguments.known_lengths else longest
             return cls(source=arguments.trace.name, requests=requests, max_tokens=most)
         if arguments.input is not None:
             source, most = arguments.input.name, None
@@ -62,8 +65,13 @@ class SimulatedJob:
         else:
             job = workload(arguments)
             source, lengths, most = job.workload, job.lengths(), job.max_tokens
+        lengths = [each for each in lengths if _fits(each, arguments.context)]
         if arguments.rate is None:
             requests = at_once(lengths)
         else:
             requests = poisson(lengths, arguments.rate, arguments.seed)
         return cls(source=source, requests=requests, max_tokens=most)
+
+
+def _fits(request: TimedRequest | Lengths, context: int | None) -> bool:
+    return context is None or request.prompt + request.output <= context

@@ -102,6 +102,27 @@ def test_the_highest_rate_is_one_that_is_kept(capsys):
     assert (none["max_rate"], none["attainment"]) == (0.0, 0.0)
 
 
+def test_requests_beyond_the_context_are_left_out(capsys, trace):
+    given = ["--trace", str(trace), "--profile", "llama2-70b-h100"]
+    found = [run(capsys, *given, "--context", n)["requests"] for n in ("2148", "2147", "512")]
+    assert found == [2, 1, 0]
+
+
+def test_a_split_is_found(capsys):
+    """As a table and as JSON, with rates of its phases, of both, and of machines that do both."""
+    given = [*SMALL, "--ttft", "0.2", "--tpot", "0.1", "--find-split", "2", "--network", "1GB"]
+    found = run(capsys, *given)
+    assert [(each["prompt_machines"], each["token_machines"]) for each in found["splits"]] == [
+        (1, 1)
+    ]
+    assert found["best"] == found["splits"][0]
+    split = [*SMALL, "--ttft", "0.2", "--tpot", "0.1", "--split", "1:1", "--network", "1GB"]
+    whole = run(capsys, *split, "--max-rate")
+    assert found["rate_per_machine"] == whole["max_rate_per_machine"] > 0
+    assert main(["simulate", *given]) == 0
+    assert "1:1 as a whole" in capsys.readouterr().out
+
+
 def test_texts_and_files(capsys, tmp_path):
     """All that can be asked for at once."""
     files = ["--csv", str(tmp_path / "csv"), "--trace-out", str(tmp_path / "trace.json")]
@@ -136,6 +157,10 @@ def test_texts_and_files(capsys, tmp_path):
         (["--network", "1GB"], "give --split"),
         (["--max-rate"], "give --ttft, --tpot or both"),
         (["--max-rate", "--ttft", "1", "--rate", "2"], "--max-rate and --rate exclude"),
+        (["--find-split", "1", "--ttft", "1"], "one machine cannot be split"),
+        (["--find-split", "2"], "give --ttft, --tpot or both"),
+        (["--find-split", "2", "--ttft", "1", "--split", "1:1"], "--find-split and --split excl"),
+        (["--find-split", "2", "--ttft", "1", "--rate", "2"], "--find-split and --rate exclude"),
         (["--profile", "opt-13b-a100", "--model", "x"], "--profile and --model exclude"),
         (["--profile", "opt-13b-a100", "--kv-bits", "4"], "--profile and --kv-bits exclude"),
         (["--profile", "abacus"], "invalid choice"),

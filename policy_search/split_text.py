@@ -1,0 +1,47 @@
+"""A search for the best split of machines, as a table or as JSON (no torch)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from policy_search.split_search import RatedSplit, SplitSearch
+
+_HEAD = "machines  prompts:tokens  prompts alone  tokens alone  slower, per machine"
+
+
+def split_search_report(search: SplitSearch, *, as_json: bool) -> str:
+    """Run a search and say what it has found."""
+    splits = search.splits()
+    best = max(splits, key=lambda split: split.rate / split.machines)
+    machines = best.machines
+    apart, together = search.rate_apart(best), search.rate_together(machines)
+    per_machine = {
+        "rate_per_machine": apart / machines,
+        "rate_together_per_machine": together / machines,
+        "rate_alone": search.rate_together(1),
+    }
+    if as_json:
+        found: dict[str, Any] = {"requests": len(search.lengths), "best": asdict(best)}
+        return json.dumps(found | per_machine | {"splits": [asdict(each) for each in splits]})
+    return "\n".join(
+        [
+            f"{len(search.lengths)} requests; requests/s within the targets:",
+            _HEAD,
+            *map(_row, splits),
+            f"{best.prompt_machines}:{best.token_machines} as a whole: "
+            f"{per_machine['rate_per_machine']:.3f} per machine; {machines} that do everything: "
+            f"{per_machine['rate_together_per_machine']:.3f}; one of them: "
+            f"{per_machine['rate_alone']:.3f}",
+        ]
+    )
+
+
+def _row(split: RatedSplit) -> str:
+    ratio = f"{split.prompt_machines}:{split.token_machines}"
+    return (
+        f"{split.machines:8}{ratio:>16}{split.prompt_rate:15.3f}{split.token_rate:14.3f}"
+        f"{split.rate / split.machines:21.3f}"
+    )

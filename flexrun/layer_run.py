@@ -64,7 +64,7 @@ class Timed(NamedTuple):
     head: float
     """Seconds of the output head."""
     program: float
-    """Seconds in which the device waited, in all layers of the model."""
+    """Seconds of a sweep of all layers in which the device waited, or chose tokens."""
     wall: float
     """Seconds that the sweep really took, with the layers that ran."""
 
@@ -237,14 +237,14 @@ class LayerRun:
 
     def sweep(self) -> Timed:
         """Compute whatever the scheduler takes next."""
+        start = time.perf_counter()
         plan = self.scheduler.next_sweep()
         vocab = self.model.vocab_size
         ids = {s.sequence: [n % vocab for n in range(s.end)] for s in plan.spans}
-        start = time.perf_counter()
         self._executor.run(plan, ids, lambda _, logits: logits.argmax(-1))
         self._backend.synchronize(self._backend.record())
-        wall = time.perf_counter() - start
         self.scheduler.commit(plan)
+        wall = time.perf_counter() - start
         single = [span for span in plan.spans if span.length == 1]
         many = [span for span in plan.spans if span.length > 1]
         return Timed(
@@ -256,13 +256,12 @@ class LayerRun:
         )
 
     def _taken(self, wall: float) -> tuple[float, float, float]:
-        """Seconds of layers, of the head, and in which the device waited."""
+        """Seconds of layers, of the head, and of the rest of `wall`."""
         found = self._timeline.finish()
         self._timeline.intervals.clear()
         counts, layers, head = self._counts, 0.0, 0.0
         for row, name, start, end, _ in found:
             if row != COMPUTE:
-                wall -= end - start
                 continue
             wall -= end - start
             kind, _, unit = name.partition(" ")

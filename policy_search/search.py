@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 
 MOST_SEQUENCES = 4096
 """As many as a scheduler handles in a few milliseconds a sweep."""
-_MICRO_BATCHES = (128, 256, 512, 1024, 2048)
+_MICRO_BATCHES = (64, 128, 256, 512, 1024, 2048)
 ENOUGH_ROOM = 0.99
+_GOOD_PART = 0.05
 _NUMBERS = (2, 3, 4)
 """Of micro-batches where HOST attends, so that it and the device work at once."""
 _MARGINS = (0.0, 0.02, 0.1)
 """Parts of every tier that the program leaves empty, tried in turn: whole tensors and pages take
 more than their share."""
+_FEWER_ROWS = (2, 4, 8, 16)
+"""Parts of the rows of a sweep: what they work with has room for weights instead."""
 _REFINED = (0.6, 0.75, 0.87, 1.15, 1.35, 1.6)
 """Of the best number of sequences, which was one of powers of two."""
 
@@ -100,7 +103,7 @@ class Search:
         changes: dict[str, Callable[[Policy], Iterable[int]]] = {
             "micro_batch_rows": lambda _: _MICRO_BATCHES,
             "num_micro_batches": lambda best: _NUMBERS if best.kv_cache.host else (),
-            "max_rows": lambda best: [max(1, best.max_rows // 4)],
+            "max_rows": lambda best: [max(1, best.max_rows // less) for less in _FEWER_ROWS],
             "max_sequences": lambda best: self._near(best.max_sequences),
         }
         for name, values in changes.items():
@@ -166,7 +169,14 @@ class Search:
                     break  # more room will not be found with a larger margin
                 self._add(policy)
                 if self._has_room(policy):
+                    if self._layer_matters:
+                        break  # the smaller depth leaves room for what makes a difference
                     return
+
+    @property
+    def _layer_matters(self) -> bool:
+        """Whether the room of one layer more on its way is a good part of the device."""
+        return self.shape.largest_layer_bytes > _GOOD_PART * self.limits[Tier.DEVICE]
 
     def _has_room(self, policy: Policy) -> bool:
         """Whether it fits with pages for all sequences that it is for.

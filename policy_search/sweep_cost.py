@@ -43,8 +43,7 @@ if TYPE_CHECKING:
 UP, DOWN = "host->device", "device->host"
 TO_DISK = "host->disk"
 REQUESTS_BEFORE = 1.5
-"""Of weights, each of `REQUEST_BYTES`, that urgent bytes wait for: half of the one under way, and
-the next one."""
+"""Of weights that urgent bytes wait for: half of the one under way, and the next one."""
 PAGE_SECONDS = 1e-4
 """Of one layer's page on its way from disk, which is a read of its own, has a tail in RAM, and is
 gathered: what runs of `scripts/bench_policy.py` took beyond its bytes, with pages of 32 KiB."""
@@ -69,6 +68,9 @@ class SweepCost:
         self._unified = unified
         self._from_disk_link = "disk->device" if unified else "disk->host"
         self.streamed, self.from_disk = streamed_bytes(shape, policy, unified=unified)
+        tables = [tensor for tensor in shape.tensors if tensor.unit < 0]
+        tiers = place(shape.tensors, policy.weights) if tables else {}
+        self._gathers = any(tiers[table.name] is not Tier.DEVICE for table in tables)
         self._in_place = 1 - self.streamed / (shape.weight_bytes or 1)
         total = sum(used.kv for used in memory.values()) or 1
         # All sequences have an equal share of their pages on each tier.
@@ -91,7 +93,8 @@ class SweepCost:
         batches = micro_batches(self.policy, load.rows)
         if share:
             work = self._work(load, pages, share)
-            work = replace(work, program=work.program + self._waiting(work, batches, share))
+        waiting = self._waiting(work, batches, share)
+        work = replace(work, program=work.program + waiting)
         moved = self._moved(load, work, share)
         busy = busy_seconds(work, hardware, share) | {
             link: nbytes / speed for link, (nbytes, speed) in moved.items()
@@ -133,19 +136,22 @@ class SweepCost:
         )
 
     def _waiting(self, work: SweepWork, batches: int, share: float) -> float:
-        """Seconds for rows on their way to HOST's attention and back, in all layers.
+        """Seconds in which the device waits for rows on their way to HOST's attention and back, and
+        for those of an embedding table that is elsewhere.
 
-        What comes back waits for a request of weights, or for two, if one is under way then. Other
-        micro-batches compute meanwhile.
+        What is urgent waits for the requests of weights before it. While attention does, other
+        micro-batches compute.
         """
-        hardware, calls = self.hardware, batches * self.shape.num_layers
-        each = hardware.hosted_call
-        if batches < 2:
-            link = busy_seconds(work, hardware, share)[UP]
-            device = device_seconds(work, hardware, share)
-            part = link / max(link, device) if link else 0.0
-            each += part * REQUESTS_BEFORE * REQUEST_BYTES / hardware.host_to_device
-        return calls * each
+        if self._unified:
+            return 0.0
+        hardware, layers = self.hardware, self.shape.num_layers if share else 0
+        link = busy_seconds(work, hardware, share)[UP]
+        device = device_seconds(work, hardware, share)
+        part = link / max(link, device) if link else 0.0
+        request = min(REQUEST_BYTES, self.streamed / self.shape.num_layers)
+        before = part * REQUESTS_BEFORE * request / hardware.host_to_device
+        urgent = self._gathers + (layers if batches < 2 else 0)
+        return batches * layers * hardware.hosted_call + urgent * before
 
     def _moved(
         self, load: SweepLoad, work: SweepWork, share: float

@@ -154,7 +154,7 @@ def test_a_layer_counts_as_often_as_the_model_has_it(monkeypatch):
             clock.add("compute", f"unit {unit}, micro-batch 0", 10.0 * unit, 10.0 * unit + 2**unit)
         clock.add("compute", "start of micro-batch 0", 1000.0, 1000.5)
         clock.add("sampling", "sampling", 2000.0, 2000.25)
-        total = sum(2**unit for unit in range(len(counts) + 1)) + 0.75
+        total = sum(2**unit for unit in range(len(counts) + 1)) + 0.5
         layers, head, program = run._taken(total + 1.0)
         assert layers == pytest.approx(0.5 + sum(2**n * each for n, each in enumerate(counts)))
         assert head == 2 ** len(counts)

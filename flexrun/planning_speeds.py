@@ -121,7 +121,7 @@ class PlanningSpeeds:
     ) -> None:
         """A run is over: seconds of each resource, as `predicted` with `hardware` and as they were.
 
-        What is wrong by more than 15 % is corrected in the next plan.
+        What is wrong is corrected in the next plan: see `corrected`.
         """
         factors = corrected(self._used, predicted, measured)
         key = model_key(shape, profiled=self._profiled)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WRONG = 0.15
-"""Part of the predicted seconds that a run may differ by without being remembered."""
+"""Part of the predicted seconds that runs differ by anyway."""
 LEAST, MOST = 0.1, 10.0
 """Of a factor: what is farther off is no matter of speeds."""
 
@@ -35,20 +36,22 @@ def model_key(shape: ModelShape, *, profiled: bool = False) -> str:
 def corrected(
     used: Mapping[str, float], predicted: Mapping[str, float], measured: Mapping[str, float]
 ) -> dict[str, float]:
-    """Factors for the next plan, of resources that were `predicted` more than `WRONG` off.
+    """Factors for the next plan, of resources that were `predicted` wrong.
 
-    `used`: the factors that are in these predictions. Both others are seconds, by resource.
+    Where that is by more than `WRONG`, what was measured counts, else what is halfway there: runs
+    differ by as much. `used`: the factors that are in these predictions. Both others are seconds,
+    by resource.
     """
     ratios = {
         name: measured[name] / seconds
         for name, seconds in predicted.items()
         if seconds > 0 and measured.get(name, 0.0) > 0
     }
-    return {
-        name: min(MOST, max(LEAST, used.get(name, 1.0) * ratio))
+    found = {
+        name: used.get(name, 1.0) * (ratio if abs(ratio - 1) > WRONG else math.sqrt(ratio))
         for name, ratio in ratios.items()
-        if abs(ratio - 1) > WRONG
     }
+    return {name: min(MOST, max(LEAST, factor)) for name, factor in found.items()}
 
 
 class Corrections:

@@ -121,10 +121,12 @@ def _pool(room: Room, tier: Tier, pages: int, dtype: torch.dtype) -> PagedKV:
 
 
 @contextlib.contextmanager
-def device_attention(backend: DeviceBackend, dtype: torch.dtype) -> Iterator[AttentionBackend]:
-    """What the engine attends with on this device, compiled."""
+def device_attention(
+    backend: DeviceBackend, dtype: torch.dtype, shapes: Sequence[AttentionShape] = (SHAPE,)
+) -> Iterator[AttentionBackend]:
+    """What the engine attends with on this device, compiled for layers of `shapes`."""
     if backend.device.type != "cpu":
-        where = {SHAPE}, dtype, PAGE_TOKENS, backend.device
+        where = set(shapes), dtype, PAGE_TOKENS, backend.device
         yield TritonAttention() if usable(*where) else TorchAttention()
         return
     from flexrun.attention.cpu import CpuAttention

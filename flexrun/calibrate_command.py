@@ -42,6 +42,7 @@ _TABLE: dict[str, tuple[str, float, str]] = {
     "matrix_read": ("matrices, by few rows", *_BYTES),
     "expansion": ("weights of 4 bits, expanded", *_BYTES),
     "host_attention": ("attention on host", *_BYTES),
+    "hosted_call": ("rows to it and back", 1e-6, "us"),
     "contention": ("lost to it and by it", 0.01, "%"),
     "device_attention": ("attention on the device", *_BYTES),
     "attention_flops": ("attention of a prompt's rows", *_FLOPS),

@@ -1,12 +1,10 @@
-"""The engine around some of a model's layers, all on the device, with random weights: sweep by
-sweep, to find out what they take."""
+"""The engine around some of a model's layers, all on the device, with random weights."""
 
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +14,7 @@ from flexrun.measuring import Room
 from flexrun.model import build_model
 from flexrun.model_weights import find_weights
 from flexrun.schedulers import ContinuousScheduler
+from flexrun.timed_sweep import median, timed
 from flexrun.twin_config import few_layers
 from offload.activations import ActivationStore
 from offload.errors import CapacityError
@@ -23,7 +22,7 @@ from offload.kv_cache import KVCache
 from offload.packed import pack, unpack
 from offload.pages import PagePools
 from offload.tiers import Split, Tier
-from offload.timeline import COMPUTE, Timeline
+from offload.timeline import Timeline
 from offload.transfer_engine import TransferEngine
 from offload.weights import WeightStore
 from policy_search.policy import Policy
@@ -34,44 +33,24 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from flexrun.model import Model
+    from flexrun.timed_sweep import Timed
     from offload.backend import DeviceBackend
     from offload.slabs import Weight
     from policy_search.model_shape import ModelShape
 
 _MOST_BYTES = 512 << 20
 """Of all layers that run: more than most caches hold, as in a job."""
-_MOST_HEAD = 128 << 20
-"""Bytes of a head that runs whole."""
+_MOST_HEAD = 256 << 20
+"""Bytes of a head that runs whole, and of its table."""
 _PROMPT_ROWS = {"cpu": (128, 256, 512, 1024), "cuda": (256, 1024, 4096)}
 """Of prompts in a sweep, by the type of device."""
 _LOGIT_ROWS = 64
 _NEW_TOKENS = 64
 _PAGE = Policy().page_tokens
+_STEP = 7919
+"""Between the first tokens of sequences; a prime number."""
 _SCALE = 0.02
 """Of weights: hidden states stay numbers of an ordinary size."""
-
-
-class Timed(NamedTuple):
-    """A sweep of one micro-batch."""
-
-    rows: int
-    read: int
-    """Positions that single rows attend to, in sum."""
-    positions: int
-    """That prompts' rows attend to."""
-    seconds: float
-    """Before the first layer and in all layers of the model, of which only some have run."""
-    head: float
-    """Seconds of the output head."""
-    program: float
-    """Seconds of a sweep of all layers in which the device waited, or chose tokens."""
-    wall: float
-    """Seconds that the sweep really took, with the layers that ran."""
-
-    @property
-    def whole(self) -> float:
-        """Seconds of the sweep, were it one of the whole model."""
-        return self.seconds + self.head + self.program
 
 
 class LayerRun:
@@ -93,7 +72,8 @@ class LayerRun:
         room = closing.enter_context(Room(backend))
         quarter = room.left(Tier.DEVICE) // 4
         self._backend, self._shape = backend, shape
-        self.whole_head = shape.head_flops_per_row // 2 * dtype.itemsize <= min(quarter, _MOST_HEAD)
+        head = shape.head_flops_per_row // 2 * dtype.itemsize
+        self.whole_head = 2 * head <= min(quarter, _MOST_HEAD)  # there may be a table besides
         self._most_rows = self._rows_within(quarter, room)
         self.prompt_rows = [n for n in _PROMPT_ROWS[backend.device.type] if n <= self._most_rows]
         self.model, self._counts = self._build(config, dtype, 2 * quarter)
@@ -104,13 +84,17 @@ class LayerRun:
         self._store = self._load(closing)
         self._packed: list[Weight] = []
         closing.callback(unpack, self._packed)
-        self.sequences_at_once, self.context = wanted
+        self.sequences_at_once, context = wanted
+        longest = self.model.context_length - 2 * _NEW_TOKENS
+        self.context = min(context, longest)
+        """Positions that sequences attend to."""
+        if longest < _NEW_TOKENS:
+            raise CapacityError(f"sequences of {self.model.context_length} tokens are too short")
         pools = self._pools(quarter, dtype)
         cache = KVCache(self.model.attention, dtype, pools, backend, self._transfers, 0)
         closing.callback(cache.close)
-        row_bytes = shape.hidden_size * dtype.itemsize
-        here = Split(device=100), self._most_rows, row_bytes, backend, self._transfers
-        activations = ActivationStore(*here)
+        moved = self._most_rows, shape.hidden_size * dtype.itemsize, backend, self._transfers
+        activations = ActivationStore(Split(device=100), *moved)
         closing.callback(activations.close)
         self.scheduler = ContinuousScheduler(
             pools,
@@ -123,12 +107,14 @@ class LayerRun:
             self.model,
             self._store,
             cache,
-            closing.enter_context(device_attention(backend, dtype)),
+            closing.enter_context(device_attention(backend, dtype, self.model.attention)),
             backend,
             self._timeline,
             activations,
             filled_rows=self._most_rows if compiled else 0,
         )
+        # Nothing may be on its way when memory is given back.
+        closing.callback(self._transfers.close)
         self._last = 0
 
     def _rows_within(self, nbytes: int, room: Room) -> int:
@@ -151,7 +137,9 @@ class LayerRun:
             weights = find_weights(model)
             layers = sum(weight.nbytes for layer in weights.layers for weight in layer)
             others = sum(weight.nbytes for weight in weights.all) - layers
-            if copies == 1 and (layers + others > nbytes or not counts):
+            if not counts:
+                raise CapacityError("the config does not say how many layers there are")
+            if copies == 1 and layers + others > nbytes:
                 raise CapacityError(
                     f"one layer of each kind takes {layers + others} of {nbytes} bytes"
                 )
@@ -225,7 +213,7 @@ class LayerRun:
         with self.sequences(count, context):
             while self.scheduler.waiting or self.scheduler.prompts:
                 self.sweep()
-            return _median([self.sweep() for _ in range(repeats)])
+            return median([self.sweep() for _ in range(repeats)])
 
     def prompts(self, count: int, length: int, repeats: int) -> Timed:
         """The median of sweeps of `count` prompts, after one that is not counted."""
@@ -233,57 +221,24 @@ class LayerRun:
         for _ in range(repeats + 1):
             with self.sequences(count, length):
                 found.append(self.sweep())
-        return _median(found[1:])
+        return median(found[1:])
 
     def sweep(self) -> Timed:
         """Compute whatever the scheduler takes next."""
         start = time.perf_counter()
         plan = self.scheduler.next_sweep()
         vocab = self.model.vocab_size
-        ids = {s.sequence: [n % vocab for n in range(s.end)] for s in plan.spans}
+        # Different ones in each: rows that are alike would all visit the same experts.
+        ids = {
+            s.sequence: [(_STEP * s.sequence + n) % vocab for n in range(s.end)] for s in plan.spans
+        }
         self._executor.run(plan, ids, lambda _, logits: logits.argmax(-1))
         self._backend.synchronize(self._backend.record())
         self.scheduler.commit(plan)
         wall = time.perf_counter() - start
-        single = [span for span in plan.spans if span.length == 1]
-        many = [span for span in plan.spans if span.length > 1]
-        return Timed(
-            plan.rows,
-            sum(span.end for span in single),
-            sum(s.length * (2 * s.start + s.length + 1) // 2 for s in many),
-            *self._taken(wall),
-            wall,
-        )
-
-    def _taken(self, wall: float) -> tuple[float, float, float]:
-        """Seconds of layers, of the head, and of the rest of `wall`."""
         found = self._timeline.finish()
         self._timeline.intervals.clear()
-        counts, layers, head = self._counts, 0.0, 0.0
-        for row, name, start, end, _ in found:
-            if row != COMPUTE:
-                continue
-            wall -= end - start
-            kind, _, unit = name.partition(" ")
-            number = int(unit.split(",")[0]) if kind == "unit" else -1
-            if number == len(counts):
-                head += end - start
-            elif number >= 0:
-                layers += (end - start) * counts[number]
-            elif kind == "weights":
-                layers += (end - start) * sum(counts) / len(counts)
-            else:
-                layers += end - start
-        # A sweep begins and ends as often, however many layers it has.
-        steps = (sum(counts) + 2) / (len(counts) + 2)
-        return layers, head, max(0.0, wall) * steps
-
-
-def _median(sweeps: list[Timed]) -> Timed:
-    """Of sweeps with the same rows: each of their times by itself."""
-    last = sweeps[-1]
-    times = zip(*(each[3:] for each in sweeps))
-    return Timed(last.rows, last.read, last.positions, *map(statistics.median, times))
+        return timed(plan, found, self._counts, wall)
 
 
 def _random(weight: Weight) -> torch.Tensor:

@@ -10,7 +10,7 @@ from flexrun.skeleton import one_line
 from policy_search.calibration_file import load_calibration, machine_key, save_calibration
 from policy_search.corrections import Corrections, corrected, model_key
 from policy_search.errors import PolicyError
-from policy_search.model_profile import ModelProfiles
+from policy_search.model_profile import ModelProfiles, profile_key
 from policy_search.model_speeds import model_speeds
 
 if TYPE_CHECKING:
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from offload.backend import DeviceBackend
+    from offload.tiers import Tier
     from policy_search.calibration_file import MachineKey
     from policy_search.hardware import Hardware
+    from policy_search.model_profile import ModelProfile
     from policy_search.model_shape import ModelShape
 
 logger = logging.getLogger(__name__)
@@ -42,13 +44,15 @@ class PlanningSpeeds:
     directory: Path
     """Of the DISK tier."""
     emulate: str | None = None
-    model: PretrainedConfig | None = None
-    """Whose layers are measured, too."""
+    config: PretrainedConfig | None = None
+    """Of the model, whose layers are measured, too."""
     _measured: Hardware | None = None
     _used: dict[str, float] = field(default_factory=dict)
-    """Factors in the speeds that were given out last, …"""
+    """Factors in the speeds that were given out last."""
+    _profiles: dict[str, ModelProfile | None] = field(default_factory=dict)
+    """By `profile_key`; None: it cannot be measured."""
     _profiled: bool = False
-    """… and whether they have the model's profile."""
+    """Whether these speeds have the model's profile."""
 
     @property
     def _key(self) -> MachineKey:
@@ -72,27 +76,39 @@ class PlanningSpeeds:
         if not self.known():
             self._measured = self._measure()
         assert self._measured is not None
-        self._profile(shape)
-        found, self._used = model_speeds(self._measured, self._key.digest, shape)
+        profile = self._profile(shape)
+        found, self._used = model_speeds(self._measured, self._key.digest, shape, profile)
         self._profiled = found.profile is not None
         return found
 
-    def _profile(self, shape: ModelShape) -> None:
-        """Measure the model, once."""
-        if self.model is None or ModelProfiles().load(self._key.digest, shape) is not None:
-            return
+    def _profile(self, shape: ModelShape) -> ModelProfile | None:
+        """Of the model, which is measured once, or found not to be measurable."""
+        if self.config is None:
+            return None
+        key = profile_key(shape)
+        if key not in self._profiles:
+            known = ModelProfiles().load(self._key.digest, shape)
+            self._profiles[key] = known or self._measure_model(self.config, shape)
+        return self._profiles[key]
+
+    def _measure_model(self, config: PretrainedConfig, shape: ModelShape) -> ModelProfile | None:
         from flexrun import model_profile  # Numba takes a while to import, too
 
         seconds = model_profile.SECONDS
         logger.warning("measuring this model's layers, once: about %.0f seconds", seconds)
         where = self.dtype, self.backend, self.directory
         try:
-            found = model_profile.measured_profile(self.model, shape, *where)
+            found = model_profile.measured_profile(config, shape, *where, seconds)
         except Exception as error:  # of model code, or of memory: a job can do without
             logger.warning("they cannot be measured (%s): they are predicted", one_line(error))
-            return
-        if found is not None:
+            return None
+        if self._for_later_jobs(self.backend.account.limits):
             ModelProfiles().store(self._key.digest, shape, found)
+        return found
+
+    def _for_later_jobs(self, limits: Mapping[Tier, int | None]) -> bool:
+        """What is measured under small budgets, of small pieces or of caches, is for one job."""
+        return bool(self.emulate) or min(int(limit or 0) for limit in limits.values()) >= ENOUGH
 
     def _measure(self) -> Hardware:
         """Raises `CapacityError` and `OffloadStoreError`."""
@@ -100,8 +116,8 @@ class PlanningSpeeds:
 
         logger.warning("measuring this machine, once: %.0f seconds or less", SECONDS)
         machine = measure_machine(self.backend, self.dtype, self.directory, seconds=SECONDS)
-        if min(machine.limits.values()) < ENOUGH and not self.emulate:
-            return machine.hardware  # of small pieces, or of caches: true for this job only
+        if not self._for_later_jobs(machine.limits):
+            return machine.hardware
         try:
             save_calibration(self._key, machine)
         except PolicyError as error:

@@ -60,7 +60,7 @@ def twin_config(config: PretrainedConfig) -> PretrainedConfig:
     """
     text = config.get_text_config()
     settings = _settings(text)
-    keep_layers_of_each_kind(settings)
+    keep_layers_of_each_kind(settings, at_least=2)  # one would hide what goes wrong between two
     shrink_ropes = _shrink_heads(settings)
     _shrink_experts(settings)
     _shrink_context(settings, shrink_ropes)

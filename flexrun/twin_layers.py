@@ -13,20 +13,22 @@ _INDICES = ("mlp_only_layers", "moe_layers")
 """Lists of layer numbers."""
 
 
-def keep_layers_of_each_kind(settings: Settings, copies: int = 1) -> list[float]:
+def keep_layers_of_each_kind(settings: Settings, copies: int = 1, at_least: int = 1) -> list[float]:
     """Cut `settings` (a config as a dict) down to few layers that show every kind.
 
     Layers differ by any list with one entry per layer (layer_types, mlp_layer_types,
     no_rope_layers, ...), by having experts or not, and by borrowing another layer's keys. At most
-    `copies` of a kind are kept. Returns how many of the model's layers each of those stands for;
-    empty where the config does not say how many it has.
+    `copies` of a kind are kept, and of a single kind `at_least` so many. Returns how many of the
+    model's layers each of those stands for; empty where the config does not say how many it has.
     """
     count_field = next((name for name in _COUNTS if settings.get(name)), None)
     if count_field is None:
         return []
     count: int = settings[count_field]
     kinds = [_kind(settings, layer, count) for layer in range(count)]
-    kept = _first_of_each(kinds, copies)
+    if len(kinds) == kinds.count(kinds[0]):
+        copies = max(copies, at_least)
+    kept = [layer for layer, kind in enumerate(kinds) if kinds[:layer].count(kind) < copies]
     for name in _per_layer_lists(settings, count):
         settings[name] = [settings[name][layer] for layer in kept]
     _renumber_experts(settings, kept)
@@ -40,13 +42,6 @@ def keep_layers_of_each_kind(settings: Settings, copies: int = 1) -> list[float]
     settings[count_field] = len(kept)
     left = [kinds[layer] for layer in kept]
     return [kinds.count(kind) / left.count(kind) for kind in left]
-
-
-def _first_of_each(kinds: list[Any], copies: int) -> list[int]:
-    kept = [layer for layer, kind in enumerate(kinds) if kinds[:layer].count(kind) < copies]
-    if len(kept) == 1 and len(kinds) > 1:
-        kept.append(1)  # a single layer would hide what goes wrong between two
-    return kept
 
 
 def _per_layer_lists(settings: Settings, count: int) -> list[str]:

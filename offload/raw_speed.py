@@ -14,7 +14,7 @@ from offload.transfer_engine import TransferEngine
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from offload.backend import DeviceBackend, Source, Target
     from offload.transfer import Transfer
@@ -25,8 +25,6 @@ _WARM_UP = 0.1
 AT_LEAST = 8
 """Copies, however long they take: the first ones find the links cold."""
 _QUEUED = 6
-_TURN = 0.1
-"""Seconds until it is looked whether something is over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +85,8 @@ def copy_until(
     """Bytes per second of one link that copies until something is `over`; see `raw_speeds`."""
     transfers = TransferEngine(backend)
     try:
-        start, nbytes = time.perf_counter(), 0
-        while not over.is_set():
-            nbytes += _copy_for(transfers, link, pieces, _TURN)
+        start = time.perf_counter()
+        nbytes = _copy_while(transfers, link, pieces, lambda _: not over.is_set())
         return nbytes / (time.perf_counter() - start)
     finally:
         transfers.close()
@@ -106,11 +103,23 @@ def _speed(
 
 
 def _copy_for(transfers: TransferEngine, link: Link, pieces: list[RawCopy], seconds: float) -> int:
-    start = time.perf_counter()
+    end = time.perf_counter() + seconds
+    return _copy_while(
+        transfers, link, pieces, lambda number: number < AT_LEAST or time.perf_counter() < end
+    )
+
+
+def _copy_while(
+    transfers: TransferEngine,
+    link: Link,
+    pieces: list[RawCopy],
+    going_on: Callable[[int], bool],
+) -> int:
+    """Bytes that were copied; `going_on` is asked before each copy, with its number."""
     nbytes, number = 0, 0
     waiting: list[Transfer] = []
     last: dict[int, Transfer] = {}
-    while number < AT_LEAST or time.perf_counter() - start < seconds:
+    while going_on(number):
         piece = pieces[number % len(pieces)]
         after = [last.get(piece.buffer)]
         transfer = transfers.submit(link, piece.source, piece.target, kind="raw", after=after)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from offload.errors import CapacityError
 from offload.tiers import Tier, format_size
 from policy_search.errors import PolicyError
+from policy_search.hardware import with_factors
+from policy_search.sweep_load import COMPUTE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,21 +61,12 @@ def _variants(search: Search) -> Iterator[tuple[str, Search]]:
             "links_together": hw.links_together,
         },
         "twice the memory bandwidth for attention in RAM": {"host_attention": hw.host_attention},
-        "a device twice as fast": {
-            "flops": hw.flops,
-            "attention_flops": hw.attention_flops,
-            "matrix_read": hw.matrix_read,
-            "device_attention": hw.device_attention,
-            "expansion": hw.expansion,
-        },
     }
     for change, speeds in faster.items():
         values: dict[str, Any] = {name: _TIMES * value for name, value in speeds.items()}
-        doubled = replace(hw, **values)
-        if "device" in change:
-            products = tuple((rows, _TIMES * rate) for rows, rate in hw.products)
-            doubled = replace(doubled, products=products)
-        yield change, replace(search, hardware=doubled)
+        yield change, replace(search, hardware=replace(hw, **values))
+    device = with_factors(hw, {COMPUTE: 1 / _TIMES})
+    yield "a device twice as fast", replace(search, hardware=device)
 
 
 def _a_quarter(nbytes: int) -> int:

@@ -111,7 +111,12 @@ def terms(problem: Problem, phase: PhaseBytes, shares: Any) -> dict[str, list[An
     if hw.device_attention < math.inf:
         device = device + phase.read * (1 - shares.attended) * (1 / hw.device_attention)
     hosted = phase.read * shares.attended * (1 / hw.host_attention)
-    beside = hw.contention / (1 - hw.contention)
+    contended = hw.contention / (1 - hw.contention)
+    # Of each second of the other one; both together are no slower than one after the other.
+    lost, loses = (
+        min(1.0, hw.compute_lost / (1 - hw.link_lost)),
+        min(1.0, hw.link_lost / (1 - hw.compute_lost)),
+    )
     arriving = (
         (read + pages) * (1 / hw.disk_read) if problem.unified else up * (1 / hw.host_to_device)
     )
@@ -120,9 +125,9 @@ def terms(problem: Problem, phase: PhaseBytes, shares: Any) -> dict[str, list[An
         TO_DISK: [written * (1 / hw.disk_write)],
         # While both work, each slows the other down: the longer one, and a part of the shorter.
         COMPUTE: [
-            device + hosted * beside + arriving * (hw.compute_lost / (1 - hw.link_lost)),
-            hosted + device * beside,
-            arriving + device * (hw.link_lost / (1 - hw.compute_lost)),
+            expression
+            for both in (device + hosted * contended, hosted + device * contended)
+            for expression in (both + arriving * lost, arriving + both * loses)
         ],
         HOST_ATTENTION: [hosted],
     }

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Points = tuple[tuple[int, float], ...]
 """Rows, rising, and seconds."""
-FORMAT = 1
+FORMAT = 2
 """Raise it when something else is measured: what was measured before is not used then."""
 
 
@@ -36,7 +36,9 @@ class ModelProfile:
     """Rows that need logits, and the output head; empty: as other products."""
     program: float = 0.0
     """Seconds of a micro-batch's way through all layers in which the device waits for the program
-    that tells it what to do."""
+    that tells it what to do, …"""
+    around: float = 0.0
+    """… and of a sweep before and after that, with the choice of tokens."""
     device_attention: float = math.inf
     """Bytes per second of keys and values that single rows attend to."""
     attention_flops: float = math.inf
@@ -123,7 +125,9 @@ def _read(data: Any) -> ModelProfile:
             values[name] = _points(value, may_be_empty=name != "layers")
         else:
             values[name] = float(value)
-            if not 0 <= values[name] < (1 if name.endswith("_lost") else math.inf):
+            least_is_zero = name not in ("device_attention", "attention_flops")
+            most = 1.0 if name.endswith("_lost") else math.inf
+            if not 0 <= values[name] < most or not (values[name] or least_is_zero):
                 raise ValueError(f"{name} must not be {value}")
     return ModelProfile(**values)
 

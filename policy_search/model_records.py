@@ -22,22 +22,32 @@ MOST_MODELS = 64
 """Of a machine; those whose records were written longest ago are forgotten."""
 
 
+_NO_RECORD = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
+"""What is raised for files and records that are something else."""
+
+
 class ModelRecords:
     """Records of one kind, each a JSON object."""
 
     def __init__(
         self, kind: str, read: Callable[[Any], Any], directory: Path | None = None
     ) -> None:
-        """`read` makes something of a JSON object; it raises `TypeError`, `ValueError`, `KeyError`
-        or `AttributeError` if it is none of its kind. `directory`: of the files; None: one that is
-        called `kind` in the user's cache.
+        """`read` makes something of a JSON object; it raises `TypeError`, `ValueError`, `KeyError`,
+        `AttributeError` or `OverflowError` if it is none of its kind. `directory`: of the files;
+        None: one that is called `kind` in the user's cache.
         """
         self._directory = directory or cache_dir() / kind
         self._read = read
 
     def load(self, machine_key: str, model_key: str) -> Any:
-        """What is made of the record; None if there is none."""
-        return self._models(machine_key).get(model_key, (None, None))[1]
+        """What is made of the record; None if there is none, or one that cannot be read."""
+        if (data := self._models(machine_key).get(model_key)) is None:
+            return None
+        try:
+            return self._read(data)
+        except _NO_RECORD as error:
+            self._warn(machine_key, error)
+            return None
 
     def store(self, machine_key: str, model_key: str, change: Callable[[Any], Any]) -> None:
         """Replace a record by what `change` makes of it, or of None. Says in a warning if it
@@ -46,7 +56,7 @@ class ModelRecords:
         path = self._path(machine_key)
         try:
             with locked(path.with_suffix(".lock")):
-                models = {key: data for key, (data, _) in self._models(machine_key).items()}
+                models = self._models(machine_key)
                 known = models.pop(model_key, None)
                 models[model_key] = change(known)  # the newest is the last
                 kept = dict(list(models.items())[-MOST_MODELS:])
@@ -57,19 +67,21 @@ class ModelRecords:
     def _path(self, machine_key: str) -> Path:
         return self._directory / f"{machine_key}.json"
 
-    def _models(self, machine_key: str) -> dict[str, tuple[Any, Any]]:
-        """By model key, the one that was written longest ago first: as in the file, and as read."""
-        path = self._path(machine_key)
+    def _models(self, machine_key: str) -> dict[str, Any]:
+        """By model key, the one that was written longest ago first."""
         try:
-            models = json.loads(path.read_text(encoding="utf-8"))["models"]
-            return {model: (data, self._read(data)) for model, data in models.items()}
+            data = json.loads(self._path(machine_key).read_text(encoding="utf-8"))
+            return dict(data["models"])
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning(
-                "%s is only a cache and cannot be read (%r): it is ignored, and replaced after the "
-                "next run",
-                path,
-                error,
-            )
+        except (OSError, *_NO_RECORD) as error:
+            self._warn(machine_key, error)
             return {}
+
+    def _warn(self, machine_key: str, error: Exception) -> None:
+        logger.warning(
+            "%s is only a cache and cannot be read (%r): it is ignored, and replaced after the "
+            "next run",
+            self._path(machine_key),
+            error,
+        )

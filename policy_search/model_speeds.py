@@ -10,14 +10,18 @@ from policy_search.model_profile import ModelProfiles
 
 if TYPE_CHECKING:
     from policy_search.hardware import Hardware
+    from policy_search.model_profile import ModelProfile
     from policy_search.model_shape import ModelShape
 
 
 def model_speeds(
-    machine: Hardware, machine_key: str, shape: ModelShape
+    machine: Hardware, machine_key: str, shape: ModelShape, profile: ModelProfile | None = None
 ) -> tuple[Hardware, dict[str, float]]:
-    """The speeds of `machine` for the model of `shape`, and the factors that are in them."""
-    profile = ModelProfiles().load(machine_key, shape)
+    """The speeds of `machine` for the model of `shape`, and the factors that are in them.
+
+    `profile`: the model's; None: the one that was kept, if any.
+    """
+    profile = profile or ModelProfiles().load(machine_key, shape)
     hardware = machine if profile is None else machine.profiled(profile)
     key = model_key(shape, profiled=profile is not None)
     factors = Corrections().load(machine_key, key)

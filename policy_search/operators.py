@@ -82,7 +82,8 @@ def head_seconds(shape: ModelShape, hardware: Hardware, rows: float, batches: in
 
 def program_seconds(hardware: Hardware, batches: int) -> float:
     """In which the device waits for the program, in a sweep."""
-    return 0.0 if hardware.profile is None else batches * hardware.profile.program
+    profile = hardware.profile
+    return 0.0 if profile is None or not batches else profile.around + batches * profile.program
 
 
 def expansion_seconds(shape: ModelShape, hardware: Hardware) -> float:

@@ -50,7 +50,10 @@ def planned_machine(arguments: argparse.Namespace, config: ModelConfig) -> Machi
         known = [value for value in given[:2] if value is not None]
         limits[Tier.DEVICE] = min(known) if known else limits[Tier.DEVICE]
     hardware = _as_stated(found.hardware, arguments)
-    return replace(found, limits=limits, unified=unified, hardware=hardware)
+    # What was measured of models here says nothing of a device with another speed.
+    others = {"tflops", "matrix_read"} & checked_speeds(arguments).keys()
+    key = "" if others else found.key
+    return replace(found, limits=limits, unified=unified, hardware=hardware, key=key)
 
 
 def _this_machine(arguments: argparse.Namespace, config: ModelConfig) -> MachineSpec:

@@ -68,10 +68,7 @@ class SweepCost:
         self._unified = unified
         self._from_disk_link = "disk->device" if unified else "disk->host"
         self.streamed, self.from_disk = streamed_bytes(shape, policy, unified=unified)
-        tables = [tensor for tensor in shape.tensors if tensor.unit < 0]
-        tiers = place(shape.tensors, policy.weights) if tables else {}
-        self._gathers = any(tiers[table.name] is not Tier.DEVICE for table in tables)
-        self._in_place = 1 - self.streamed / (shape.weight_bytes or 1)
+        self._in_place, self._gathers = in_place(shape, policy, unified=unified)
         total = sum(used.kv for used in memory.values()) or 1
         # All sequences have an equal share of their pages on each tier.
         self._kv = {tier: shape.kv_token_bytes * memory[tier].kv / total for tier in Tier}
@@ -139,8 +136,8 @@ class SweepCost:
         """Seconds in which the device waits for rows on their way to HOST's attention and back, and
         for those of an embedding table that is elsewhere.
 
-        What is urgent waits for the requests of weights before it. While attention does, other
-        micro-batches compute.
+        What is urgent waits for the requests of weights before it, unless other micro-batches have
+        something to compute meanwhile. Driving each call takes its time in any case.
         """
         if self._unified:
             return 0.0
@@ -182,6 +179,22 @@ class SweepCost:
         if self.policy.attention == "host":
             return 1.0
         return best_host_share(work, self.hardware)
+
+
+def in_place(shape: ModelShape, policy: Policy, *, unified: bool) -> tuple[float, bool]:
+    """The part of the layers' weights that are computed with where and as they are stored, and
+    whether an embedding table of its own is elsewhere.
+    """
+    here = (Tier.DEVICE, Tier.HOST) if unified else (Tier.DEVICE,)
+    if not shape.tensors:
+        part = sum(policy.weights.fraction(tier) for tier in here)
+        return 0.0 if shape.expanded_in_sweep else part, False
+    tiers = place(shape.tensors, policy.weights)
+    layers = [t for t in shape.tensors if 0 <= t.unit < shape.num_layers]
+    stays = sum(tensor.nbytes for tensor in layers if tiers[tensor.name] in here)
+    part = stays / (sum(tensor.nbytes for tensor in layers) or 1)
+    gathers = any(tiers[t.name] not in here for t in shape.tensors if t.unit < 0)
+    return 0.0 if shape.expanded_in_sweep else part, gathers
 
 
 def disk_page_seconds(shape: ModelShape, policy: Policy) -> float:

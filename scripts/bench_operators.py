@@ -1,9 +1,9 @@
 """How well a model's profile predicts operators at sizes that were not measured for it.
 
-A model is profiled as before its first plan; then
-sweeps of other numbers of rows, other contexts and other lengths of prompts are run with the same
-layers, each several times, and held against what the cost model makes of the profile: Vidur's
-held-out test of its operators (MLSys 2024, section 7). The last line on stdout is one JSON object.
+A model is profiled as before its first plan; then sweeps of other numbers of rows, other contexts
+and other lengths of prompts are run with the same layers, each several times, and held against what
+the cost model makes of the profile: Vidur's held-out test of its operators (MLSys 2024, section 7).
+The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -25,10 +26,11 @@ from make_random_model import write_model
 
 from flexrun.arguments import engine_config
 from flexrun.engine import Engine
-from flexrun.layer_run import LayerRun, Timed
+from flexrun.layer_run import LayerRun
 from flexrun.machine import open_backend
 from flexrun.model import load_config
 from flexrun.model_profile import measured_profile
+from flexrun.timed_sweep import Timed
 from offload.backend import DeviceBackend
 from policy_search.hardware import Hardware
 from policy_search.model_shape import ModelShape
@@ -83,9 +85,8 @@ def pairs(
         timed = run.prompts(count, 64, REPEATS)
         add("layers, many rows", predicted.layers(timed), timed.seconds)
     for count, context in CONTEXTS:
-        if context < longest:
-            timed = run.generating(count, context, REPEATS)
-            add("attention of single rows", predicted.layers(timed), timed.seconds)
+        timed = run.generating(count, min(context, run.context), REPEATS)
+        add("attention of single rows", predicted.layers(timed), timed.seconds)
     for count, length in LENGTHS:
         timed = run.prompts(count, length, REPEATS)
         add("attention of prompts", predicted.layers(timed), timed.seconds)
@@ -99,12 +100,14 @@ def measure(model: Path, backend: DeviceBackend, directory: Path, dtype: str) ->
         shape = engine._runtime.shape
     config, computed = load_config(model), getattr(torch, dtype)
     profile = measured_profile(config, shape, computed, backend, directory)
-    assert profile is not None, "there is no room for its layers"
     hardware = Hardware(host_to_device=float("inf")).profiled(profile)
     result: dict[str, Any] = {}
     with contextlib.ExitStack() as closing, torch.inference_mode():
         run = LayerRun(config, shape, computed, backend, (12, 512), closing)
-        found = pairs(run, Predicted(shape, hardware, 0.0), config.max_position_embeddings)
+        found = pairs(run, Predicted(shape, hardware, 0.0))
+        if profile.in_place and run.pack():
+            again = pairs(run, Predicted(shape, hardware, 1.0))
+            found |= {f"{name}, in place": values for name, values in again.items()}
         for name, values in found.items():
             errors = [abs(seconds / timed - 1) for seconds, timed in values]
             result[name] = {"mape": statistics.mean(errors), "pairs": values}
@@ -121,6 +124,7 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         directory = Path(name)
+        os.environ["FLEXRUN_CACHE"] = str(directory / "cache")
         report = header("operators", directory.absolute())
         made = directory / "random 98M"
         made.mkdir()

@@ -1,6 +1,6 @@
 """What the command says and leaves behind when something is wrong.
 
-What is killed, or has no room for a result, is a process of its own.
+What is killed, or short of disk, is a process of its own.
 """
 
 from __future__ import annotations
@@ -239,16 +239,19 @@ def test_a_disk_that_is_full(job):
 def test_a_disk_that_is_too_small(job):
     """A disk with less free space than the prepared weights is refused before it is written to."""
     job.offload.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "none", str(job.offload)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+    mount = f"mount -t tmpfs -o size=200k none '{job.offload}'"
+    own = ["unshare", "--mount", "--propagation", "private"]
+    probe = subprocess.run([*own, "sh", "-c", mount], capture_output=True, check=False)
+    if probe.returncode != 0:
         pytest.skip("may not mount a file system")
-    try:
-        done = job.run_here("--device", "cpu", *PREPARE)
-        left = [path.name for path in job.offload.rglob("*")]
-    finally:
-        subprocess.run(["umount", str(job.offload)], check=True)
+    left = job.directory / "left"
+    inner = f"{mount} && trap 'find {job.offload} -type f > {left}' EXIT"
+    command = [*own, "sh", "-c", f'{inner}; "$@"', "sh", *job.command("--device", "cpu", *PREPARE)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
     assert_refused(job, done, "missing", "KiB", "--disk-space")
-    assert "weights.bin" not in left
+    assert "weights.bin" not in left.read_text()
 
 
 def test_an_offload_directory_that_cannot_be_written(job):

@@ -14,6 +14,7 @@ from offload.tiers import Tier
 from policy_search.workload import JobLengths
 from tests.end_to_end.harness import engine_of, generate
 from tests.end_to_end.test_quantized import PROMPTS
+from tests.flexrun.test_planning_speeds import profile
 from tests.speeds import SPEEDS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,6 +58,27 @@ def test_a_plan_gives_the_same_tokens_within_its_memory(tiny_llama_dir, tmp_path
         account = engine_of(llm)._runtime.backend.account
         for tier in Tier:
             assert account.peak[tier] <= (account.limits[tier] or 0)
+
+
+def test_a_job_measures_its_model_once(tiny_llama_dir, tmp_path, expected, monkeypatch, caplog):
+    """Before it plans, under its budgets; the next job finds it, and tokens stay the same."""
+    monkeypatch.setenv("FLEXRUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
+    monkeypatch.setattr("flexrun.model_profile.SECONDS", 0.2)
+    machine = {"emulate": "capacity=64MiB", "host_memory": 64 << 20, "disk_space": 64 << 20}
+    given = {"device": "emulated", **machine, "weights": "device=20,host=80"}
+    for job, times in enumerate((1, 0)):
+        caplog.clear()
+        with LLM(tiny_llama_dir, offload_dir=tmp_path / str(job), **given) as llm:
+            assert generate(llm, PROMPTS, 4).tokens == expected
+            runtime = engine_of(llm)._runtime
+            assert runtime.foresight is not None
+            assert runtime.foresight.cost.hardware.profile is not None
+            account = runtime.backend.account
+            assert all(account.peak[tier] <= (account.limits[tier] or 0) for tier in Tier)
+        assert caplog.text.count("measuring this model's layers") == times
+        assert "cannot be measured" not in caplog.text
+    assert len(list((tmp_path / "cache" / "profiles").glob("*.json"))) == 1
 
 
 def test_bytes_are_those_that_were_predicted(tiny_llama_dir, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,17 @@ from flexrun.disk_weights import plan_disk
 from flexrun.layer_run import LayerRun
 from flexrun.loading import model_shape
 from flexrun.model import build_model
-from flexrun.model_profile import measured_profile
+from flexrun.model_profile import Profiler, measured_profile
 from flexrun.model_weights import find_weights
+from flexrun.plan import MicroBatch, RowSpan, SweepPlan
+from flexrun.timed_sweep import Timed, timed
 from flexrun.twin_config import few_layers
 from offload.backend import DeviceBackend
 from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
-from offload.errors import CapacityError
+from offload.errors import CapacityError, OffloadStoreError
 from offload.tiers import MemoryAccount, Tier
+from offload.timeline import Interval
 from policy_search.model_profile import profile_key
 
 SIZES: dict[str, Any] = {
@@ -87,6 +91,7 @@ def test_layers_stand_for_all_of_their_kind():
     small, counts = few_layers(LLAMA, 4, whole_head=True)
     assert (small.num_hidden_layers, counts) == (4, [1.5] * 4)
     assert small.vocab_size == LLAMA.vocab_size
+    assert few_layers(LLAMA, 1, whole_head=True)[1] == [6.0]
     small, counts = few_layers(MIXED, 2, whole_head=False)
     assert counts == [1.0, 2.5, 2.5, 1.0]  # dense, with experts, with experts, dense
     assert (small.mlp_only_layers, small.hidden_size) == ([0, 3], 64)
@@ -99,7 +104,6 @@ def test_a_model_is_measured_and_nothing_stays(backend, tmp_path, config):
     before = {tier: backend.account.available(tier) for tier in Tier}
     shape = shape_of(config)
     profile = measured_profile(config, shape, torch.float32, backend, tmp_path, 0.5)
-    assert profile is not None
     rows = [n for n, _ in profile.layers]
     assert rows[:5] == [1, 4, 16, 32, 64]
     assert rows == sorted(rows)
@@ -109,7 +113,6 @@ def test_a_model_is_measured_and_nothing_stays(backend, tmp_path, config):
     assert [n for n, _ in profile.head] == [1, 4, 16, 32, 64]
     assert 0 <= profile.compute_lost < 1
     assert 0 <= profile.link_lost < 1
-    assert min(profile.program, profile.device_attention, profile.attention_flops) > 0
     assert {tier: backend.account.available(tier) for tier in Tier} == before
     assert list(tmp_path.iterdir()) == []
 
@@ -118,12 +121,59 @@ def test_without_room_for_a_layer_nothing_is_measured(tmp_path):
     """The machine's own speeds have to do; nothing stays charged."""
     account = MemoryAccount(dict.fromkeys(Tier, 200_000))
     backend = CpuBackend(account)
-    assert measured_profile(LLAMA, shape_of(LLAMA), torch.float32, backend, tmp_path) is None
-    assert account.available(Tier.DEVICE) == 200_000
-    with pytest.raises(CapacityError), contextlib.ExitStack() as closing:
-        LayerRun(LLAMA, shape_of(LLAMA), torch.float32, backend, (2, 32), closing)
-    assert account.available(Tier.DEVICE) == 200_000
+    with pytest.raises(CapacityError, match="a measurement of the machine needs"):
+        measured_profile(LLAMA, shape_of(LLAMA), torch.float32, backend, tmp_path)
+    assert account.used == dict.fromkeys(Tier, 0)
     backend.close()
+
+
+def test_models_of_few_positions_are_not_measured_beyond_them(tmp_path):
+    """A table of positions ends where the model's context does; a very short one is refused."""
+    backend = CpuBackend(MemoryAccount(dict.fromkeys(Tier, 64 << 20)))
+    for positions, context in ((256, 128), (1024, 512)):
+        sizes = SIZES | {"max_position_embeddings": positions, "num_hidden_layers": 2}
+        config = LlamaConfig(**sizes)
+        with contextlib.ExitStack() as closing:
+            run = LayerRun(config, shape_of(config), torch.float32, backend, (2, 512), closing)
+            assert run.context == context
+    config = LlamaConfig(**SIZES | {"max_position_embeddings": 150, "num_hidden_layers": 2})
+    with pytest.raises(CapacityError, match="too short"), contextlib.ExitStack() as closing:
+        LayerRun(config, shape_of(config), torch.float32, backend, (2, 512), closing)
+    backend.close()
+
+
+def test_without_a_disk_the_rest_is_measured(tmp_path, monkeypatch, caplog):
+    """What links and layers lose to each other needs a file on a CPU."""
+    backend = CpuBackend(MemoryAccount(dict.fromkeys(Tier, 64 << 20)))
+
+    def fail(*_):
+        raise OffloadStoreError("no space left", hint="none")
+
+    monkeypatch.setattr("flexrun.link_calibration.LinkCalibration._make_file", fail)
+    found = measured_profile(LLAMA, shape_of(LLAMA), torch.float32, backend, tmp_path, 0.2)
+    assert (found.compute_lost, found.link_lost) == (0.0, 0.0)
+    assert found.layers
+    assert "is not known: no space left" in caplog.text
+    assert backend.account.used == dict.fromkeys(Tier, 0)
+    backend.close()
+
+
+def test_rows_visit_different_experts(backend):
+    """As the tokens of a job do: rows that are alike would read as few matrices as one."""
+    with contextlib.ExitStack() as closing, torch.inference_mode():
+        run = LayerRun(MIXED, shape_of(MIXED), torch.float32, backend, (2, 32), closing)
+        visited: list[int] = []
+        layers: list[Any] = run.model.layers
+        layer = next(each for each in layers if hasattr(each.mlp, "gate"))
+
+        def note(module, args, output):
+            logits = output[0] if isinstance(output, tuple) else output
+            visited.extend(logits.float().topk(2).indices.flatten().tolist())
+
+        handle = layer.mlp.gate.register_forward_hook(note)
+        run.generating(32, 1, 1)
+        handle.remove()
+        assert len(set(visited[-64:])) == 4
 
 
 def test_sweeps_are_what_was_asked_for(backend):
@@ -138,28 +188,84 @@ def test_sweeps_are_what_was_asked_for(backend):
         assert prompts.positions == 2 * sum(range(1, 65))
         assert not run.scheduler.running
         assert prompts.seconds > 0
-        assert prompts.whole == prompts.seconds + prompts.head + prompts.program
+        assert prompts.whole > prompts.seconds + prompts.head
 
 
-def test_a_layer_counts_as_often_as_the_model_has_it(monkeypatch):
+def test_a_layer_counts_as_often_as_the_model_has_it():
     """What the clock says of each unit, times the layers that it stands for; the head apart."""
-    account = MemoryAccount(dict.fromkeys(Tier, 64 << 20))
-    backend = CpuBackend(account)
-    with contextlib.ExitStack() as closing:
-        run = LayerRun(MIXED, shape_of(MIXED), torch.float32, backend, (2, 32), closing)
-        counts = run._counts
-        assert sum(counts) == 7
-        clock = run._timeline
-        for unit in range(len(counts) + 1):
-            clock.add("compute", f"unit {unit}, micro-batch 0", 10.0 * unit, 10.0 * unit + 2**unit)
-        clock.add("compute", "start of micro-batch 0", 1000.0, 1000.5)
-        clock.add("sampling", "sampling", 2000.0, 2000.25)
-        total = sum(2**unit for unit in range(len(counts) + 1)) + 0.5
-        layers, head, program = run._taken(total + 1.0)
-        assert layers == pytest.approx(0.5 + sum(2**n * each for n, each in enumerate(counts)))
-        assert head == 2 ** len(counts)
-        assert program == pytest.approx((7 + 2) / (len(counts) + 2))
-    backend.close()
+    counts, at = [1.0, 2.5, 2.5, 1.0], 100.0
+    intervals = [Interval("compute", "start of micro-batch 0", at, at + 0.5, 0)]
+    for unit in range(5):
+        begin = at + 10 * (unit + 1)
+        intervals.append(Interval("compute", "weights", begin - 1, begin - 0.75, 0))
+        name = f"unit {unit}, micro-batch 0"
+        intervals.append(Interval("compute", name, begin, begin + 2**unit / 4, 0))
+    intervals.append(Interval("sampling", "sampling", at + 60, at + 61, 0))
+    spans = (RowSpan(0, 4, 1, True), RowSpan(1, 6, 3, True))
+    found = timed(SweepPlan((MicroBatch(spans),)), intervals, counts, wall=70.0)
+    layers = 0.25 + 2.5 * 0.5 + 2.5 * 1.0 + 2.0
+    assert found.seconds == pytest.approx(0.5 + layers + 5 * 0.25 * 7 / 4)
+    assert found.head == 4.0
+    inside, computing = 50 + 4.0, 0.5 + 5 * 0.25 + 31 / 4
+    assert found.program == pytest.approx((inside - computing) * 7 / 4)
+    assert found.around == pytest.approx(70 - inside)
+    assert (found.rows, found.read, found.positions) == (4, 5, 7 + 8 + 9)
+
+
+class Clock:
+    """A run whose sweeps take what a formula says."""
+
+    context, sequences_at_once, prompt_rows, whole_head = 512, 8, [128, 256, 1024], True
+
+    def __init__(self, read: float, attend: float) -> None:
+        self.read, self.attend, self.packed = read, attend, 1.0
+
+    def pack(self):
+        self.packed = 0.5
+        return True
+
+    def timed(self, rows, read, positions):
+        seconds = self.packed * (2.0 + rows / 8) + read * self.read + positions * self.attend
+        return Timed(rows, read, positions, seconds, 0.5 + rows / 64, 0.25, 0.125, 0.001)
+
+    def generating(self, count, context, repeats):
+        return self.timed(count, count * (context + repeats), 0)
+
+    def prompts(self, count, length, repeats):
+        return self.timed(count * length, 0, count * length * (length + 1) // 2)
+
+
+def profiler(read: float, attend: float, seconds: float) -> Profiler:
+    run: Any = Clock(read, attend)
+    return Profiler(run, shape_of(LLAMA), seconds)
+
+
+def test_operators_are_told_apart():
+    """From a clock that is known, what it is made of."""
+    shape = shape_of(LLAMA)
+    kv, flops = sum(shape.kv_rows), shape.attention_flops
+    found = profiler(2e-3, 1e-3, 1e9).profile()
+    assert found.device_attention == pytest.approx(kv / 2e-3, rel=0.02)
+    assert found.attention_flops == pytest.approx(flops / 1e-3)
+    assert [rows for rows, _ in found.layers] == [1, 4, 16, 32, 64, 128, 256, 1024]
+    for rows, seconds in found.layers:
+        own = 2e-3 * rows * 6 if rows <= 64 else 0.0  # the few positions of single rows
+        assert seconds == pytest.approx(2 + rows / 8 + own)
+    assert dict(found.in_place)[1024] == pytest.approx(0.5 * (2 + 1024 / 8))
+    assert found.head == tuple((n, 0.5 + n / 64) for n in (1, 4, 16, 32, 64))
+    assert (found.program, found.around) == (0.25, 0.125)
+
+
+def test_noise_is_no_speed():
+    """Where attention takes next to nothing, the machine's speeds stand."""
+    found = profiler(1e-9, 1e-9, 1e9).profile()
+    assert found.device_attention == found.attention_flops == math.inf
+
+
+def test_with_little_time_one_size_of_prompts_is_measured():
+    """Never none: what many rows take would be guessed from few."""
+    found = profiler(0.0, 0.0, 0.0).profile()
+    assert [rows for rows, _ in found.layers][-2:] == [64, 128]
 
 
 def test_bits_do_not_change_a_models_profile():

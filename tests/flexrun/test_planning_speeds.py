@@ -41,7 +41,7 @@ def planning(tmp_path, monkeypatch):
         return speeds.machine(dict.fromkeys(Tier, room), unified=True)
 
     monkeypatch.setattr("flexrun.machine_calibration.measure_machine", measure)
-    backend = CpuBackend(MemoryAccount(dict.fromkeys(Tier, 1 << 20)))
+    backend = CpuBackend(MemoryAccount(dict.fromkeys(Tier, room)))
     made = [PlanningSpeeds(torch.float32, backend, tmp_path) for _ in range(2)]
     yield (*made, measured)
     backend.close()
@@ -114,12 +114,12 @@ def test_a_model_is_measured_once(planning, monkeypatch, caplog):
 
     monkeypatch.setattr("flexrun.model_profile.measured_profile", measure)
     assert first.hardware(SHAPE).profile is None, "nobody knows what model it is"
-    first.model = second.model = LlamaConfig()
+    first.config = second.config = LlamaConfig()
     found = first.hardware(SHAPE)
     assert "measuring this model's layers, once" in caplog.text
     assert found.profile == ModelProfile(layers=((1, 2.0),), program=0.5)
     assert second.hardware(SHAPE) == found
-    assert made == [first.model]
+    assert made == [first.config]
 
 
 def test_a_model_that_cannot_be_measured_runs(planning, monkeypatch, caplog):
@@ -127,10 +127,34 @@ def test_a_model_that_cannot_be_measured_runs(planning, monkeypatch, caplog):
     first, _, _ = planning
     monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
 
+    tried = []
+
     def fail(*_):
+        tried.append(1)
         raise RuntimeError("no such operation")
 
     monkeypatch.setattr("flexrun.model_profile.measured_profile", fail)
-    first.model = LlamaConfig()
+    first.config = LlamaConfig()
     assert first.hardware(SHAPE) == speeds.SPEEDS
     assert "they cannot be measured (RuntimeError: no such operation)" in caplog.text
+    assert first.hardware(replace(SHAPE, weight_bytes=500)) == speeds.SPEEDS
+    assert len(tried) == 1, "it would fail again"
+
+
+def test_a_model_under_a_small_budget_is_measured_for_this_job(planning, monkeypatch):
+    """As machines are: another job has more room, and finds other caches."""
+    first, second, _ = planning
+    monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
+    first.backend.account.limits = dict.fromkeys(Tier, 1 << 20)
+    made = []
+
+    def measure(*_):
+        made.append(1)
+        return ModelProfile(layers=((1, 2.0),))
+
+    monkeypatch.setattr("flexrun.model_profile.measured_profile", measure)
+    first.config = second.config = LlamaConfig()
+    for _ in range(2):
+        assert first.hardware(SHAPE).profile is not None
+    assert second.hardware(SHAPE).profile is not None
+    assert len(made) == 2

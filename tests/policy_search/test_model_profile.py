@@ -41,7 +41,8 @@ PROFILE = ModelProfile(
     layers=((1, 2.0), (4, 5.0), (16, 20.0)),
     in_place=((1, 1.0), (4, 3.0), (16, 10.0)),
     head=((1, 0.5), (4, 1.0)),
-    program=0.25,
+    program=0.15,
+    around=0.1,
     device_attention=64.0,
 )
 FAST = Hardware(host_to_device=math.inf)
@@ -205,6 +206,9 @@ def test_a_profile_is_kept(tmp_path):
         {"layers": [[1, 0.0]]},
         {"layers": [[1, "fast"]]},
         {"program": -1.0},
+        {"device_attention": 0.0},
+        {"layers": [[math.inf, 1.0]]},
+        {"layers": [[1, 1.0], [1, 2.0]]},
         {"compute_lost": 1.0},
         {"unknown": 1.0},
     ],
@@ -220,6 +224,9 @@ def test_a_profile_that_is_none_is_ignored(tmp_path, caplog, change):
     with caplog.at_level(logging.WARNING):
         assert profiles.load("machine", SHAPE) is None
     assert "only a cache" in caplog.text
+    other = replace(SHAPE, hidden_size=9)
+    profiles.store("machine", other, PROFILE)
+    assert profiles.load("machine", other) == PROFILE, "it has no part in that"
 
 
 def test_what_is_known_of_a_model(monkeypatch, tmp_path):

@@ -67,11 +67,9 @@ class Predicted:
         return head_seconds(self._shape, self._hardware, rows, 1)
 
 
-def pairs(
-    run: LayerRun, predicted: Predicted, longest: int
-) -> dict[str, list[tuple[float, float]]]:
+def pairs(run: LayerRun, predicted: Predicted) -> Pairs:
     """Predicted and measured seconds of every operator."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: Pairs = {}
 
     def add(name: str, seconds: float, timed: float) -> None:
         found.setdefault(name, []).append((seconds, timed))

@@ -38,8 +38,7 @@ from policy_search.workload import JobLengths, Workload
 
 MOST_MEDIAN, MOST_ERROR, LEAST_RANK, LEAST_OF_BEST = 0.10, 0.20, 0.9, 0.95
 TURNS = 3
-RUNS = ((3, 4.0), (2, 8.0))
-"""Of jobs that take less than so many seconds: others use the machine now and then."""
+SHORT = 5.0
 MODEL = Shape(layers=8, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, context=1024)
 SETTINGS = {
     "emulated, slow link": {
@@ -139,13 +138,13 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
 
 
 def measure_job(engine: Engine, job: Workload) -> float:
-    """Seconds: the median of three runs of a short job, the mean of two of a longer one."""
-    taken = [run_bench(engine, job)["seconds"]]
-    times = next((n for n, most in RUNS if taken[0] < most), 1)
-    while len(taken) < times:
-        drop_caches()
-        taken.append(run_bench(engine, job)["seconds"])
-    return statistics.median(taken)
+    """Seconds: the mean of two runs of a short job, for others use the machine now and then."""
+    seconds: float = run_bench(engine, job)["seconds"]
+    if seconds > SHORT:
+        return seconds
+    drop_caches()
+    whole: float = run_bench(engine, job)["seconds"]  # of both: an engine adds up
+    return whole / 2
 
 
 def rank_correlation(outcomes: list[Outcome]) -> float:

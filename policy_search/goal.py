@@ -37,19 +37,23 @@ class Goal:
     def best(self, candidates: Sequence[Candidate]) -> Candidate:
         """Of at least one. Raises `PolicyError` if none meets the limits.
 
-        What offloads nothing is taken unless another plan is faster by `WORTH_OFFLOADING`.
+        What offloads nothing is taken unless another plan is faster by `WORTH_OFFLOADING`, and else
+        what keeps pages and hidden states on the device.
         """
         meeting = [each for each in candidates if self.met_by(each)]
         if not meeting:
             raise self._missed(candidates)
         most = max(each.prediction.tokens_per_second for each in meeting)
         least = (1 - WORTH_OFFLOADING) * most
-        simple = [
-            each
-            for each in meeting
-            if _offloads_nothing(each.policy) and each.prediction.tokens_per_second >= least
-        ]
-        return self._quickest(simple or meeting)
+        for simple in (_offloads_nothing, _offloads_weights):
+            kept = [
+                each
+                for each in meeting
+                if simple(each.policy) and each.prediction.tokens_per_second >= least
+            ]
+            if kept:
+                return self._quickest(kept)
+        return self._quickest(meeting)
 
     def _quickest(self, meeting: Sequence[Candidate]) -> Candidate:
         """Of those that are about as fast as the fastest."""
@@ -88,4 +92,9 @@ class Goal:
 
 
 def _offloads_nothing(policy: Policy) -> bool:
-    return policy.weights.device == policy.kv_cache.device == policy.activations.device == 100
+    return policy.weights.device == 100 and _offloads_weights(policy)
+
+
+def _offloads_weights(policy: Policy) -> bool:
+    """Nothing else: in each layer, what HOST attends to is waited for in ways of its own."""
+    return policy.kv_cache.device == policy.activations.device == 100

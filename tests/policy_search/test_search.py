@@ -217,3 +217,25 @@ def test_rivals_are_slower():
     assert others["FlexGen's way"] is not None
     rates = [each.prediction.tokens_per_second for each in others.values() if each is not None]
     assert max(rates) <= plan.prediction.tokens_per_second
+
+
+def test_the_simpler_plan_is_taken_unless_another_is_much_faster():
+    """Nothing offloaded before weights alone, and these before pages; by 15 %."""
+    candidates = search("llama-3-8b", "h100", job=JobLengths(4, 512, 128)).run()
+    plain = candidates[0]
+
+    def at(rate, weights, kv_cache):
+        policy = replace(
+            plain.policy, weights=weights, kv_cache=kv_cache, activations=Split(device=100)
+        )
+        prediction = replace(plain.prediction, tokens_per_second=rate)
+        return plain._replace(policy=policy, prediction=prediction)
+
+    here, half, there = Split(device=100), Split(device=50, host=50), Split(host=100)
+    nothing, weights, pages = at(86.0, here, here), at(90.0, half, here), at(100.0, half, there)
+    assert Goal().best([pages, weights, nothing]) is nothing
+    assert Goal().best([pages, weights]) is weights
+    assert Goal().best([pages]) is pages
+    slow = at(84.0, here, here), at(84.5, half, here)
+    assert Goal().best([pages, *slow]) is pages
+    assert Goal().best([pages, weights, slow[0]]) is weights

@@ -25,6 +25,7 @@ from offload.tiers import Split, Tier
 from offload.timeline import Timeline
 from offload.transfer_engine import TransferEngine
 from offload.weights import WeightStore
+from policy_search.model_shape import kv_bytes
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -169,10 +170,7 @@ class LayerRun:
 
     def _pools(self, nbytes: int, dtype: torch.dtype) -> PagePools:
         """Room for sequences that attend, and for prompts."""
-        token = sum(
-            layer.kv_heads * (layer.key_dim + layer.value_dim) * dtype.itemsize
-            for layer in self.model.attention
-        )
+        token = sum(kv_bytes(layer, None, dtype.itemsize) for layer in self.model.attention)
         while self._tokens() * token > nbytes and self.context > _PAGE:
             self.context //= 2
         return PagePools({Tier.DEVICE: self._tokens() // _PAGE}, _PAGE)

@@ -69,8 +69,7 @@ class Corrections:
         """Remember `factors` beside those of other resources. Says in a warning if it cannot."""
         if factors:
             usable = _usable(factors)
-            known = self.load(machine_key, model_key)
-            self._records.store(machine_key, model_key, lambda _: known | usable)
+            self._records.store(machine_key, model_key, lambda known: (known or {}) | usable)
 
 
 def _usable(factors: Mapping[str, Any]) -> dict[str, float]:

@@ -41,28 +41,32 @@ class ModelRecords:
 
     def load(self, machine_key: str, model_key: str) -> Any:
         """What is made of the record; None if there is none, or one that cannot be read."""
-        if (data := self._models(machine_key).get(model_key)) is None:
+        return self._made(machine_key, self._models(machine_key).get(model_key))
+
+    def store(self, machine_key: str, model_key: str, change: Callable[[Any], Any]) -> None:
+        """Replace a record by the JSON object that `change` makes of what `load` gives, while no
+        other process changes it. Says in a warning if it cannot.
+        """
+        path = self._path(machine_key)
+        try:
+            with locked(path.with_suffix(".lock")):
+                models = self._models(machine_key)
+                known = self._made(machine_key, models.pop(model_key, None))
+                models[model_key] = change(known)  # the newest is the last
+                kept = dict(list(models.items())[-MOST_MODELS:])
+                write_whole(path, json.dumps({"models": kept}, indent=2) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s): the next plan is no better", path, error)
+
+    def _made(self, machine_key: str, data: Any) -> Any:
+        """Of a record; None of none, and of one that cannot be read."""
+        if data is None:
             return None
         try:
             return self._read(data)
         except _NO_RECORD as error:
             self._warn(machine_key, error)
             return None
-
-    def store(self, machine_key: str, model_key: str, change: Callable[[Any], Any]) -> None:
-        """Replace a record by what `change` makes of it, or of None. Says in a warning if it
-        cannot.
-        """
-        path = self._path(machine_key)
-        try:
-            with locked(path.with_suffix(".lock")):
-                models = self._models(machine_key)
-                known = models.pop(model_key, None)
-                models[model_key] = change(known)  # the newest is the last
-                kept = dict(list(models.items())[-MOST_MODELS:])
-                write_whole(path, json.dumps({"models": kept}, indent=2) + "\n")
-        except OSError as error:
-            logger.warning("%s cannot be written (%s): the next plan is no better", path, error)
 
     def _path(self, machine_key: str) -> Path:
         return self._directory / f"{machine_key}.json"

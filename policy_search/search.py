@@ -35,6 +35,7 @@ MOST_SEQUENCES = 4096
 _MICRO_BATCHES = (64, 128, 256, 512, 1024, 2048)
 ENOUGH_ROOM = 0.99
 _GOOD_PART = 0.05
+"""Of the device's memory: a layer that takes more of it is worth a plan without."""
 _NUMBERS = (2, 3, 4)
 """Of micro-batches where HOST attends, so that it and the device work at once."""
 _MARGINS = (0.0, 0.02, 0.1)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
 
+from policy_search import model_records
 from policy_search.corrections import Corrections, corrected, model_key
 from policy_search.model_records import MOST_MODELS
 from policy_search.model_shape import ModelShape
+from policy_search.whole_file import locked
 
 SHAPE = ModelShape(
     weight_bytes=1000,
@@ -127,6 +130,22 @@ def test_two_jobs_at_once_lose_nothing(tmp_path):
     assert [writer.exitcode for writer in writers] == [0, 0]
     stored = [Corrections(tmp_path).load("machine", str(number)) for number in range(30)]
     assert stored == [{"compute": 2.0}] * 30
+
+
+def test_two_jobs_of_one_model_lose_nothing(tmp_path, monkeypatch):
+    """What another one has written just before the file is locked is kept."""
+    others = [{"disk->host": 3.0}]
+
+    @contextmanager
+    def after_another(path):
+        if others:
+            Corrections(tmp_path).store("machine", "model", others.pop())
+        with locked(path):
+            yield
+
+    monkeypatch.setattr(model_records, "locked", after_another)
+    Corrections(tmp_path).store("machine", "model", {"compute": 2.0})
+    assert Corrections(tmp_path).load("machine", "model") == {"disk->host": 3.0, "compute": 2.0}
 
 
 def test_models_of_the_same_shape_have_one_key():

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from offload.weights import WeightStore
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
+    from policy_search.sweep_cost import SweepCost
 
 _MOST_VALUES = 1 << 24
 """Of the matrix that is multiplied with."""
@@ -148,17 +149,20 @@ class RowBudget:
         prompts: bool,
         guess: bool,
         expansion: float = 0.0,
+        fixed: float = 0.0,
     ) -> None:
         """A sweep's weights take `seconds`, in which `planned` rows should compute.
 
-        A part of what the device computes is `expansion`, seconds of every sweep. `prompts` take no
-        more than these rows unless places would stay empty, and `guess`ed tokens fill them.
+        What the device computes in every sweep takes `expansion` of weights and `fixed` seconds
+        besides. `prompts` take no more than these rows unless places would stay empty, and
+        `guess`ed tokens fill them.
         """
         self._scheduler = scheduler
         self._seconds = seconds
         self._prompts = prompts
         self._guess = guess
         self._expansion = expansion
+        self._fixed = fixed
         self._guessed = 0
         """Rows that are free in sweeps with guesses."""
         self._before = _Busy(0.0, (), ())
@@ -184,7 +188,7 @@ class RowBudget:
         """
         busy = _Busy(computed, tuple(arriving), tuple(alone))
         before, self._before = self._before, busy
-        seconds = computed - before.computed - expanded * self._expansion
+        seconds = computed - before.computed - self._fixed - expanded * self._expansion
         bound = self.rows if self._prompts else self._guessed
         enough = rows >= min(bound, self._scheduler.max_rows) // 2
         if seconds > 0 and enough and expanded > 0.5:
@@ -193,7 +197,8 @@ class RowBudget:
         if len(self._last) == _REMEMBERED:
             of_one, arrived, own = (statistics.median(each) for each in zip(*self._last))
             arrived = arrived or self._seconds
-            free = [each - self._expansion for each in (arrived, min(arrived, own or arrived))]
+            left = self._expansion + self._fixed
+            free = [each - left for each in (arrived, min(arrived, own or arrived))]
             self._set(*(int(each / of_one) for each in free))
 
     def _set(self, rows: int, guessed: int) -> None:
@@ -212,12 +217,14 @@ def tune(
     shape: ModelShape,
     hardware: Hardware,
     store: WeightStore,
+    cost: SweepCost | None,
     *,
     prompts: bool,
 ) -> RowBudget | None:
     """Where pages go that have to go away, and the rows that are free, if weights are streamed.
 
-    `prompts` take no more rows than these, unless places would stay empty.
+    `prompts` take no more rows than these, unless places would stay empty. How long rows compute is
+    known from the plan's `cost`, or guessed from products of many rows.
     """
     if policy.preemption == "swap":
         scheduler.preemption.swapping_is_cheaper = lambda _: True
@@ -226,7 +233,18 @@ def tune(
     if not store.streamed_bytes:
         return None
     seconds = weight_seconds(store.streamed_bytes, store.disk_bytes, hardware)
+    expansion, fixed = expansion_seconds(shape, hardware), 0.0
     planned = free_rows(shape, hardware, seconds)
-    guess = policy.speculation != "off"
-    expansion = expansion_seconds(shape, hardware)
-    return RowBudget(scheduler, seconds, planned, prompts=prompts, guess=guess, expansion=expansion)
+    always, of_row = (0.0, 0.0) if cost is None else cost.row_seconds()
+    if of_row > 0:
+        fixed = max(0.0, always - expansion)
+        planned = max(0.0, seconds - expansion - fixed) / of_row
+    return RowBudget(
+        scheduler,
+        seconds,
+        planned,
+        prompts=prompts,
+        guess=policy.speculation != "off",
+        expansion=expansion,
+        fixed=fixed,
+    )

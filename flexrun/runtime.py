@@ -176,7 +176,8 @@ class Runtime:
             link = self.raw_speeds.get(Link.HOST_TO_DEVICE)
             self._split.measure(link, self.weights.store.streamed_bytes)
             hardware = self._measure(self.raw_speeds)
-            known = self.scheduler, self.policy, self.shape, hardware, self.weights.store
+            cost = None if self.foresight is None else self.foresight.cost
+            known = self.scheduler, self.policy, self.shape, hardware, self.weights.store, cost
             self._budget = tune(*known, prompts=self._finds_row_budget)
 
     def _measure(self, speeds: Mapping[Link, float]) -> Hardware:

@@ -203,21 +203,6 @@ class BatchScheduler:
         """Sequences that may join."""
         return self.max_sequences - len(self.running)
 
-    def prompt_rows(self) -> float:
-        """Of prompts in a sweep, so that as many sequences generate as places and pages allow.
-
-        All but one, whose prompt is what a sweep computes beside its weights. While fewer generate,
-        more rows are needed than on average: prompts are uneven, and a queue that is served just as
-        fast as it fills stays as long as it is.
-        """
-        places, pools = float(self.max_sequences), self.pools
-        if held := self.turnover.held:
-            pages = sum(count for tier, count in pools.capacity.items() if tier is not pools.swap)
-            places = min(places, pages * pools.page_tokens / held)
-        wanted = max(1.0, places - 1)
-        missing = max(0.0, wanted - (len(self.running) - len(self.prompts)))
-        return self.turnover.prompt_rows(wanted + missing / 2)
-
     def pages_wanted(self, progress: Progress) -> int:
         """Pages that a sequence does not have yet, for what is kept free for it."""
         table = self.pools.tables.get(progress.sequence)

@@ -19,6 +19,11 @@ LEAST_PROMPT_ROWS = 32
 """That ride with the sequences that generate, also where these alone take longer than the weights:
 matrix products of fewer rows use a processor badly."""
 
+WORTH_SPREADING = 0.25
+"""Part of the prompts' rows that has to be free (simulated for 1 to 16 blocks of sequences and
+weights that take as long as 10 to 1 000 rows: 0.4 % longer than the better of spreading them always
+and never, on average; these are 2.6 and 5.7 %)."""
+
 
 class ContinuousScheduler(BatchScheduler):
     """Every sweep full: prompts ride in the sweeps of those that generate.
@@ -29,15 +34,45 @@ class ContinuousScheduler(BatchScheduler):
     leave less to do beside the next one's weights. If these do not suffice to keep all places but
     one generating, prompts take as many as that needs: each has to be computed in some sweep, and
     empty places only make more sweeps.
+
+    Where little is free beside the places' own rows, or nothing will wait for a place, prompts are
+    computed as soon as may be: many rows at once are computed faster than the same ones in turn.
     """
 
     def fill(self, sweep: SweepRows) -> None:
         self.decode(sweep)
         if self.free_rows is not None:
             needed = max(LEAST_PROMPT_ROWS, math.ceil(self.prompt_rows()))
-            sweep.limit(max(self.free_rows, sweep.rows + needed))
+            if self._spreads(self.free_rows, needed):
+                sweep.limit(max(self.free_rows, sweep.rows + needed))
         self.continue_prompts(sweep)
         self.admit(sweep)
+
+    def _spreads(self, free: int, needed: int) -> bool:
+        """Whether there will be prompts in all sweeps, of which a good part rides for nothing."""
+        places = self.places_with_pages()
+        if len(self.waiting) <= places - len(self.running):
+            return False
+        return free - places >= WORTH_SPREADING * needed
+
+    def prompt_rows(self) -> float:
+        """Of prompts in a sweep, so that as many sequences generate as places and pages allow.
+
+        All but one, whose prompt is what a sweep computes beside its weights. While fewer generate,
+        more rows are needed than on average: prompts are uneven, and a queue that is served just as
+        fast as it fills stays as long as it is.
+        """
+        wanted = max(1.0, self.places_with_pages() - 1)
+        missing = max(0.0, wanted - (len(self.running) - len(self.prompts)))
+        return self.turnover.prompt_rows(wanted + missing / 2)
+
+    def places_with_pages(self) -> float:
+        """Of sequences that may run, as many as there are pages for."""
+        places, pools = float(self.max_sequences), self.pools
+        if held := self.turnover.held:
+            pages = sum(count for tier, count in pools.capacity.items() if tier is not pools.swap)
+            places = min(places, pages * pools.page_tokens / held)
+        return places
 
 
 class PhasedScheduler(BatchScheduler):

@@ -8,7 +8,6 @@ first, because the small ones that follow can still make up for them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from offload.tiers import Split, Tier
@@ -37,11 +36,6 @@ def place(tensors: Sequence[TensorSpec], split: Split) -> dict[str, Tier]:
     oversized tensor (an embedding table can be a fifth of a small model) goes where the final share
     can hold it best.
     """
-    return dict(_placed(tuple(tensors), split))
-
-
-@lru_cache(maxsize=32)  # a plan asks for the same one several times
-def _placed(tensors: tuple[TensorSpec, ...], split: Split) -> dict[str, Tier]:
     total = sum(tensor.nbytes for tensor in tensors)
     shares = [(tier, split.fraction(tier)) for tier in Tier if split.fraction(tier) > 0]
     if len(shares) == 1:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from offload.disk_layout import DiskPlace, lay_out
 from offload.errors import CapacityError
-from offload.placement import place
 from offload.tiers import (
     BROKEN_OFF,
     BUDGET_FLAG,
     CACHE_LINE,
-    DISK_BLOCK,
     REQUEST_BYTES,
     STAGING_BUFFERS,
     Tier,
@@ -31,6 +28,7 @@ from policy_search.kv_memory import (
     recent_pages_bytes,
     swap_pages,
 )
+from policy_search.placed_weights import placed_weights
 from policy_search.policy import Policy
 
 if TYPE_CHECKING:
@@ -195,23 +193,15 @@ def _weights(
             working[Tier.HOST] = STAGING_BUFFERS * REQUEST_BYTES
         working[Tier.DISK] = _store_overhead(shape, homes)
         return homes, working
-    tiers = place(shape.tensors, policy.weights)
-    homes = dict.fromkeys(Tier, 0)
-    for tensor in shape.tensors:
-        tier = tiers[tensor.name]
-        homes[tier] += tensor.nbytes
-        working[tier] += round_up(tensor.nbytes, CACHE_LINE) - tensor.nbytes
+    placed = placed_weights(shape, policy.weights, unified=unified)
+    homes = dict(placed.homes)
+    for tier, nbytes in placed.padding.items():
+        working[tier] += nbytes
     homes[Tier.DEVICE] += shape.resident_bytes
     working[Tier.DEVICE] += round_up(shape.resident_bytes, CACHE_LINE) - shape.resident_bytes
-    slabs = _disk_slabs(shape, tiers, unified)
-    streamed = [
-        slab + sum(round_up(t.nbytes, CACHE_LINE) for t in unit if tiers[t.name] is Tier.HOST)
-        if not unified
-        else slab
-        for slab, unit in zip(slabs, shape.by_unit())
-    ]
-    working[Tier.DEVICE] += policy.depth * max(streamed[:-1]) + streamed[-1]
-    largest = max(smallest_relay(policy), *slabs)
+    *layers, head = placed.streamed
+    working[Tier.DEVICE] += policy.depth * max(layers) + head
+    largest = max(smallest_relay(policy), *placed.slabs)
     if largest and not unified:
         working[Tier.HOST] += STAGING_BUFFERS * staging_buffer_bytes(largest)
     working[Tier.DISK] = _store_overhead(shape, homes)
@@ -227,17 +217,3 @@ def _store_overhead(shape: ModelShape, homes: Mapping[Tier, int]) -> int:
     """What a prepared store has besides the weights that are read from it."""
     written = shape.prepared_bytes if homes[Tier.DISK] or shape.always_prepared else 0
     return max(0, written - homes[Tier.DISK])
-
-
-def _disk_slabs(shape: ModelShape, tiers: Mapping[str, Tier], unified: bool) -> list[int]:
-    """Bytes that are read from disk per unit and sweep, in whole blocks."""
-    slabs = []
-    for unit in shape.by_unit():
-        places, end = [], 0
-        for tensor in unit:
-            if tiers[tensor.name] is Tier.DISK:
-                unknown = DiskPlace("", end, tensor.nbytes, DISK_BLOCK)
-                places.append(tensor.disk or unknown)
-                end += round_up(tensor.nbytes, CACHE_LINE)
-        slabs.append(lay_out(places, shifted=not unified).nbytes)
-    return slabs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,6 +87,10 @@ class ModelShape:
     """The weights that can be placed: by layer from unit 0 on, then the head's, and -1 for an
     embedding table of its own. Without them, plans are made as if weights could be cut anywhere."""
 
+    def __hash__(self) -> int:
+        """Of a few fields: plans of one model ask by it for what they know already."""
+        return hash((self.weight_bytes, self.hidden_size, self.kv_bytes_per_token))
+
     def by_unit(self) -> list[list[TensorSpec]]:
         """The tensors of every layer and, last, of the head."""
         units: list[list[TensorSpec]] = [[] for _ in range(self.num_layers + 1)]
@@ -102,8 +107,7 @@ class ModelShape:
     @property
     def resident_bytes(self) -> int:
         """Weights that stay on DEVICE under any split (the final norm and the like)."""
-        placeable = sum(tensor.nbytes for tensor in self.tensors)
-        return self.weight_bytes - placeable if self.tensors else 0
+        return self.weight_bytes - _placeable_bytes(self) if self.tensors else 0
 
     @property
     def kv_token_bytes(self) -> int:
@@ -166,3 +170,8 @@ class ModelShape:
     def working_bytes(self, depth: int) -> int:
         """Working memory when every weight is streamed: a ring of layers and the head's slot."""
         return depth * self.largest_layer_bytes + self.head_bytes
+
+
+@lru_cache(maxsize=64)
+def _placeable_bytes(shape: ModelShape) -> int:
+    return sum(tensor.nbytes for tensor in shape.tensors)

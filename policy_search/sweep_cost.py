@@ -11,7 +11,6 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from offload.placement import place
 from offload.tiers import REQUEST_BYTES, Tier
 from policy_search.cost_model import (
     SweepWork,
@@ -29,7 +28,8 @@ from policy_search.operators import (
     layer_seconds,
     program_seconds,
 )
-from policy_search.sweep_load import COMPUTE, HOST_ATTENTION, SweepTerms
+from policy_search.placed_weights import placed_weights
+from policy_search.sweep_load import COMPUTE, HOST_ATTENTION, SweepLoad, SweepTerms
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from policy_search.memory import TierMemory
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
-    from policy_search.sweep_load import SweepLoad
 
 UP, DOWN = "host->device", "device->host"
 TO_DISK = "host->disk"
@@ -111,6 +110,14 @@ class SweepCost:
             # Nobody computes while the only one's rows are attended to.
             longest = max(longest, busy[COMPUTE] + busy[HOST_ATTENTION] + work.program)
         return SweepTerms(longest, busy)
+
+    def row_seconds(self) -> tuple[float, float]:
+        """Of the device: of a sweep whatever its rows, and of each of a full micro-batch's rows."""
+        most = self.policy.micro_batch_rows
+        loads = [SweepLoad(rows, 0.0, 0.0, 0.0, 0.0) for rows in (most / 2, most)]
+        few, many = (self.terms(load).busy[COMPUTE] for load in loads)
+        each = 2 * (many - few) / most
+        return max(0.0, many - each * most), each
 
     def _work(self, load: SweepLoad, pages: int, share: float) -> SweepWork:
         """Of link, device and processor if HOST attends to `share` of the `pages`."""
@@ -189,12 +196,8 @@ def in_place(shape: ModelShape, policy: Policy, *, unified: bool) -> tuple[float
     if not shape.tensors:
         part = sum(policy.weights.fraction(tier) for tier in here)
         return 0.0 if shape.expanded_in_sweep else part, False
-    tiers = place(shape.tensors, policy.weights)
-    layers = [t for t in shape.tensors if 0 <= t.unit < shape.num_layers]
-    stays = sum(tensor.nbytes for tensor in layers if tiers[tensor.name] in here)
-    part = stays / (sum(tensor.nbytes for tensor in layers) or 1)
-    gathers = any(tiers[t.name] not in here for t in shape.tensors if t.unit < 0)
-    return 0.0 if shape.expanded_in_sweep else part, gathers
+    placed = placed_weights(shape, policy.weights, unified=unified)
+    return 0.0 if shape.expanded_in_sweep else placed.in_place, placed.gathers
 
 
 def disk_page_seconds(shape: ModelShape, policy: Policy) -> float:
@@ -214,9 +217,7 @@ def streamed_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> tuple
     Of an embedding table of its own only rows are read.
     """
     if shape.tensors:
-        tiers = place(shape.tensors, policy.weights)
-        used = [tensor for tensor in shape.tensors if tensor.unit >= 0]
-        homes = {t: sum(each.nbytes for each in used if tiers[each.name] is t) for t in Tier}
+        homes = placed_weights(shape, policy.weights, unified=unified).used
     else:
         homes = {t: int(shape.weight_bytes * policy.weights.fraction(t)) for t in Tier}
     from_disk = homes[Tier.DISK]

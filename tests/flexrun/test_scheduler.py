@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flexrun.calibration import RowBudget
 from flexrun.plan import MicroBatch, RowSpan, SweepPlan
 from flexrun.scheduler import BatchScheduler
 from flexrun.schedulers import (
@@ -551,8 +552,8 @@ FREE = {"same": 320, "different": 250}
 """Rows that compute in the second that weights take; about what keeps all places generating."""
 
 
-def seconds_of(job: str, free_rows: int | None) -> float:
-    """Of a job whose scheduler thinks that so many rows are free."""
+def seconds_of(job: str, free_rows: int | None, learning: bool = False) -> float:
+    """Of a job whose scheduler thinks that so many rows are free, or learns better."""
     lengths, places, most = [(512, 128)] * 256, 64, 128
     if job == "different":
         draw, places, most = random.Random(0), 8, 1000
@@ -565,9 +566,15 @@ def seconds_of(job: str, free_rows: int | None) -> float:
     for number, (prompt, output) in enumerate(lengths):
         left[number] = output
         scheduler.add(number, prompt, prompt + most)
-    seconds = 0.0
+    seconds, computed, sweeps = 0.0, 0.0, 0
+    budget = None
+    if learning:
+        budget = RowBudget(scheduler, 1.0, free_rows or 0, prompts=True, guess=False)
     while (plan := scheduler.next_sweep()).spans:
         seconds += max(1.0, plan.rows / FREE[job])
+        computed, sweeps = computed + plan.rows / FREE[job], sweeps + 1
+        if budget is not None:
+            budget.learn(plan.rows, computed, [float(sweeps)], [float(sweeps)])
         for span in plan.spans:
             left[span.sequence] -= span.wants_logits
         commit(scheduler, plan, tuple(n for n, tokens in left.items() if not tokens))
@@ -584,10 +591,30 @@ def test_prompts_take_the_rows_that_are_free(job):
 
 
 @pytest.mark.parametrize("job", FREE)
-@pytest.mark.parametrize("share", [0, 0.2, 0.5])
+@pytest.mark.parametrize("share", [0.5, 0.8])
 def test_places_do_not_stay_empty_for_rows_that_are_not_free(job, share):
     """If fewer rows seem free than are, prompts take what the job's sequences so far needed."""
     assert seconds_of(job, int(share * FREE[job])) < 1.25 * seconds_of(job, FREE[job])
+
+
+@pytest.mark.parametrize("job", FREE)
+@pytest.mark.parametrize("share", [0, 0.2, 0.5, 4])
+def test_a_wrong_belief_costs_little(job, share):
+    """A few sweeps correct what was believed before the first one, too little or too much."""
+    known = seconds_of(job, FREE[job])
+    assert seconds_of(job, int(share * FREE[job]), learning=True) < 1.1 * known
+
+
+def test_prompts_of_a_single_block_are_computed_at_once():
+    """With nobody to wait for their places, they would only begin later; nor where the places take
+    all rows that are free.
+    """
+    for free, waiting, rows in ((300, 8, 320), (300, 20, 300), (10, 20, 320)):
+        scheduler = make_scheduler(max_sequences=8, max_rows=320, micro_batch_rows=320)
+        scheduler.free_rows = free
+        for number in range(waiting):
+            scheduler.add(number, 100, 110)
+        assert scheduler.next_sweep().rows == rows
 
 
 def test_prompts_keep_no_more_places_than_there_are_pages_for():
@@ -614,8 +641,8 @@ def test_prompts_take_more_rows_where_few_generate(generating, prompt, rows):
     for number in range(generating):
         scheduler.add(number, prompt, prompt + 10)
     commit(scheduler, scheduler.next_sweep())
-    scheduler.free_rows = 0
-    for number in range(8, 16):
+    scheduler.free_rows = 8 + 27  # a quarter of 105 beside what places take
+    for number in range(8, 24):
         scheduler.add(number, prompt, prompt + 10)
     plan = scheduler.next_sweep()
     assert sum(span.sequence < 8 for span in plan.spans) == generating

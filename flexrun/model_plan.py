@@ -131,6 +131,8 @@ class ModelPlanner:
         try:
             return self._searched(shape, replace(base, **changed), config)
         except (CapacityError, OffloadStoreError, RuntimeError) as error:
+            if isinstance(error, CapacityError):
+                raise
             if shortage is not None:
                 raise shortage from None
             # A device that cannot be measured can still run the job.

@@ -10,7 +10,6 @@ from policy_search.errors import PolicyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from policy_search.policy import Policy
     from policy_search.search import Candidate
 
 ALIKE = 0.01
@@ -45,15 +44,10 @@ class Goal:
             raise self._missed(candidates)
         most = max(each.prediction.tokens_per_second for each in meeting)
         least = (1 - WORTH_OFFLOADING) * most
-        for simple in (_offloads_nothing, _offloads_weights):
-            kept = [
-                each
-                for each in meeting
-                if simple(each.policy) and each.prediction.tokens_per_second >= least
-            ]
-            if kept:
-                return self._quickest(kept)
-        return self._quickest(meeting)
+        enough = [each for each in meeting if each.prediction.tokens_per_second >= least]
+        weights_alone = [each for each in enough if each.policy.pages_on_device]
+        nothing = [each for each in weights_alone if each.policy.all_on_device]
+        return self._quickest(nothing or weights_alone or meeting)
 
     def _quickest(self, meeting: Sequence[Candidate]) -> Candidate:
         """Of those that are about as fast as the fastest."""
@@ -89,12 +83,3 @@ class Goal:
             f"{self.deadline:g}: requests take {shortest:.3g} s or more, the job {fastest:.3g} s",
             hint="raise one of them",
         )
-
-
-def _offloads_nothing(policy: Policy) -> bool:
-    return policy.weights.device == 100 and _offloads_weights(policy)
-
-
-def _offloads_weights(policy: Policy) -> bool:
-    """Nothing else: in each layer, what HOST attends to is waited for in ways of its own."""
-    return policy.kv_cache.device == policy.activations.device == 100

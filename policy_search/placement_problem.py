@@ -54,6 +54,9 @@ def placement_problem(
     rows = policy.max_rows * shape.hidden_size * shape.value_bytes
     moving = (IN_MOTION + BROKEN_OFF) * rows * policy.micro_batch_rows / policy.max_rows
     fixed = _fixed(shape, policy, limits, context, unified=unified)
+    room = {tier: limits[tier] * (1 - margin) - fixed[tier] for tier in Tier}
+    if not shape.always_prepared:
+        room[Tier.DISK] = max(0.0, room[Tier.DISK])  # where nothing is there, nothing is needed
     return Problem(
         phases=tuple(
             _bytes(shape, phase, policy, hardware) for phase in (phases.filling, phases.generating)
@@ -64,7 +67,7 @@ def placement_problem(
         on_disk=0 if not shape.prepared_bytes or shape.always_prepared else placeable,
         hidden=0 if unified else max(0.0, rows - moving),
         page_seconds=disk_page_seconds(shape, policy),
-        room={tier: limits[tier] * (1 - margin) - fixed[tier] for tier in Tier},
+        room=room,
         hardware=hardware,
         unified=unified,
         attention=policy.attention,

@@ -145,6 +145,16 @@ class Policy:
         return self.prefetch_depth or DEFAULT_DEPTH
 
     @property
+    def pages_on_device(self) -> bool:
+        """Whether nothing but weights is offloaded."""
+        return self.kv_cache.device == self.activations.device == 100
+
+    @property
+    def all_on_device(self) -> bool:
+        """Whether nothing is offloaded."""
+        return self.weights.device == 100 and self.pages_on_device
+
+    @property
     def logit_rows(self) -> int:
         """Most rows of a micro-batch that give logits: guessed tokens do, too."""
         most = self.max_sequences

@@ -16,8 +16,9 @@ from offload.tiers import Split, Tier
 from policy_search.automatic import SMALLEST_DEPTH, automatic_policy, with_depth
 from policy_search.linear_program import solve
 from policy_search.memory import memory_of
+from policy_search.neighbours import MICRO_BATCHES, filled, try_neighbours
 from policy_search.placement_problem import placement_problem
-from policy_search.policy import DEFAULT_DEPTH
+from policy_search.policy import DEFAULT_DEPTH, with_half_the_rows
 from policy_search.throughput import Prediction, predict
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 MOST_SEQUENCES = 4096
 """As many as a scheduler handles in a few milliseconds a sweep."""
-_MICRO_BATCHES = (64, 128, 256, 512, 1024, 2048)
+FEWEST_ROWS = 16
+"""That are tried where no plan with more fits."""
 ENOUGH_ROOM = 0.99
 _GOOD_PART = 0.05
 """Of the device's memory: a layer that takes more of it is worth a plan without."""
@@ -81,12 +83,39 @@ class Search:
             self._add_placed(batch)
         if not self._found:
             assert shortage is not None
-            raise shortage
+            return self._with_fewer_rows(shortage).run()
+        for best in self._starts():
+            if self.around is None:
+                try_neighbours(self, best)
+            else:
+                filled(self, best.policy)
         return list(self._found.values())
 
-    def _fastest(self) -> Candidate | None:
-        rates = self._found.values()
-        return max(rates, key=lambda each: each.prediction.tokens_per_second, default=None)
+    def _with_fewer_rows(self, shortage: CapacityError) -> Search:
+        """The same search with half the rows at once. Raises the `shortage` where there are few, or
+        as many as was asked for.
+        """
+        here = self.base.micro_batch_rows, self.base.max_rows
+        fewer = with_half_the_rows(self.base, shortage.message)
+        if "micro_batch_rows" in self.given or fewer.micro_batch_rows < FEWEST_ROWS:
+            fewer = replace(fewer, micro_batch_rows=here[0])
+        if "max_rows" in self.given or fewer.max_rows < FEWEST_ROWS:
+            fewer = replace(fewer, max_rows=here[1])
+        fewer = replace(fewer, max_rows=max(fewer.micro_batch_rows, fewer.max_rows))
+        if (fewer.micro_batch_rows, fewer.max_rows) == here:
+            raise shortage
+        return replace(self, base=fewer)
+
+    def _starts(self) -> list[Candidate]:
+        """The fastest of all, of those with all pages on the device, and of those with all there:
+        one of the latter is taken if it is not much slower.
+        """
+        kinds = (lambda _: True, lambda p: p.pages_on_device, lambda p: p.all_on_device)
+        return [best for kind in kinds if (best := self._fastest(kind)) is not None]
+
+    def _fastest(self, kept: Callable[[Policy], bool] | None = None) -> Candidate | None:
+        found = [each for each in self._found.values() if kept is None or kept(each.policy)]
+        return max(found, key=lambda each: each.prediction.tokens_per_second, default=None)
 
     def counts(self) -> list[int]:
         """Of sequences that run together."""
@@ -102,10 +131,10 @@ class Search:
     def _refined(self) -> Iterator[Policy]:
         """Around the best so far: other micro-batches and sweeps, then other counts."""
         changes: dict[str, Callable[[Policy], Iterable[int]]] = {
-            "micro_batch_rows": lambda _: _MICRO_BATCHES,
+            "micro_batch_rows": lambda _: MICRO_BATCHES,
             "num_micro_batches": lambda best: _NUMBERS if best.kv_cache.host else (),
             "max_rows": lambda best: [max(1, best.max_rows // less) for less in _FEWER_ROWS],
-            "max_sequences": lambda best: self._near(best.max_sequences),
+            "max_sequences": lambda best: self.near(best.max_sequences),
         }
         for name, values in changes.items():
             known = name in self.given or (self.around is not None and name != "max_sequences")
@@ -116,10 +145,12 @@ class Search:
                 changed: dict[str, Any] = {name: value}
                 yield replace(best.policy, **changed)
 
-    def _near(self, count: int) -> list[int]:
+    def near(self, count: int) -> list[int]:
         """Other numbers of sequences: somewhat fewer or more, and those with which the job is over
-        after a whole number of blocks.
+        after a whole number of blocks. None if it is given.
         """
+        if "max_sequences" in self.given:
+            return []
         jobs = self.job.sequences
         blocks = {max(1, jobs // count + more) for more in (-1, 0, 1, 2)}
         wanted = {round(factor * count) for factor in _REFINED} | {-(-jobs // n) for n in blocks}
@@ -129,30 +160,36 @@ class Search:
         kv_cache = self.base.kv_cache if "kv_cache" in self.given else None
         known = self.shape, self.limits, self.base, self.context
         if {"weights", "kv_cache"} <= set(self.given):
-            return self._add(self.base)
+            return self._shortage(self.base)
         try:
             policy = automatic_policy(*known, unified=self.unified, kv_cache=kv_cache)
         except CapacityError as error:
             return error
         if "weights" in self.given:
             policy = replace(policy, weights=self.base.weights)
-        return self._add(policy)
+        return self._shortage(policy)
+
+    def _shortage(self, policy: Policy) -> CapacityError | None:
+        """What `policy` is short of; it is kept if of nothing."""
+        added = self.add(policy)
+        return added if isinstance(added, CapacityError) else None
 
     def _add_placed(self, batch: Policy) -> None:
         """Plans for one batch: all on the device, pages there, and pages anywhere."""
         batch = self.with_rows(batch)
         if not set(self.given) & {"weights", "kv_cache"}:
             here = Split(device=100)
-            self._add(replace(batch, weights=here, kv_cache=here))
+            self.add(replace(batch, weights=here, kv_cache=here))
             if not self.unified:
-                self._add(replace(batch, weights=here, kv_cache=Split(host=100)))
-        splits = [Split(device=100), Split(disk=100)]
-        if not self.unified:
-            splits = [Split(device=100), Split(host=100), Split(host=50, disk=50)]
+                self.add(replace(batch, weights=here, kv_cache=Split(host=100)))
         if "kv_cache" in self.given:
-            splits = [self.base.kv_cache]
-        for kv_cache in splits:
-            self._add_solved(replace(batch, kv_cache=kv_cache))
+            self._add_solved(replace(batch, kv_cache=self.base.kv_cache))
+            return
+        self._add_solved(replace(batch, kv_cache=Split(device=100)))
+        anywhere = Split(disk=100) if self.unified else Split(host=50, disk=50)
+        found = self._add_solved(replace(batch, kv_cache=anywhere))
+        if not self.unified and not (found and all(not policy.kv_cache.disk for policy in found)):
+            self._add_solved(replace(batch, kv_cache=Split(host=100)))
 
     def with_rows(self, batch: Policy) -> Policy:
         """With a row for each sequence, and some for prompts."""
@@ -160,33 +197,36 @@ class Search:
             return batch
         return replace(batch, max_rows=batch.max_sequences + batch.micro_batch_rows)
 
-    def _add_solved(self, batch: Policy) -> None:
+    def _add_solved(self, batch: Policy) -> list[Policy]:
         """The shares that a linear program finds, with fewer layers on their way if need be."""
+        found: list[Policy] = []
         depths = [batch.prefetch_depth] if batch.prefetch_depth else [DEFAULT_DEPTH, SMALLEST_DEPTH]
         for depth in depths:
             for margin in _MARGINS:
                 policy = self._solved(replace(batch, prefetch_depth=depth), margin)
                 if policy is None:
                     break  # more room will not be found with a larger margin
-                self._add(policy)
-                if self._has_room(policy):
+                found.append(policy)
+                if self.has_room(self.add(policy)):
                     if self._layer_matters:
                         break  # the smaller depth leaves room for what makes a difference
-                    return
+                    return found
+        return found
 
     @property
     def _layer_matters(self) -> bool:
         """Whether the room of one layer more on its way is a good part of the device."""
         return self.shape.largest_layer_bytes > _GOOD_PART * self.limits[Tier.DEVICE]
 
-    def _has_room(self, policy: Policy) -> bool:
+    def has_room(self, found: Candidate | CapacityError) -> bool:
         """Whether it fits with pages for all sequences that it is for.
 
         Where tensors and buffers take more than their share, pages have what is left.
         """
-        found = self._found.get(policy)
-        wanted = min(policy.max_sequences, self.job.sequences)
-        return found is not None and found.prediction.running >= ENOUGH_ROOM * wanted
+        if isinstance(found, CapacityError):
+            return False
+        wanted = min(found.policy.max_sequences, self.job.sequences)
+        return found.prediction.running >= ENOUGH_ROOM * wanted
 
     def _solved(self, batch: Policy, margin: float) -> Policy | None:
         """`batch` with the shares that its linear program finds. Its own pages say where there may
@@ -218,15 +258,12 @@ class Search:
             changed["activations"] = Split(device=100 - parked, host=parked)
         return replace(batch, **{n: v for n, v in changed.items() if n not in self.given})
 
-    def _add(self, policy: Policy) -> CapacityError | None:
+    def add(self, policy: Policy) -> Candidate | CapacityError:
         """Keep `policy` if it fits."""
-        if policy in self._found:
-            return None
-        priced = self.price(policy)
-        if isinstance(priced, CapacityError):
-            return priced
-        self._found[policy] = priced
-        return None
+        priced = self._found.get(policy) or self.price(policy)
+        if not isinstance(priced, CapacityError):
+            self._found[policy] = priced
+        return priced
 
     def price(self, policy: Policy) -> Candidate | CapacityError:
         """What `policy` takes and is predicted to do, or what it is short of."""
@@ -236,9 +273,12 @@ class Search:
             memory = memory_of(self.shape, deep, self.limits, self.context, unified=self.unified)
         except CapacityError as error:
             return error
-        known_job = self.job, self.hardware
-        prediction = predict(self.shape, deep, memory, *known_job, unified=self.unified)
-        return Candidate(deep, memory, prediction)
+        return Candidate(deep, memory, self.predicted(deep, memory))
+
+    def predicted(self, policy: Policy, memory: Mapping[Tier, TierMemory]) -> Prediction:
+        """What `policy` does if it takes so much memory."""
+        known = self.job, self.hardware
+        return predict(self.shape, policy, memory, *known, unified=self.unified)
 
 
 def _fractions(split: Split) -> dict[Tier, float]:

@@ -32,6 +32,7 @@ from flexrun.schedulers import SCHEDULERS
 from offload.pages import PagePools
 from offload.tiers import Split
 from policy_search.__main__ import main as policy_search
+from policy_search.machine import multiplies_bfloat16
 from policy_search.policy import Policy
 from policy_search.simulator import simulate
 from policy_search.workload import JobLengths, Workload
@@ -40,22 +41,26 @@ MOST_MEDIAN, MOST_ERROR, LEAST_RANK, LEAST_OF_BEST = 0.10, 0.20, 0.9, 0.95
 TURNS = 3
 SHORT = 5.0
 MODEL = Shape(layers=8, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, context=1024)
+DTYPE, TWICE = ("bfloat16", 1) if multiplies_bfloat16() else ("float32", 2)
+"""What this CPU multiplies fast; with twice the bytes, memory is as small beside the model, and
+links are as slow, if there is twice as much of both."""
+DEVICE = f"capacity={160 * TWICE}MiB"
 SETTINGS = {
     "emulated, slow link": {
         "device": "emulated",
-        "emulate": "capacity=160MiB,host-to-device=1GB/s,device-to-host=1GB/s",
+        "emulate": f"{DEVICE},host-to-device={TWICE}GB/s,device-to-host={TWICE}GB/s",
     },
     "emulated, fast link": {
         "device": "emulated",
-        "emulate": "capacity=160MiB,host-to-device=4GB/s,device-to-host=4GB/s",
+        "emulate": f"{DEVICE},host-to-device={4 * TWICE}GB/s,device-to-host={4 * TWICE}GB/s",
     },
     "emulated, slow disk": {
         "device": "emulated",
-        "emulate": "capacity=160MiB,host-to-device=4GB/s,disk-read=1GB/s",
-        "host_memory": "160MiB",
+        "emulate": f"{DEVICE},host-to-device={4 * TWICE}GB/s,disk-read={TWICE}GB/s",
+        "host_memory": f"{160 * TWICE}MiB",
     },
     "cpu, in memory": {"device": "cpu"},
-    "cpu, disk": {"device": "cpu", "device_memory": "128MiB"},
+    "cpu, disk": {"device": "cpu", "device_memory": f"{128 * TWICE}MiB"},
 }
 WORKLOADS = {
     "conversations": Workload(workload="conv", scale=0.05, requests=40),
@@ -230,7 +235,7 @@ def main() -> None:
         torch.manual_seed(0)
         model = Path(directory, "model")
         model.mkdir()
-        write_model(model, MODEL, "bfloat16", 0)
+        write_model(model, MODEL, DTYPE, 0)
         report["results"] = {}
         for name in given.settings:
             for number, workload in enumerate(given.workloads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from policy_search.goal import Goal
 from policy_search.least_memory import with_least_memory
 from policy_search.named_models import NAMED_MODELS
 from policy_search.planner import Planner
-from policy_search.policy import Policy
+from policy_search.policy import DEFAULT_DEPTH, Policy
 from policy_search.presets import PRESETS
 from policy_search.rivals import rivals
 from policy_search.search import Search
@@ -108,6 +109,52 @@ def test_no_other_plan_is_faster():
             fitting += 1
             assert priced.prediction.tokens_per_second <= 1.02 * best, policy
     assert fitting > 15
+
+
+@pytest.mark.parametrize(("model", "gib"), [("llama-3-8b", 10), ("qwen3-30b-a3b", 16)])
+@pytest.mark.parametrize("job", [JobLengths(60, 300, 40), JobLengths(1024, 512, 128)])
+def test_no_batch_of_a_grid_is_faster(model, gib, job):
+    """All sizes of a batch at once, with every share of weights on the device and pages there, and
+    with pages in RAM, on a machine without a disk: the search tries a few, and is as fast.
+    """
+    limits = {Tier.DEVICE: gib * GIB, Tier.HOST: 128 * GIB, Tier.DISK: 0}
+    here = search(model, "4090", job=job, limits=limits)
+    found = here.run()
+    for kv_cache in (Split(device=100), Split(host=100)):
+        best = max(
+            each.prediction.tokens_per_second
+            for each in found
+            if each.policy.pages_on_device or kv_cache.host
+        )
+        fitting = 0
+        for rows, most, count in itertools.product((64, 256, 1024), (512, 2048), (16, 60, 200)):
+            for device in range(0, 80, 5):
+                policy = Policy(
+                    weights=Split(device=device, host=100 - device),
+                    kv_cache=kv_cache,
+                    max_sequences=count,
+                    micro_batch_rows=rows,
+                    max_rows=max(most, rows),
+                    prefetch_depth=DEFAULT_DEPTH,
+                )
+                priced = here.price(policy)
+                if not isinstance(priced, CapacityError):
+                    fitting += 1
+                    assert priced.prediction.tokens_per_second <= 1.02 * best, policy
+        assert fitting > 50
+
+
+def test_fewer_rows_are_tried_where_the_usual_ones_do_not_fit():
+    """Unless they are given: then the shortage is said, with the flag."""
+    limits = {Tier.DEVICE: 2 * GIB, Tier.HOST: 64 * GIB, Tier.DISK: 0}
+    base = Policy(micro_batch_rows=8192, max_rows=16384)
+    found = search("llama-3-8b", limits=limits, base=base).run()
+    assert all(each.policy.micro_batch_rows < 8192 for each in found)
+    with pytest.raises(CapacityError) as caught:
+        search("llama-3-8b", limits=limits, base=base, given=["micro_batch_rows"]).run()
+    assert "--micro-batch" in (caught.value.hint or "")
+    with pytest.raises(CapacityError):
+        search("llama-3-8b", limits={**limits, Tier.DEVICE: GIB // 4}).run()
 
 
 def random_policy(draw: random.Random) -> Policy:

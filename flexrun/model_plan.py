@@ -131,10 +131,9 @@ class ModelPlanner:
         try:
             return self._searched(shape, replace(base, **changed), config)
         except (CapacityError, OffloadStoreError, RuntimeError) as error:
-            if isinstance(error, CapacityError):
-                raise
             if shortage is not None:
-                raise shortage from None
+                # The search has tried fewer rows: less is missing.
+                raise (error if isinstance(error, CapacityError) else shortage) from None
             # A device that cannot be measured can still run the job.
             logger.warning("the plan knows no speeds: %s", error)
             return found

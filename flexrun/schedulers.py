@@ -16,13 +16,9 @@ if TYPE_CHECKING:
     from flexrun.progress import Progress
 
 LEAST_PROMPT_ROWS = 32
-"""That ride with the sequences that generate, also where these alone take longer than the weights:
-matrix products of fewer rows use a processor badly."""
-
+"""That ride in a sweep: matrix products of fewer use a processor badly."""
 WORTH_SPREADING = 0.25
-"""Part of the prompts' rows that has to be free (simulated for 1 to 16 blocks of sequences and
-weights that take as long as 10 to 1 000 rows: 0.4 % longer than the better of spreading them always
-and never, on average; these are 2.6 and 5.7 %)."""
+"""Part of the prompts' rows that has to be free. Held by simulations (see DESIGN.md)."""
 
 
 class ContinuousScheduler(BatchScheduler):

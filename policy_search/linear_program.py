@@ -8,6 +8,8 @@ All that is not linear in the shares (how large the batch is, bits, rows at once
 from __future__ import annotations
 
 import math
+import os
+import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -241,4 +243,21 @@ def _solver() -> Any:
     import pulp
 
     highs = pulp.HiGHS(msg=False)
-    return highs if highs.available() else pulp.PULP_CBC_CMD(msg=False)
+    if not highs.available():
+        return pulp.PULP_CBC_CMD(msg=False)
+    _greet()
+    return highs
+
+
+def _greet() -> None:
+    """HiGHS prints whose it is when it is first used. On stdout there may be JSON: on stderr."""
+    import highspy
+
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        highspy.Highs()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -7,12 +7,14 @@ plans are priced only, which takes a tenth of the time.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from offload.errors import CapacityError
 from offload.tiers import Split
+from policy_search.memory import workspace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,6 +33,8 @@ STEP = 0.5
 """Percent of the weights."""
 SCANNED = 5
 """Steps."""
+FILLED = 4
+"""Sizes of a batch."""
 
 
 def try_neighbours(search: Search, start: Candidate) -> None:
@@ -39,14 +43,15 @@ def try_neighbours(search: Search, start: Candidate) -> None:
     """
     while True:
         best = start
-        for batch in _sizes(search, start):
-            best = _faster(best, filled(search, batch))
+        resized = [_resized(search, start.policy, batch) for batch in _sizes(search, start)]
+        fitting = [each for each in resized if not isinstance(each, CapacityError)]
+        for each in sorted(fitting, key=_rate)[-FILLED:]:
+            best = _faster(best, filled(search, each.policy))
         for count in search.near(best.policy.max_sequences):
             batch = search.with_rows(replace(best.policy, max_sequences=count))
             best = _faster(best, filled(search, batch))
         best = _scanned(search, best)
-        rates = [each.prediction.tokens_per_second for each in (start, best)]
-        if rates[1] < (1 + WORTH_ANOTHER) * rates[0]:
+        if _rate(best) < (1 + WORTH_ANOTHER) * _rate(start):
             return
         start = best
 
@@ -59,18 +64,35 @@ def _scanned(search: Search, best: Candidate) -> Candidate:
     if "weights" in search.given or split.device == 100:
         return best
     for steps in range(-SCANNED, SCANNED + 1):
-        device = min(100.0, max(0.0, split.device + steps * STEP))
-        left = 100 - device
-        host = min(split.host, left) if split.disk else left
-        weights = Split(device=device, host=host, disk=left - host)
+        weights = _with_device(split, split.device + steps * STEP)
         best = _faster(best, search.add(replace(best.policy, weights=weights)))
     return best
 
 
+def _rate(candidate: Candidate) -> float:
+    return candidate.prediction.tokens_per_second
+
+
 def _faster(best: Candidate, other: Candidate | CapacityError) -> Candidate:
-    if isinstance(other, CapacityError):
-        return best
-    return max(best, other, key=lambda each: each.prediction.tokens_per_second)
+    return best if isinstance(other, CapacityError) else max(best, other, key=_rate)
+
+
+def _resized(search: Search, policy: Policy, batch: Policy) -> Candidate | CapacityError:
+    """`batch` with as many weights on DEVICE as `policy` if its rows take more, or less, of it."""
+    split, shape = policy.weights, search.shape
+    if "weights" in search.given or split.device == 100:
+        return search.add(batch)
+    freed = workspace(shape, policy) - workspace(shape, batch)
+    more = 100 * freed / (shape.weight_bytes - shape.resident_bytes)
+    return search.add(replace(batch, weights=_with_device(split, split.device + more)))
+
+
+def _with_device(split: Split, device: float) -> Split:
+    """About so many percent; the slowest tier that is used has as much less or more."""
+    device = min(100.0, max(0.0, math.floor(device / STEP) * STEP))
+    left = 100 - device
+    host = min(split.host, left) if split.disk else left
+    return Split(device=device, host=host, disk=left - host)
 
 
 def _sizes(search: Search, start: Candidate) -> Iterator[Policy]:

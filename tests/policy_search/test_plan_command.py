@@ -74,6 +74,15 @@ def test_a_named_plan_needs_neither_torch_nor_a_network():
     assert done.returncode == 0, done.stderr
 
 
+def test_json_is_all_of_stdout():
+    """Also with HiGHS, which prints a banner."""
+    pytest.importorskip("highspy")
+    command = [sys.executable, "-m", "policy_search", *ASKED, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["policy"]["weights"]
+    assert "HiGHS" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

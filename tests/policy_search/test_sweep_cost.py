@@ -160,3 +160,16 @@ def test_factors_of_earlier_runs() -> None:
     for name, factor in factors.items():
         assert after.busy[name] == pytest.approx(factor * before.busy[name])
     assert after.seconds == pytest.approx(max(after.busy.values()))
+
+
+def test_seconds_that_do_not_depend_on_rows() -> None:
+    """Weights are expanded in each sweep, 60 bytes at 2 a second, and one row at least has logits,
+    40 operations; a row's products are 100.
+    """
+    shape = replace(SHAPE, expanded_in_sweep=60)
+    memory = {tier: TierMemory(0, 0, 0, 10**9) for tier in Tier}
+    policy, hardware = Policy(micro_batch_rows=8), replace(FAST, expansion=2.0, flops=1.0)
+    cost = SweepCost(shape, policy, memory, hardware, unified=False)
+    assert cost.row_seconds() == pytest.approx((30 + 40, 100))
+    faster = SweepCost(shape, policy, memory, FAST, unified=False)
+    assert faster.row_seconds()[1] < 1e-9

@@ -149,20 +149,17 @@ class RowBudget:
         prompts: bool,
         guess: bool,
         expansion: float = 0.0,
-        fixed: float = 0.0,
     ) -> None:
         """A sweep's weights take `seconds`, in which `planned` rows should compute.
 
-        What the device computes in every sweep takes `expansion` of weights and `fixed` seconds
-        besides. `prompts` take no more than these rows unless places would stay empty, and
-        `guess`ed tokens fill them.
+        A part of what the device computes is `expansion`, seconds of every sweep. `prompts` take no
+        more than these rows unless places would stay empty, and `guess`ed tokens fill them.
         """
         self._scheduler = scheduler
         self._seconds = seconds
         self._prompts = prompts
         self._guess = guess
         self._expansion = expansion
-        self._fixed = fixed
         self._guessed = 0
         """Rows that are free in sweeps with guesses."""
         self._before = _Busy(0.0, (), ())
@@ -188,7 +185,7 @@ class RowBudget:
         """
         busy = _Busy(computed, tuple(arriving), tuple(alone))
         before, self._before = self._before, busy
-        seconds = computed - before.computed - self._fixed - expanded * self._expansion
+        seconds = computed - before.computed - expanded * self._expansion
         bound = self.rows if self._prompts else self._guessed
         enough = rows >= min(bound, self._scheduler.max_rows) // 2
         if seconds > 0 and enough and expanded > 0.5:
@@ -197,8 +194,7 @@ class RowBudget:
         if len(self._last) == _REMEMBERED:
             of_one, arrived, own = (statistics.median(each) for each in zip(*self._last))
             arrived = arrived or self._seconds
-            left = self._expansion + self._fixed
-            free = [each - left for each in (arrived, min(arrived, own or arrived))]
+            free = [each - self._expansion for each in (arrived, min(arrived, own or arrived))]
             self._set(*(int(each / of_one) for each in free))
 
     def _set(self, rows: int, guessed: int) -> None:
@@ -224,7 +220,7 @@ def tune(
     """Where pages go that have to go away, and the rows that are free, if weights are streamed.
 
     `prompts` take no more rows than these, unless places would stay empty. How long rows compute is
-    known from the plan's `cost`, or guessed from products of many rows.
+    known from the plan's `cost`, or told from products of many rows.
     """
     if policy.preemption == "swap":
         scheduler.preemption.swapping_is_cheaper = lambda _: True
@@ -233,18 +229,7 @@ def tune(
     if not store.streamed_bytes:
         return None
     seconds = weight_seconds(store.streamed_bytes, store.disk_bytes, hardware)
-    expansion, fixed = expansion_seconds(shape, hardware), 0.0
-    planned = free_rows(shape, hardware, seconds)
-    always, of_row = (0.0, 0.0) if cost is None else cost.row_seconds()
-    if of_row > 0:
-        fixed = max(0.0, always - expansion)
-        planned = max(0.0, seconds - expansion - fixed) / of_row
-    return RowBudget(
-        scheduler,
-        seconds,
-        planned,
-        prompts=prompts,
-        guess=policy.speculation != "off",
-        expansion=expansion,
-        fixed=fixed,
-    )
+    planned = free_rows(shape, hardware, seconds) if cost is None else cost.rows_within(seconds)
+    guess = policy.speculation != "off"
+    expansion = expansion_seconds(shape, hardware)
+    return RowBudget(scheduler, seconds, planned, prompts=prompts, guess=guess, expansion=expansion)

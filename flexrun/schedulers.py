@@ -47,7 +47,7 @@ class ContinuousScheduler(BatchScheduler):
     def _spreads(self, free: int, needed: int) -> bool:
         """Whether there will be prompts in all sweeps, of which a good part rides for nothing."""
         places = self.places_with_pages()
-        if len(self.waiting) <= places - len(self.running):
+        if len(self.waiting) <= max(0.0, places - len(self.running)):
             return False
         return free - places >= WORTH_SPREADING * needed
 

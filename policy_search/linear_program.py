@@ -253,8 +253,11 @@ def _greet() -> None:
     """HiGHS prints whose it is when it is first used. On stdout there may be JSON: on stderr."""
     import highspy
 
+    try:
+        kept = os.dup(1)
+    except OSError:
+        return  # nobody listens
     sys.stdout.flush()
-    kept = os.dup(1)
     try:
         os.dup2(2, 1)
         highspy.Highs()

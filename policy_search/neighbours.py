@@ -45,13 +45,14 @@ def try_neighbours(search: Search, start: Candidate) -> None:
         best = start
         resized = [_resized(search, start.policy, batch) for batch in _sizes(search, start)]
         fitting = [each for each in resized if not isinstance(each, CapacityError)]
-        for each in sorted(fitting, key=_rate)[-FILLED:]:
+        fitting.sort(key=lambda each: (-_rate(each), workspace(search.shape, each.policy)))
+        for each in fitting[:FILLED]:
             best = _faster(best, filled(search, each.policy))
         for count in search.near(best.policy.max_sequences):
             batch = search.with_rows(replace(best.policy, max_sequences=count))
             best = _faster(best, filled(search, batch))
         best = _scanned(search, best)
-        if _rate(best) < (1 + WORTH_ANOTHER) * _rate(start):
+        if not _rate(best) > (1 + WORTH_ANOTHER) * _rate(start):
             return
         start = best
 
@@ -124,20 +125,25 @@ def filled(search: Search, policy: Policy) -> Candidate | CapacityError:
         parts[last] = 100 - device - (host if last == "disk" else 0.0)
         return search.add(replace(policy, weights=Split(**parts)))
 
-    device, found = _most(search, priced, 100)
+    # What fits is where to begin: less on DEVICE may be too much for HOST.
+    here = policy.weights.device if search.has_room(best) else 0.0
+    device, found = _most(search, priced, here, 100.0)
     if last == "disk" and not search.unified:
-        _, found = _most(search, partial(priced, device), 100 - device)
-    if isinstance(best, CapacityError):
-        return found
-    return _faster(best, found)
+        _, found = _most(search, partial(priced, device), 0.0, 100 - device)
+    return found if isinstance(best, CapacityError) else _faster(best, found)
 
 
 def _most(
-    search: Search, priced: Callable[[float], Candidate | CapacityError], limit: float
+    search: Search,
+    priced: Callable[[float], Candidate | CapacityError],
+    start: float,
+    limit: float,
 ) -> tuple[float, Candidate | CapacityError]:
-    """The largest percentage under `limit` with room for all pages, and the plan; by bisection."""
-    steps = int(limit / STEP)
-    least, most, best = 0, steps, priced(0.0)
+    """The largest percentage under `limit` with room for all pages, and the plan; by bisection from
+    `start` on, which is taken to have room.
+    """
+    least, most = math.floor(start / STEP), int(limit / STEP)
+    best = priced(least * STEP)
     while least + 1 < most:
         middle = (least + most) // 2
         found = priced(middle * STEP)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from policy_search.hardware import Hardware
+    from policy_search.linear_program import Shares
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
     from policy_search.throughput import Phase
@@ -123,3 +124,23 @@ def _fixed(
     else:
         fixed[Tier.DISK] += max(0, shape.prepared_bytes - shape.weight_bytes)
     return fixed
+
+
+def placed(shares: Shares, *, unified: bool) -> dict[str, Split]:
+    """The fields of a policy that `shares` are, in whole parts."""
+    fields = {"weights": _split(shares.weights), "kv_cache": _split(shares.kv)}
+    if not unified:
+        parked = math.floor(100 * shares.hidden_on_host)
+        fields["activations"] = Split(device=100 - parked, host=parked)
+    return fields
+
+
+def _split(shares: Mapping[Tier, float]) -> Split:
+    """In percent with two digits; rounding never makes a fast tier fuller, nor uses one that the
+    program does not.
+    """
+    percent = {tier: math.floor(1e4 * share + 1e-6) / 100 for tier, share in shares.items()}
+    rest = round(100 - sum(percent.values()), 2)
+    last = max((tier for tier in Tier if shares[tier] > 1e-6), key=list(Tier).index)
+    percent[last] = round(percent[last] + rest, 2)
+    return Split(**{tier.value: part for tier, part in percent.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compression.selection import PLAIN_BITS
@@ -80,7 +81,7 @@ class Planner:
 
     def _search(self, quantized: Policy) -> Search:
         stored, computed = self.config.types(self.dtype, unified=self.unified)
-        shape = shape_from_config(self.config, stored, computed, quantized.quantization)
+        shape = _known(shape_from_config(self.config, stored, computed, quantized.quantization))
         device = self.limits[Tier.DEVICE]
         base = replace(
             quantized,
@@ -119,6 +120,12 @@ class Planner:
 
         found = choose_bits(combinations(weight_bits, kv_bits), predict)
         return found, plans[found.chosen.weight_bits, found.chosen.kv_bits]
+
+
+@lru_cache(maxsize=16)
+def _known(shape: ModelShape) -> ModelShape:
+    """The equal one of an earlier plan: what is remembered of it is found without comparing all."""
+    return shape
 
 
 def for_kv_bits(hardware: Hardware, kv_bits: int, *, unified: bool) -> Hardware:

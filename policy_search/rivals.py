@@ -22,6 +22,10 @@ def rivals(plan: Plan) -> dict[str, Candidate | None]:
     and attended to there, with weights on the device as far as there is room.
     """
     search = plan.search
+    base = search.base
+    fewer = min(base.micro_batch_rows, plan.policy.micro_batch_rows)
+    base = replace(base, micro_batch_rows=fewer, max_rows=min(base.max_rows, plan.policy.max_rows))
+    search = replace(search, base=base)  # what fits with few rows only is given as few
     here, host, disk = Split(device=100), Split(host=100), Split(disk=100)
     named = {
         "all on disk": replace(search.base, weights=disk, kv_cache=disk),

@@ -1,13 +1,12 @@
 """The search for a plan: a linear program for each batch, then whole tensors and pages (no torch).
 
 The program's shares are rounded to what the engine places, held against `memory_of`, which knows
-every allocation, and priced again. The automatic policy, which knows no speeds, is one of the
-candidates, so that by the cost model no plan is worse.
+every allocation, and priced again, with plans beside the best. The automatic policy, which knows no
+speeds, is one of the candidates, so that by the cost model no plan is worse.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,15 +16,14 @@ from policy_search.automatic import SMALLEST_DEPTH, automatic_policy, with_depth
 from policy_search.linear_program import solve
 from policy_search.memory import memory_of
 from policy_search.neighbours import MICRO_BATCHES, filled, try_neighbours
-from policy_search.placement_problem import placement_problem
-from policy_search.policy import DEFAULT_DEPTH, with_half_the_rows
+from policy_search.placement_problem import placed, placement_problem
+from policy_search.policy import DEFAULT_DEPTH
 from policy_search.throughput import Prediction, predict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from policy_search.hardware import Hardware
-    from policy_search.linear_program import Shares
     from policy_search.memory import TierMemory
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
@@ -77,6 +75,8 @@ class Search:
     def run(self) -> list[Candidate]:
         """All policies that were considered and fit. Raises `CapacityError` if none does."""
         shortage = self._add_automatic()
+        if self.around is not None:
+            self.add(self.around)
         for count in self.counts():
             self._add_placed(replace(self.around or self.base, max_sequences=count))
         for batch in self._refined():
@@ -84,34 +84,44 @@ class Search:
         if not self._found:
             assert shortage is not None
             return self._with_fewer_rows(shortage).run()
-        for best in self._starts():
+        self._add_neighbours()
+        return list(self._found.values())
+
+    def _with_fewer_rows(self, shortage: CapacityError) -> Search:
+        """The same search with half the rows at once, or half of these, until something fits.
+        Raises what is missing where there are few, or as many as was asked for.
+        """
+        here = self.base
+        while True:
+            batch, most = here.micro_batch_rows, here.max_rows
+            if "micro_batch_rows" not in self.given:
+                batch = max(batch // 2, min(batch, FEWEST_ROWS))
+            if "max_rows" not in self.given:
+                most = max(most // 2, min(most, batch))
+            if (batch, most) == (here.micro_batch_rows, here.max_rows):
+                raise shortage
+            here = replace(here, micro_batch_rows=batch, max_rows=most)
+            fewer = replace(self, base=here)
+            missing = fewer._add_automatic()
+            if missing is None:
+                return fewer
+            shortage = missing
+
+    def _add_neighbours(self) -> None:
+        """Around the fastest of all, of those with all pages on the device, and of those with all
+        there: one of the latter is taken if it is not much slower.
+        """
+        tried = set()
+        kinds = (lambda _: True, lambda p: p.pages_on_device, lambda p: p.all_on_device)
+        for kind in kinds:
+            best = self._fastest(kind)
+            if best is None or best.policy in tried:
+                continue
+            tried.add(best.policy)
             if self.around is None:
                 try_neighbours(self, best)
             else:
                 filled(self, best.policy)
-        return list(self._found.values())
-
-    def _with_fewer_rows(self, shortage: CapacityError) -> Search:
-        """The same search with half the rows at once. Raises the `shortage` where there are few, or
-        as many as was asked for.
-        """
-        here = self.base.micro_batch_rows, self.base.max_rows
-        fewer = with_half_the_rows(self.base, shortage.message)
-        if "micro_batch_rows" in self.given or fewer.micro_batch_rows < FEWEST_ROWS:
-            fewer = replace(fewer, micro_batch_rows=here[0])
-        if "max_rows" in self.given or fewer.max_rows < FEWEST_ROWS:
-            fewer = replace(fewer, max_rows=here[1])
-        fewer = replace(fewer, max_rows=max(fewer.micro_batch_rows, fewer.max_rows))
-        if (fewer.micro_batch_rows, fewer.max_rows) == here:
-            raise shortage
-        return replace(self, base=fewer)
-
-    def _starts(self) -> list[Candidate]:
-        """The fastest of all, of those with all pages on the device, and of those with all there:
-        one of the latter is taken if it is not much slower.
-        """
-        kinds = (lambda _: True, lambda p: p.pages_on_device, lambda p: p.all_on_device)
-        return [best for kind in kinds if (best := self._fastest(kind)) is not None]
 
     def _fastest(self, kept: Callable[[Policy], bool] | None = None) -> Candidate | None:
         found = [each for each in self._found.values() if kept is None or kept(each.policy)]
@@ -185,10 +195,13 @@ class Search:
         if "kv_cache" in self.given:
             self._add_solved(replace(batch, kv_cache=self.base.kv_cache))
             return
-        self._add_solved(replace(batch, kv_cache=Split(device=100)))
+        if self.around is None:
+            self._add_solved(replace(batch, kv_cache=Split(device=100)))
         anywhere = Split(disk=100) if self.unified else Split(host=50, disk=50)
         found = self._add_solved(replace(batch, kv_cache=anywhere))
-        if not self.unified and not (found and all(not policy.kv_cache.disk for policy in found)):
+        if self.unified or self.around is not None:
+            return
+        if not (found and all(_spares_disk(policy) for policy in found)):
             self._add_solved(replace(batch, kv_cache=Split(host=100)))
 
     def with_rows(self, batch: Policy) -> Policy:
@@ -249,14 +262,10 @@ class Search:
         if "weights" in self.given:
             problem = replace(problem, fixed_weights=_fractions(self.base.weights))
         shares = solve(problem)
-        return None if shares is None else self._rounded(batch, shares)
-
-    def _rounded(self, batch: Policy, shares: Shares) -> Policy:
-        changed: dict[str, Any] = {"weights": _split(shares.weights), "kv_cache": _split(shares.kv)}
-        if not self.unified:
-            parked = math.floor(100 * shares.hidden_on_host)
-            changed["activations"] = Split(device=100 - parked, host=parked)
-        return replace(batch, **{n: v for n, v in changed.items() if n not in self.given})
+        if shares is None:
+            return None
+        changed: dict[str, Any] = {**placed(shares, unified=self.unified)}
+        return replace(batch, **{n: each for n, each in changed.items() if n not in self.given})
 
     def add(self, policy: Policy) -> Candidate | CapacityError:
         """Keep `policy` if it fits."""
@@ -281,16 +290,9 @@ class Search:
         return predict(self.shape, policy, memory, *known, unified=self.unified)
 
 
+def _spares_disk(policy: Policy) -> bool:
+    return not (policy.weights.disk or policy.kv_cache.disk)
+
+
 def _fractions(split: Split) -> dict[Tier, float]:
     return {tier: split.fraction(tier) for tier in Tier}
-
-
-def _split(shares: Mapping[Tier, float]) -> Split:
-    """In percent with two digits; rounding never makes a fast tier fuller, nor uses one that the
-    program does not.
-    """
-    percent = {tier: math.floor(1e4 * share + 1e-6) / 100 for tier, share in shares.items()}
-    rest = round(100 - sum(percent.values()), 2)
-    last = max((tier for tier in Tier if shares[tier] > 1e-6), key=list(Tier).index)
-    percent[last] = round(percent[last] + rest, 2)
-    return Split(**{tier.value: part for tier, part in percent.items()})

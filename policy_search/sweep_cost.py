@@ -111,13 +111,19 @@ class SweepCost:
             longest = max(longest, busy[COMPUTE] + busy[HOST_ATTENTION] + work.program)
         return SweepTerms(longest, busy)
 
-    def row_seconds(self) -> tuple[float, float]:
-        """Of the device: of a sweep whatever its rows, and of each of a full micro-batch's rows."""
-        most = self.policy.micro_batch_rows
-        loads = [SweepLoad(rows, 0.0, 0.0, 0.0, 0.0) for rows in (most / 2, most)]
-        few, many = (self.terms(load).busy[COMPUTE] for load in loads)
-        each = 2 * (many - few) / most
-        return max(0.0, many - each * most), each
+    def rows_within(self, seconds: float) -> int:
+        """Rows of prompts in a sweep that the device computes in that time, up to all it may have;
+        by bisection.
+        """
+        least, most = 0, self.policy.max_rows + 1
+        while least + 1 < most:
+            middle = (least + most) // 2
+            load = SweepLoad(middle, 0.0, 0.0, 0.0, 0.0)
+            if self.terms(load).busy[COMPUTE] <= seconds:
+                least = middle
+            else:
+                most = middle
+        return least
 
     def _work(self, load: SweepLoad, pages: int, share: float) -> SweepWork:
         """Of link, device and processor if HOST attends to `share` of the `pages`."""

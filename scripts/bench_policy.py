@@ -43,7 +43,7 @@ SHORT = 5.0
 MODEL = Shape(layers=8, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, context=1024)
 DTYPE, TWICE = ("bfloat16", 1) if multiplies_bfloat16() else ("float32", 2)
 """What this CPU multiplies fast; with twice the bytes, memory is as small beside the model, and
-links are as slow, if there is twice as much of both."""
+emulated links are as slow, if there is twice as much of both."""
 DEVICE = f"capacity={160 * TWICE}MiB"
 SETTINGS = {
     "emulated, slow link": {
@@ -232,6 +232,7 @@ def main() -> None:
         os.environ["FLEXRUN_CACHE"] = str(Path(directory, "cache"))
         os.environ["FLEXRUN_OFFLOAD_DIR"] = str(Path(directory, "offload"))
         report: dict[str, Any] = header("policy", Path(directory).absolute())
+        report["dtype"] = DTYPE
         torch.manual_seed(0)
         model = Path(directory, "model")
         model.mkdir()

@@ -10,6 +10,7 @@ import torch
 
 from flexrun import LLM, SamplingParams, calibration
 from flexrun.engine import Engine
+from policy_search.sweep_cost import SweepCost
 from tests.end_to_end.harness import Run, engine_of, generate
 from tests.end_to_end.reference import greedy_tokens, ragged_prompts
 
@@ -51,6 +52,7 @@ def reference(tiny_llama_dir: Path) -> list[list[int]]:
 def free_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as anyone could want: what is measured depends on the machine."""
     monkeypatch.setattr(calibration, "free_rows", lambda *_: 1000)
+    monkeypatch.setattr(SweepCost, "rows_within", lambda *_: 1000)
     monkeypatch.setattr(calibration.RowBudget, "learn", lambda *_: None)
 
 

@@ -112,17 +112,6 @@ def test_one_slow_sweep_changes_little():
     assert scheduler.free_rows is None
 
 
-def test_what_every_sweep_computes_is_not_of_its_rows():
-    """A row takes 10 ms, the rest 0.3 s of the second that weights take: seventy rows are free."""
-    scheduler, computed = make_scheduler(), 0.0
-    budget = RowBudget(scheduler, 1.0, 20, prompts=True, guess=True, fixed=0.3)
-    for sweep in range(1, 12):
-        rows = 20 * sweep  # all kinds of sweeps say the same
-        computed += 0.3 + rows * 0.01
-        budget.learn(rows, computed, *link(sweep))
-    assert scheduler.free_rows == budget.rows == pytest.approx(70, abs=1)
-
-
 def test_a_plan_beyond_what_a_sweep_may_have_is_corrected():
     """Planned for thousands of rows, sweeps of the most they may have tell better."""
     scheduler, total = make_scheduler(), 0.0

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 import statistics
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from offload.tiers import Tier
+from policy_search import linear_program
 from policy_search.hardware import Hardware
 from policy_search.linear_program import PhaseBytes, Problem, Shares, seconds, solve, terms
 
@@ -148,3 +152,13 @@ def test_no_shares_are_faster(part: int) -> None:
         assert found.seconds <= best * 1.001, (seed, found, best)
         behind.append(best / found.seconds)
     assert statistics.median(behind) < 1.01
+
+
+def test_a_banner_is_no_part_of_stdout(capfd, monkeypatch):
+    """What a library prints by itself, past Python's stdout, when it is first used."""
+    banner = SimpleNamespace(Highs=lambda: os.write(1, b"whose it is"))
+    monkeypatch.setitem(sys.modules, "highspy", banner)
+    linear_program._greet()
+    print("ours")
+    output = capfd.readouterr()
+    assert (output.out, output.err) == ("ours\n", "whose it is")

@@ -153,8 +153,27 @@ def test_fewer_rows_are_tried_where_the_usual_ones_do_not_fit():
     with pytest.raises(CapacityError) as caught:
         search("llama-3-8b", limits=limits, base=base, given=["micro_batch_rows"]).run()
     assert "--micro-batch" in (caught.value.hint or "")
+    few = replace(base, max_rows=100)
+    found = search("llama-3-8b", limits=limits, base=few, given=["max_rows"]).run()
+    assert {each.policy.max_rows for each in found} == {100}
     with pytest.raises(CapacityError):
         search("llama-3-8b", limits={**limits, Tier.DEVICE: GIB // 4}).run()
+
+
+def test_ram_that_is_smaller_than_the_weights():
+    """Nor does the device hold all; together they do, without a disk: less on the device does not
+    fit, either.
+    """
+    limits = {Tier.DEVICE: 12 * GIB, Tier.HOST: 9 * GIB, Tier.DISK: 0}
+    here = search("llama-3-8b", limits=limits, job=JobLengths(60, 300, 40))
+    best = Goal().best(here.run())
+    grid = (
+        here.price(replace(best.policy, weights=Split(device=share, host=100 - share)))
+        for share in range(100)
+    )
+    rates = [p.prediction.tokens_per_second for p in grid if not isinstance(p, CapacityError)]
+    assert 5 < len(rates) < 50
+    assert max(rates) <= 1.02 * best.prediction.tokens_per_second
 
 
 def random_policy(draw: random.Random) -> Policy:

@@ -162,14 +162,21 @@ def test_factors_of_earlier_runs() -> None:
     assert after.seconds == pytest.approx(max(after.busy.values()))
 
 
-def test_seconds_that_do_not_depend_on_rows() -> None:
-    """Weights are expanded in each sweep, 60 bytes at 2 a second, and one row at least has logits,
-    40 operations; a row's products are 100.
+def test_rows_that_compute_in_a_time() -> None:
+    """Weights are expanded in each sweep, 60 bytes at 2 a second, and one row of each micro-batch
+    of eight has logits, 40 operations; a row's products are 100. Or each micro-batch reads the
+    layers' matrices, 100 bytes, and the head's, 40, however many rows it has.
     """
     shape = replace(SHAPE, expanded_in_sweep=60)
     memory = {tier: TierMemory(0, 0, 0, 10**9) for tier in Tier}
-    policy, hardware = Policy(micro_batch_rows=8), replace(FAST, expansion=2.0, flops=1.0)
-    cost = SweepCost(shape, policy, memory, hardware, unified=False)
-    assert cost.row_seconds() == pytest.approx((30 + 40, 100))
-    faster = SweepCost(shape, policy, memory, FAST, unified=False)
-    assert faster.row_seconds()[1] < 1e-9
+    policy = Policy(micro_batch_rows=8, max_rows=100)
+    expanding = replace(FAST, expansion=2.0, flops=1.0)
+    for hardware, seconds, rows in (
+        (expanding, 30 + 2 * 40 + 1000, 10),
+        (expanding, 30 + 2 * 40 + 999, 9),
+        (expanding, 60, 0),
+        (replace(FAST, matrix_read=1.0), 3 * 140, 24),
+        (FAST, 0, 100),
+    ):
+        cost = SweepCost(shape, policy, memory, hardware, unified=False)
+        assert cost.rows_within(seconds) == rows

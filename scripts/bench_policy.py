@@ -4,7 +4,8 @@ Settings are emulated devices with links of stated speeds, and this machine's CP
 without. In each, the machine is measured as jobs measure it, one job of the automatic policy runs,
 whose corrections are kept, and then every policy of a list is predicted (the engine's scheduler on
 a virtual clock) and run, for two workloads. At last the policy that the planner picks is run, three
-times in turn with the best of the list. The last line on stdout is one JSON object.
+times in turn with the best of the list; how much longer the longest of these three took than the
+shortest says what the machine's noise is. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ def measure(model: Path, name: str, job: Workload, most: int, calibrating: bool)
         "worst_error": max(errors),
         "rank_correlation": rank_correlation(outcomes),
         "of_best": statistics.median(again) / statistics.median(p.measured for p in picked),
+        "repeated": max(again) / min(again) - 1,
         "picked": str(picked[0].policy.weights) + " " + str(picked[0].policy.kv_cache),
         "best": str(best.policy.weights) + " " + str(best.policy.kv_cache),
         "outcomes": [
@@ -208,10 +210,18 @@ def show(report: dict[str, Any]) -> str:
     """The results for people."""
     rows = [
         [key, each["policies"], f"{each['median_error']:.0%}", f"{each['worst_error']:.0%}",
-         f"{each['rank_correlation']:.2f}", f"{each['of_best']:.2f}"]
+         f"{each['rank_correlation']:.2f}", f"{each['of_best']:.2f}", f"{each['repeated']:.0%}"]
         for key, each in report["results"].items()
     ]  # fmt: skip
-    names = ["setting, workload", "policies", "median error", "worst", "Spearman", "of the best"]
+    names = [
+        "setting, workload",
+        "policies",
+        "median error",
+        "worst",
+        "Spearman",
+        "of the best",
+        "same job",
+    ]
     return markdown(names, rows)
 
 

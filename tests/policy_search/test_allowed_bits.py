@@ -18,7 +18,8 @@ from policy_search.named_models import NAMED_MODELS
 from policy_search.policy import Policy
 from tests.foreign_checkpoints import write_foreign
 
-SMALL_GPU = ["--device-memory", "16GiB", "--host-memory", "64GiB", "--disk-space", "500GB"]
+ROWS = ["--micro-batch", "512", "--max-rows", "2048"]  # so that fewer plans are tried
+SMALL_GPU = ["--device-memory", "16GiB", "--host-memory", "64GiB", "--disk-space", "500GB", *ROWS]
 LARGE_GPU = ["--device-memory", "80GiB", *SMALL_GPU[2:]]
 ALLOWED = "--allow-quantization"
 

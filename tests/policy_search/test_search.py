@@ -260,7 +260,8 @@ def planner_of(**changed: Any) -> Planner:
 
 def test_the_least_memory_is_enough():
     """95 % of the throughput, or the deadline, with less RAM; with a tenth less it is not."""
-    planner = partial(planner_of, batch={"max_sequences": 128})  # fewer batches are tried
+    batch = {"max_sequences": 128, "micro_batch_rows": 512, "max_rows": 2048}
+    planner = partial(planner_of, batch=batch)  # the only one that is tried
     best = planner().plan(Policy())
     found = with_least_memory(planner(), Policy())
     ram = found.search.limits[Tier.HOST]

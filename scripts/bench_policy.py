@@ -40,7 +40,9 @@ from policy_search.workload import JobLengths, Workload
 
 MOST_MEDIAN, MOST_ERROR, LEAST_RANK, LEAST_OF_BEST = 0.10, 0.20, 0.9, 0.95
 TURNS = 3
-SHORT = 5.0
+MOST_RUNS = 3
+ENOUGH = 12.0
+"""Seconds in all."""
 MODEL = Shape(layers=8, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, context=1024)
 DTYPE, TWICE = ("bfloat16", 1) if multiplies_bfloat16() else ("float32", 2)
 """What this CPU multiplies fast; with twice the bytes, memory is as small beside the model, and
@@ -144,13 +146,14 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
 
 
 def measure_job(engine: Engine, job: Workload) -> float:
-    """Seconds: the mean of two runs of a short job, for others use the machine now and then."""
-    seconds: float = run_bench(engine, job)["seconds"]
-    if seconds > SHORT:
-        return seconds
-    drop_caches()
-    whole: float = run_bench(engine, job)["seconds"]  # of both: an engine adds up
-    return whole / 2
+    """Seconds: the median of a few runs, or one of a long job: others use the machine, too."""
+    seconds: list[float] = []
+    while len(seconds) < MOST_RUNS and sum(seconds) < ENOUGH:
+        if seconds:
+            drop_caches()
+        whole: float = run_bench(engine, job)["seconds"]  # of all runs: an engine adds up
+        seconds.append(whole - sum(seconds))
+    return statistics.median(seconds)
 
 
 def rank_correlation(outcomes: list[Outcome]) -> float:

@@ -264,11 +264,12 @@ def test_an_offload_directory_that_cannot_be_written(job):
 KILL_AT_WRITE = """
 import os, signal
 write, calls = os.pwritev, []
-def killing(*arguments):
-    calls.append(1)
+def killing(file, *arguments):
+    if "flexrun-prepared" in os.readlink(f"/proc/self/fd/{file}"):
+        calls.append(1)  # others measure the disk, if nobody has done it
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    return write(*arguments)
+    return write(file, *arguments)
 os.pwritev = killing
 import offload.prepared_writer
 offload.prepared_writer.WRITE_BYTES = 65536

@@ -8,6 +8,7 @@ that ride in the sweeps of sequences that generate, and keys and values shared b
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -112,18 +113,12 @@ class SweepCost:
         return SweepTerms(longest, busy)
 
     def rows_within(self, seconds: float) -> int:
-        """Rows of prompts in a sweep that the device computes in that time, up to all it may have;
-        by bisection.
-        """
-        least, most = 0, self.policy.max_rows + 1
-        while least + 1 < most:
-            middle = (least + most) // 2
-            load = SweepLoad(middle, 0.0, 0.0, 0.0, 0.0)
-            if self.terms(load).busy[COMPUTE] <= seconds:
-                least = middle
-            else:
-                most = middle
-        return least
+        """Rows of prompts that the device computes in that time, up to all that a sweep may have."""
+
+        def computing(rows: int) -> float:
+            return self.terms(SweepLoad(rows, 0.0, 0.0, 0.0, 0.0)).busy[COMPUTE]
+
+        return bisect_right(range(1, self.policy.max_rows + 1), seconds, key=computing)
 
     def _work(self, load: SweepLoad, pages: int, share: float) -> SweepWork:
         """Of link, device and processor if HOST attends to `share` of the `pages`."""

@@ -113,7 +113,7 @@ class SweepCost:
         return SweepTerms(longest, busy)
 
     def rows_within(self, seconds: float) -> int:
-        """Rows of prompts that the device computes in that time, up to all that a sweep may have."""
+        """Rows of prompts that the device computes in that time, up to all that a sweep has."""
 
         def computing(rows: int) -> float:
             return self.terms(SweepLoad(rows, 0.0, 0.0, 0.0, 0.0)).busy[COMPUTE]

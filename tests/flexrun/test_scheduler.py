@@ -35,7 +35,7 @@ def make_scheduler(
     num_micro_batches: int | None = None,
     order: str = "input",
     kind: type[BatchScheduler] = ContinuousScheduler,
-) -> BatchScheduler:
+) -> Any:
     limits = {} if staging is None else {Tier.HOST: staging}
     return kind(
         PagePools(pages or {Tier.DEVICE: MANY}, page_tokens, limits),

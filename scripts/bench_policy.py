@@ -3,9 +3,12 @@
 Settings are emulated devices with links of stated speeds, and this machine's CPU with its disk and
 without. In each, the machine is measured as jobs measure it, one job of the automatic policy runs,
 whose corrections are kept, and then every policy of a list is predicted (the engine's scheduler on
-a virtual clock) and run, for two workloads. At last the policy that the planner picks is run, three
-times in turn with the best of the list; how much longer the longest of these three took than the
-shortest says what the machine's noise is. The last line on stdout is one JSON object.
+a virtual clock) and run, for two workloads. A job that others slow down is slowed down for a
+while: so the list is run in rounds, short jobs in up to five; a policy's time is the median of its
+rounds, its prediction is what was foreseen before the first. At last the policy that the planner
+picks is run, five times in turn with the best of the list; how much longer the longest of these
+five took than the shortest says what the machine's noise is. The last line on stdout is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -39,10 +42,10 @@ from policy_search.simulator import simulate
 from policy_search.workload import JobLengths, Workload
 
 MOST_MEDIAN, MOST_ERROR, LEAST_RANK, LEAST_OF_BEST = 0.10, 0.20, 0.9, 0.95
-TURNS = 3
-MOST_RUNS = 3
-ENOUGH = 12.0
-"""Seconds in all."""
+TURNS = 5
+"""Of the picked policy and the best of the list; and most rounds of the list."""
+ENOUGH = 15.0
+"""Seconds of one policy's jobs in all rounds after which it needs no other round."""
 MODEL = Shape(layers=8, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, context=1024)
 DTYPE, TWICE = ("bfloat16", 1) if multiplies_bfloat16() else ("float32", 2)
 """What this CPU multiplies fast; with twice the bytes, memory is as small beside the model, and
@@ -137,7 +140,7 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
         scheduler.free_rows = runtime.scheduler.free_rows
         cost = runtime.foresight.cost.terms
         predicted = simulate(scheduler, lengths, cost, max_tokens=job.max_tokens)
-        measured = measure_job(engine, job)
+        measured: float = run_bench(engine, job)["seconds"]
         shape = f"{found.weights} {found.kv_cache}, {found.max_sequences} sequences, "
         shape += f"{found.micro_batch_rows} of {found.max_rows} rows"
         ratio = predicted.makespan_seconds / measured
@@ -145,15 +148,24 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
         return Outcome(found, predicted.makespan_seconds, measured)
 
 
-def measure_job(engine: Engine, job: Workload) -> float:
-    """Seconds: the median of a few runs, or one of a long job: others use the machine, too."""
-    seconds: list[float] = []
-    while len(seconds) < MOST_RUNS and sum(seconds) < ENOUGH:
-        if seconds:
-            drop_caches()
-        whole: float = run_bench(engine, job)["seconds"]  # of all runs: an engine adds up
-        seconds.append(whole - sum(seconds))
-    return statistics.median(seconds)
+def run_in_rounds(
+    model: Path, settings: dict[str, Any], job: Workload, listed: list[Policy]
+) -> list[Outcome]:
+    """Each policy that fits: as first foreseen, and the median of what it took."""
+    runs: dict[int, list[Outcome]] = {number: [] for number in range(len(listed))}
+    for _ in range(TURNS):
+        for number, policy in enumerate(listed):
+            if number not in runs or sum(each.measured for each in runs[number]) >= ENOUGH:
+                continue
+            try:
+                runs[number].append(run(model, settings, job, policy))
+            except CapacityError as error:
+                del runs[number]
+                print(f"{policy.weights} does not fit: {error.message}", file=sys.stderr)
+    return [
+        replace(them[0], measured=statistics.median(each.measured for each in them))
+        for them in runs.values()
+    ]
 
 
 def rank_correlation(outcomes: list[Outcome]) -> float:
@@ -181,12 +193,7 @@ def measure(model: Path, name: str, job: Workload, most: int, calibrating: bool)
     if calibrating:
         calibrate(settings)
         run(model, settings, replace(job, requests=2 * job.requests), None)
-    outcomes = []
-    for policy in policies(unified, disk)[:most]:
-        try:
-            outcomes.append(run(model, settings, job, policy))
-        except CapacityError as error:
-            print(f"{name}: {policy.weights} does not fit: {error.message}")
+    outcomes = run_in_rounds(model, settings, job, policies(unified, disk)[:most])
     best = min(outcomes, key=lambda each: each.measured)
     picked, again = [], []
     for _ in range(TURNS):

@@ -1,10 +1,10 @@
-"""What earlier runs found wrong in predictions: a factor for each resource of a sweep."""
+"""What earlier runs found wrong in predictions: factors for each resource of a sweep."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import statistics
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-WRONG = 0.15
-"""Part of the predicted seconds that runs differ by anyway."""
+REMEMBERED = 5
+"""Runs. One says as much of what others did on the machine meanwhile as of the machine; what
+changes for good has changed the median of five after three."""
+_Factors = dict[str, list[float]]
+"""By resource, of the last runs, the oldest first."""
 LEAST, MOST = 0.1, 10.0
 """Of a factor: what is farther off is no matter of speeds."""
 
@@ -36,22 +39,16 @@ def model_key(shape: ModelShape, *, profiled: bool = False) -> str:
 def corrected(
     used: Mapping[str, float], predicted: Mapping[str, float], measured: Mapping[str, float]
 ) -> dict[str, float]:
-    """Factors for the next plan, of resources that were `predicted` wrong.
+    """By what each resource's plain seconds are multiplied to be what a run `measured`.
 
-    Where that is by more than `WRONG`, what was measured counts, else what is halfway there: runs
-    differ by as much. `used`: the factors that are in these predictions. Both others are seconds,
-    by resource.
+    `used`: the factors that are in the `predicted` seconds. Both others are seconds, by resource;
+    one that was not measured or not predicted has no factor.
     """
-    ratios = {
-        name: measured[name] / seconds
+    return {
+        name: min(MOST, max(LEAST, used.get(name, 1.0) * measured[name] / seconds))
         for name, seconds in predicted.items()
         if seconds > 0 and measured.get(name, 0.0) > 0
     }
-    found = {
-        name: used.get(name, 1.0) * (ratio if abs(ratio - 1) > WRONG else math.sqrt(ratio))
-        for name, ratio in ratios.items()
-    }
-    return {name: min(MOST, max(LEAST, factor)) for name, factor in found.items()}
 
 
 class Corrections:
@@ -62,19 +59,30 @@ class Corrections:
         self._records = ModelRecords("corrections", _usable, directory)
 
     def load(self, machine_key: str, model_key: str) -> dict[str, float]:
-        """Factors by resource; a resource that is not in them needs none."""
-        return self._records.load(machine_key, model_key) or {}
+        """Factors by resource, the medians of the last runs; one that is not there needs none."""
+        found: dict[str, list[float]] = self._records.load(machine_key, model_key) or {}
+        return {name: statistics.median(factors) for name, factors in found.items()}
 
     def store(self, machine_key: str, model_key: str, factors: Mapping[str, float]) -> None:
-        """Remember `factors` beside those of other resources. Says in a warning if it cannot."""
+        """Remember one run's `factors` beside those of the runs before it.
+
+        Says in a warning if it cannot.
+        """
         if factors:
-            usable = _usable(factors)
-            self._records.store(machine_key, model_key, lambda known: (known or {}) | usable)
+            new = _usable({name: [factor] for name, factor in factors.items()})
+            self._records.store(machine_key, model_key, lambda known: _joined(known or {}, new))
 
 
-def _usable(factors: Mapping[str, Any]) -> dict[str, float]:
-    """Of resources that there are. Raises `TypeError` and `ValueError` for what is no factor."""
-    known = {name: float(factor) for name, factor in factors.items() if name in RESOURCES}
-    if any(not LEAST <= factor <= MOST for factor in known.values()):
+def _joined(known: _Factors, new: _Factors) -> _Factors:
+    """The last of both; resources with nothing `new` keep what is `known`."""
+    return known | {
+        name: [*known.get(name, []), *factors][-REMEMBERED:] for name, factors in new.items()
+    }
+
+
+def _usable(factors: Mapping[str, Any]) -> _Factors:
+    """Of resources that there are. Raises `TypeError` and `ValueError` for what are no factors."""
+    known = {name: list(map(float, each)) for name, each in factors.items() if name in RESOURCES}
+    if any(not each or not all(LEAST <= one <= MOST for one in each) for each in known.values()):
         raise ValueError(f"factors must be from {LEAST:g} to {MOST:g}")
     return known

@@ -27,12 +27,12 @@ SHAPE = ModelShape(
 )
 
 
-def test_what_was_well_predicted_moves_halfway():
-    """Within 15 % either way; resources that were not measured, or not predicted, say nothing."""
+def test_what_was_not_measured_has_no_factor():
+    """And what was not predicted has none either."""
     predicted = {"compute": 10.0, "host->device": 10.0, "disk->host": 10.0, "host->disk": 0.0}
     measured = {"compute": 11.4, "host->device": 8.6, "host->disk": 3.0, "device->host": 1.0}
     found = corrected({"compute": 2.0}, predicted, measured)
-    assert found == {"compute": pytest.approx(2 * 1.14**0.5), "host->device": 0.86**0.5}
+    assert found == {"compute": pytest.approx(2 * 1.14), "host->device": pytest.approx(0.86)}
 
 
 def test_the_next_plan_predicts_what_was_measured():
@@ -60,11 +60,21 @@ def test_what_is_stored_is_loaded(tmp_path):
     corrections.store("machine", "other model", {"compute": 3.0})
     corrections.store("machine", "model", {"compute": 1.25})
     assert Corrections(tmp_path / "new").load("machine", "model") == {
-        "compute": 1.25,
+        "compute": 1.375,
         "disk->host": 2.0,
     }
     assert corrections.load("machine", "other model") == {"compute": 3.0}
     assert corrections.load("other machine", "model") == {}
+
+
+def test_one_run_among_others_changes_nothing(tmp_path):
+    """But what changes for good does, after three of five."""
+    corrections = Corrections(tmp_path)
+    used = []
+    for factor in [1.0, 1.1, 0.9, 1.0, 4.0, 1.0, *[2.0] * 3]:
+        corrections.store("machine", "model", {"compute": factor})
+        used.append(corrections.load("machine", "model")["compute"])
+    assert used == pytest.approx([1.0, 1.05, 1.0, 1.0, 1.0, 1.0, 1.0, 2.0, 2.0])
 
 
 def test_the_default_is_the_users_cache(monkeypatch, tmp_path):
@@ -90,8 +100,10 @@ def test_models_that_ran_longest_ago_are_forgotten(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "null", "{}", '{"models": 1}', '{"models": {"model": 1}}',
-     '{"models": {"model": {"compute": "fast"}}}', '{"models": {"model": {"compute": NaN}}}',
-     '{"models": {"model": {"compute": 11}}}', '{"models": {"model": {"compute": null}}}'],
+     '{"models": {"model": {"compute": "fast"}}}', '{"models": {"model": {"compute": [1, NaN]}}}',
+     '{"models": {"model": {"compute": 1}}}',
+     '{"models": {"model": {"compute": [11]}}}', '{"models": {"model": {"compute": []}}}',
+     '{"models": {"model": {"compute": [null]}}}'],
 )  # fmt: skip
 def test_a_corrupt_file_is_ignored_and_replaced(tmp_path, caplog, text):
     """A warning says so, and no job fails."""

@@ -99,4 +99,5 @@ def job_lengths(job: JobFile, tokenizer: Tokenizer | None) -> JobLengths | None:
                 continue  # the line's own failure, later
     if not prompts:
         return None
-    return JobLengths(sequences, sum(prompts) / len(prompts), tokens / sequences, longest)
+    mean = sum(prompts) / len(prompts)
+    return JobLengths(sequences, mean, tokens / sequences, longest, tuple(prompts))

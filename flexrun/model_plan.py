@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from flexrun.disk_weights import plan_disk
 from flexrun.loading import model_shape
 from flexrun.model_weights import find_weights
+from flexrun.rehearsal import quickest
 from offload.errors import CapacityError, OffloadStoreError
 from offload.tiers import Split, Tier
 from policy_search.automatic import automatic_policy, with_depth
@@ -160,7 +161,7 @@ class ModelPlanner:
             hardware=self._hardware(shape, base),
             given=config.overrides.keys(),
         )
-        return Goal().best(search.run()).policy
+        return quickest(search, Goal().eligible(search.run())).policy
 
     def _hardware(self, shape: ModelShape, policy: Policy) -> Hardware:
         """For pages of as few bits as the policy's."""

@@ -34,7 +34,11 @@ class Goal:
                 raise PolicyError(f"{flag} must be above 0, not {value:g}", hint="it is in seconds")
 
     def best(self, candidates: Sequence[Candidate]) -> Candidate:
-        """Of at least one. Raises `PolicyError` if none meets the limits.
+        """Of at least one. Raises `PolicyError` if none meets the limits."""
+        return self._quickest(self.eligible(candidates))
+
+    def eligible(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Of which the fastest is the best. Raises `PolicyError` if none meets the limits.
 
         What offloads nothing is taken unless another plan is faster by `WORTH_OFFLOADING`, and else
         what keeps pages and hidden states on the device.
@@ -47,7 +51,7 @@ class Goal:
         enough = [each for each in meeting if each.prediction.tokens_per_second >= least]
         weights_alone = [each for each in enough if each.policy.pages_on_device]
         nothing = [each for each in weights_alone if each.policy.all_on_device]
-        return self._quickest(nothing or weights_alone or meeting)
+        return nothing or weights_alone or meeting
 
     def _quickest(self, meeting: Sequence[Candidate]) -> Candidate:
         """Of those that are about as fast as the fastest."""

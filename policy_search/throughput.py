@@ -104,8 +104,8 @@ def predict(
     """
     room = sum(used.kv for used in memory.values()) / shape.kv_token_bytes
     served = min(1.0, room / (job.prompt + job.output))
-    lengths = (served * each for each in (job.prompt, job.output, job.longest))
-    job = JobLengths(job.sequences, *lengths)
+    prompt, output, longest = (served * each for each in (job.prompt, job.output, job.longest))
+    job = JobLengths(job.sequences, prompt, output, longest)
     phases = job_phases(policy, room, job)
     cost = SweepCost(shape, policy, memory, hardware, unified=unified)
     filling, generating = (cost.terms(p.load) for p in (phases.filling, phases.generating))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
 from policy_search.errors import PolicyError
@@ -34,19 +36,37 @@ class JobLengths:
     """… of what is generated."""
     longest: float = 0.0
     """Most tokens that a sequence generates; less than the mean: all generate as many."""
+    prompts: tuple[int, ...] = ()
+    """Tokens of each, in the job's order, or of some from all over it; none: they are not known."""
 
     @classmethod
     def of(cls, lengths: Sequence[Lengths]) -> JobLengths:
         """Of at least one request."""
         count = len(lengths)
         prompt, output = (sum(each) / count for each in zip(*lengths))
-        return cls(count, prompt, output, max(each.output for each in lengths))
+        prompts = tuple(each.prompt for each in lengths)
+        return cls(count, prompt, output, max(each.output for each in lengths), prompts)
 
     def within(self, context_length: int) -> JobLengths:
         """The same for a model of this context, in which completions end."""
         prompt = min(self.prompt, context_length - 1)
         room = context_length - prompt
-        return JobLengths(self.sequences, prompt, min(self.output, room), min(self.longest, room))
+        prompts = tuple(min(each, context_length - 1) for each in self.prompts)
+        output, longest = min(self.output, room), min(self.longest, room)
+        return JobLengths(self.sequences, prompt, output, longest, prompts)
+
+    def drawn(self, seed: int) -> list[Lengths]:
+        """Such a job, request by request: its prompts where they are known, and outputs that
+        nobody knows before. Sorted, they rise as a power of their rank, up to the `longest`, the
+        one that has the mean of all.
+        """
+        longest = max(self.output, self.longest)
+        power = longest / self.output - 1 if self.output else 0.0
+        ranks = [(number + 0.5) / self.sequences for number in range(self.sequences)]
+        outputs = [max(1, round(longest * rank**power)) for rank in ranks]
+        random.Random(seed).shuffle(outputs)
+        prompts = self.prompts or (max(1, round(self.prompt)),)
+        return [Lengths(*each) for each in zip(cycle(prompts), outputs)]
 
 
 @dataclass(frozen=True, slots=True)

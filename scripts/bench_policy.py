@@ -44,7 +44,7 @@ from policy_search.workload import JobLengths, Workload
 MOST_MEDIAN, MOST_ERROR, LEAST_RANK, LEAST_OF_BEST = 0.10, 0.20, 0.9, 0.95
 TURNS = 5
 """Of the picked policy and the best of the list; and most rounds of the list."""
-ENOUGH = 15.0
+ENOUGH = 10.0
 """Seconds of one policy's jobs in all rounds after which it needs no other round."""
 MODEL = Shape(layers=8, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, context=1024)
 DTYPE, TWICE = ("bfloat16", 1) if multiplies_bfloat16() else ("float32", 2)

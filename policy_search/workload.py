@@ -58,7 +58,7 @@ class JobLengths:
     def drawn(self, seed: int) -> list[Lengths]:
         """Such a job, request by request: its prompts where they are known, and outputs that
         nobody knows before. Sorted, they rise as a power of their rank, up to the `longest`, the
-        one that has the mean of all.
+        one that has the mean of all; but none is less than a token.
         """
         longest = max(self.output, self.longest)
         power = longest / self.output - 1 if self.output else 0.0

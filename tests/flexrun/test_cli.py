@@ -385,7 +385,7 @@ def test_bits_are_chosen_for_the_jobs_own_lengths(command):
     lines = [{"prompt": "abcd", "n": 3, "max_tokens": 6}, {"prompt_token_ids": [1, 2]}, "broken"]
     command.write(*lines)
     assert command("--allow-quantization") == 1
-    lengths = JobLengths(4, 3.0, 5.25, 6)
+    lengths = JobLengths(4, 3.0, 5.25, 6, prompts=(4, 2))
     assert command.config.job_lengths == lengths
     command.output.unlink()
     assert command() == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from policy_search.errors import PolicyError
-from policy_search.workload import TABLES, WORKLOADS, Lengths, Workload
+from policy_search.workload import TABLES, WORKLOADS, JobLengths, Lengths, Workload
 
 PUBLISHED = {
     "conv": ((1155, 1109), (211, 163)),
@@ -61,3 +61,28 @@ def test_fixed_lengths_are_as_given():
 def test_what_makes_no_sense_is_refused(workload, scale):
     with pytest.raises(PolicyError):
         draw(workload, 3, scale=scale)
+
+
+@pytest.mark.parametrize("longest", [11, 22, 40])
+def test_drawn_jobs_are_as_told(longest):
+    """The mean and the longest of many outputs within 5 %, in orders that differ; prompts stay."""
+    job = JobLengths(1000, 50, 11, longest, prompts=(3, 1, 2))
+    drawn = job.drawn(0)
+    assert [each.prompt for each in drawn[:4]] == [3, 1, 2, 3]
+    outputs = [each.output for each in drawn]
+    assert sum(outputs) / 1000 == pytest.approx(11, rel=0.05)
+    assert 0.95 * longest <= max(outputs) <= longest
+    again = [each.output for each in job.drawn(1)]
+    assert sorted(again) == sorted(outputs)
+    assert (again != outputs) == (longest > 11)
+
+
+def test_drawn_prompts_are_the_mean_where_none_is_known():
+    assert JobLengths(3, 7.4, 5).drawn(0) == [(7, 5)] * 3
+
+
+def test_lengths_of_a_job_within_a_context():
+    """Prompts leave room for a token."""
+    job = JobLengths.of([Lengths(100, 10), Lengths(20, 30)])
+    assert job == JobLengths(2, 60, 20, 30, prompts=(100, 20))
+    assert job.within(64) == JobLengths(2, 60, 4, 4, prompts=(63, 20))

@@ -79,10 +79,3 @@ def test_drawn_jobs_are_as_told(longest):
 
 def test_drawn_prompts_are_the_mean_where_none_is_known():
     assert JobLengths(3, 7.4, 5).drawn(0) == [(7, 5)] * 3
-
-
-def test_lengths_of_a_job_within_a_context():
-    """Prompts leave room for a token."""
-    job = JobLengths.of([Lengths(100, 10), Lengths(20, 30)])
-    assert job == JobLengths(2, 60, 20, 30, prompts=(100, 20))
-    assert job.within(64) == JobLengths(2, 60, 4, 4, prompts=(63, 20))

@@ -246,6 +246,13 @@ def _check_allowed(config: EngineConfig, spell: Callable[[str], str]) -> None:
             f"{spell('job_lengths')} must be a policy_search.workload.JobLengths, not "
             f"{config.job_lengths!r}"
         )
+    if (job := config.job_lengths) is not None and not (
+        isinstance(job.sequences, int) and min(job.sequences, job.prompt, job.output) >= 1
+    ):
+        raise UsageError(
+            f"{spell('job_lengths')} must be of one sequence or more, with a token of prompt and "
+            f"output or more each, not {job!r}"
+        )
     if config.allow_quantization and config.policy is not None:
         raise UsageError(
             f"{allowed} lets the plan choose bits, but with {spell('policy')} the plan is made: "

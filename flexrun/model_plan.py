@@ -10,6 +10,7 @@ from flexrun.disk_weights import plan_disk
 from flexrun.loading import model_shape
 from flexrun.model_weights import find_weights
 from flexrun.rehearsal import quickest
+from flexrun.skeleton import one_line
 from offload.errors import CapacityError, OffloadStoreError
 from offload.tiers import Split, Tier
 from policy_search.automatic import automatic_policy, with_depth
@@ -161,7 +162,13 @@ class ModelPlanner:
             hardware=self._hardware(shape, base),
             given=config.overrides.keys(),
         )
-        return quickest(search, Goal().eligible(search.run())).policy
+        goal, candidates = Goal(), search.run()
+        try:
+            found = quickest(search, goal.eligible(candidates))
+        except Exception as error:  # a job can do without a rehearsal
+            logger.warning("plans cannot be rehearsed: %s", one_line(error))
+            found = None
+        return (found or goal.best(candidates)).policy
 
     def _hardware(self, shape: ModelShape, policy: Policy) -> Hardware:
         """For pages of as few bits as the policy's."""

@@ -7,6 +7,7 @@ few blocks, which is never steady, it has been 4 % wrong for one plan and 18 % f
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from flexrun.schedulers import SCHEDULERS
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from policy_search.search import Candidate, Search
+    from policy_search.workload import JobLengths
 
-MOST_TOKENS = 500_000
-"""That are generated in all rehearsals of a job, which takes about two seconds."""
+MOST_SECONDS = 2.0
+"""Of all rehearsals of a job, about; how long they take is reckoned, so that plans are the same on
+every day, from what a sweep and a token generated take on a common processor."""
+SWEEP_SECONDS, TOKEN_SECONDS = 150e-6, 4e-6
 MOST_PLANS = 16
 MOST_ROUNDS = 4
 """Of one plan: when a long sequence begins decides how long the last ones run alone."""
@@ -29,40 +33,63 @@ CLOSE = 0.8
 """Of the best rate: what is slower by the closed form is not rehearsed."""
 
 
-def quickest(search: Search, candidates: Sequence[Candidate]) -> Candidate:
+def quickest(search: Search, candidates: Sequence[Candidate]) -> Candidate | None:
     """For the job of `search`, of at least one candidate. Of those with batches of one size only
-    the best by the closed form is rehearsed, and none of a job that is too large for two.
+    the best by the closed form is rehearsed. None of a job that is too large for two.
     """
+    finalists = _finalists(candidates)
+    each_takes = [_reckoned(search.job, each) for each in finalists]
+    within = sum(total <= MOST_SECONDS for total in accumulate(each_takes))
+    if within < 2:
+        return None
+    rounds = min(MOST_ROUNDS, int(MOST_SECONDS / max(sum(each_takes[:within]), 1e-9)))
+    if search.job.longest <= search.job.output:
+        rounds = 1  # which are all the same
+    return min(finalists[:within], key=lambda each: rehearsed_seconds(search, each, rounds))
+
+
+def _finalists(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The best first."""
     best_first = sorted(candidates, key=lambda each: -each.prediction.tokens_per_second)
     least = CLOSE * best_first[0].prediction.tokens_per_second
-    batches: dict[tuple[int, int, int], Candidate] = {}
+    batches: dict[tuple[int, ...], Candidate] = {}
     for each in best_first:
         if each.prediction.tokens_per_second >= least:
             policy = each.policy
             batch = policy.max_sequences, policy.micro_batch_rows, policy.max_rows
             batches.setdefault(batch, each)
-    tokens = max(1.0, search.job.sequences * search.job.output)
-    count = min(MOST_PLANS, len(batches), int(MOST_TOKENS / tokens))
-    if count < 2:
-        return best_first[0]
-    rounds = min(MOST_ROUNDS, int(MOST_TOKENS / tokens / count))
-    finalists = list(batches.values())[:count]
-    return min(finalists, key=lambda each: rehearsed_seconds(search, each, rounds))
+    return list(batches.values())[:MOST_PLANS]
+
+
+def _reckoned(job: JobLengths, candidate: Candidate) -> float:
+    """Seconds of one rehearsal."""
+    found = candidate.prediction
+    sweeps = found.job_seconds / found.sweep_seconds if found.sweep_seconds else 0.0
+    return SWEEP_SECONDS * sweeps + TOKEN_SECONDS * job.sequences * job.output
 
 
 def rehearsed_seconds(search: Search, candidate: Candidate, rounds: int = 1) -> float:
-    """Of the whole job, the mean of some orders of its sequences; infinite where not all fit."""
+    """Of the whole job, the mean of some orders of its outputs; infinite where not all fit.
+
+    Pages are where the cost model has them, on each tier as many of every sequence: those that move
+    up while a job ends, and what waits on another tier, are left out.
+    """
     shape, hardware = search.shape, search.hardware
     policy, memory = candidate.policy, candidate.memory
     page_bytes = policy.page_tokens * shape.kv_token_bytes
     pages = {tier: used.kv // page_bytes for tier, used in memory.items()}
     cost = SweepCost(shape, policy, memory, hardware, unified=search.unified)
-    seconds = []
+    free = None
+    if cost.streamed and "max_rows" not in search.given:
+        arriving = weight_seconds(cost.streamed, cost.from_disk, hardware)
+        free = max(1, int(cost.rows_within(arriving)))
+    job, seconds = search.job.within(search.context), []
+    most = max(1, round(max(job.output, job.longest)))
     for seed in range(rounds):
-        lengths = search.job.drawn(seed)
-        most = max(each.output for each in lengths)
+        lengths = job.drawn(seed, search.context)
         pools = PagePools(pages, policy.page_tokens, tails=policy.max_sequences)
-        if not pools.fits_ever(max(each.prompt for each in lengths) + most):
+        longest = max(each.prompt for each in lengths) + most
+        if not pools.fits_ever(min(search.context, longest)):
             return math.inf
         scheduler = SCHEDULERS[policy.scheduler](
             pools,
@@ -72,8 +99,6 @@ def rehearsed_seconds(search: Search, candidate: Candidate, rounds: int = 1) -> 
             num_micro_batches=policy.num_micro_batches,
             order=policy.order,
         )
-        if cost.streamed and "max_rows" not in search.given:
-            arriving = weight_seconds(cost.streamed, cost.from_disk, hardware)
-            scheduler.free_rows = max(1, int(cost.rows_within(arriving)))
+        scheduler.free_rows = free
         seconds.append(simulate(scheduler, lengths, cost.terms, max_tokens=most).makespan_seconds)
     return sum(seconds) / rounds

@@ -82,6 +82,8 @@ def _joined(known: _Factors, new: _Factors) -> _Factors:
 
 def _usable(factors: Mapping[str, Any]) -> _Factors:
     """Of resources that there are. Raises `TypeError` and `ValueError` for what are no factors."""
+    if not all(isinstance(each, list) for each in factors.values()):
+        raise TypeError("factors must be in lists")
     known = {name: list(map(float, each)) for name, each in factors.items() if name in RESOURCES}
     if any(not each or not all(LEAST <= one <= MOST for one in each) for each in known.values()):
         raise ValueError(f"factors must be from {LEAST:g} to {MOST:g}")

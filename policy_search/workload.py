@@ -55,10 +55,11 @@ class JobLengths:
         output, longest = min(self.output, room), min(self.longest, room)
         return JobLengths(self.sequences, prompt, output, longest, prompts)
 
-    def drawn(self, seed: int) -> list[Lengths]:
+    def drawn(self, seed: int, context_length: int) -> list[Lengths]:
         """Such a job, request by request: its prompts where they are known, and outputs that
         nobody knows before. Sorted, they rise as a power of their rank, up to the `longest`, the
-        one that has the mean of all; but none is less than a token.
+        one that has the mean of all (of many); but none is less than a token, or more than the
+        context holds.
         """
         longest = max(self.output, self.longest)
         power = longest / self.output - 1 if self.output else 0.0
@@ -66,7 +67,10 @@ class JobLengths:
         outputs = [max(1, round(longest * rank**power)) for rank in ranks]
         random.Random(seed).shuffle(outputs)
         prompts = self.prompts or (max(1, round(self.prompt)),)
-        return [Lengths(*each) for each in zip(cycle(prompts), outputs)]
+        return [
+            Lengths(prompt, max(1, min(output, context_length - prompt)))
+            for prompt, output in zip(cycle(prompts), outputs)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

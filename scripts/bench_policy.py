@@ -160,7 +160,8 @@ def run_in_rounds(
             try:
                 runs[number].append(run(model, settings, job, policy))
             except CapacityError as error:
-                del runs[number]
+                if not runs[number]:
+                    del runs[number]
                 print(f"{policy.weights} does not fit: {error.message}", file=sys.stderr)
     return [
         replace(them[0], measured=statistics.median(each.measured for each in them))

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from flexrun import LLM
-from flexrun.errors import CapacityError, RequestError
+from flexrun.errors import CapacityError, RequestError, UsageError
 from flexrun.planning_speeds import PlanningSpeeds
 from offload.tiers import Tier
 from policy_search.workload import JobLengths
@@ -58,6 +58,45 @@ def test_a_plan_gives_the_same_tokens_within_its_memory(tiny_llama_dir, tmp_path
         account = engine_of(llm)._runtime.backend.account
         for tier in Tier:
             assert account.peak[tier] <= (account.limits[tier] or 0)
+
+
+MACHINE = {"device": "emulated", "emulate": "capacity=1MiB", "host_memory": 64 << 20}
+
+
+def test_the_plan_that_is_quickest_in_rehearsals_is_taken(tiny_llama_dir, tmp_path, monkeypatch):
+    """Whatever the closed form says of it."""
+    taken = []
+
+    def slowest(search, candidates):
+        taken.append(min(candidates, key=lambda each: each.prediction.tokens_per_second))
+        return taken[-1]
+
+    monkeypatch.setattr("flexrun.model_plan.quickest", slowest)
+    job = JobLengths(9, 20.0, 4.0, 4)
+    with LLM(tiny_llama_dir, offload_dir=tmp_path, job_lengths=job, **MACHINE) as llm:
+        assert engine_of(llm)._runtime.policy == taken[0].policy
+
+
+def test_a_rehearsal_that_fails_costs_no_job(
+    tiny_llama_dir, tmp_path, expected, monkeypatch, caplog
+):
+    """The closed form's best plan is taken, and a warning says why."""
+
+    def fail(*_):
+        raise AssertionError("the scheduler has stopped")
+
+    monkeypatch.setattr("flexrun.model_plan.quickest", fail)
+    job = JobLengths(9, 20.0, 4.0, 4)
+    with LLM(tiny_llama_dir, offload_dir=tmp_path, job_lengths=job, **MACHINE) as llm:
+        assert generate(llm, PROMPTS, 4).tokens == expected
+    assert "cannot be rehearsed" in caplog.text
+
+
+@pytest.mark.parametrize("numbers", [(0, 20, 4), (2.0, 20, 4), (2, 0, 4), (2, 20, 0)])
+def test_a_job_of_nothing_is_refused(tiny_llama_dir, numbers):
+    job = JobLengths(*numbers)
+    with pytest.raises(UsageError, match="job_lengths must be of one sequence or more"):
+        LLM(tiny_llama_dir, device="cpu", job_lengths=job)
 
 
 def test_a_job_measures_its_model_once(tiny_llama_dir, tmp_path, expected, monkeypatch, caplog):

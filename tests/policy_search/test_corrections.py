@@ -100,7 +100,7 @@ def test_models_that_ran_longest_ago_are_forgotten(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "null", "{}", '{"models": 1}', '{"models": {"model": 1}}',
-     '{"models": {"model": {"compute": "fast"}}}', '{"models": {"model": {"compute": [1, NaN]}}}',
+     '{"models": {"model": {"compute": "12"}}}', '{"models": {"model": {"compute": [1, NaN]}}}',
      '{"models": {"model": {"compute": 1}}}',
      '{"models": {"model": {"compute": [11]}}}', '{"models": {"model": {"compute": []}}}',
      '{"models": {"model": {"compute": [null]}}}'],

@@ -67,15 +67,20 @@ def test_what_makes_no_sense_is_refused(workload, scale):
 def test_drawn_jobs_are_as_told(longest):
     """The mean and the longest of many outputs within 5 %, in orders that differ; prompts stay."""
     job = JobLengths(1000, 50, 11, longest, prompts=(3, 1, 2))
-    drawn = job.drawn(0)
+    drawn = job.drawn(0, 2048)
     assert [each.prompt for each in drawn[:4]] == [3, 1, 2, 3]
     outputs = [each.output for each in drawn]
     assert sum(outputs) / 1000 == pytest.approx(11, rel=0.05)
     assert 0.95 * longest <= max(outputs) <= longest
-    again = [each.output for each in job.drawn(1)]
+    again = [each.output for each in job.drawn(1, 2048)]
     assert sorted(again) == sorted(outputs)
     assert (again != outputs) == (longest > 11)
 
 
 def test_drawn_prompts_are_the_mean_where_none_is_known():
-    assert JobLengths(3, 7.4, 5).drawn(0) == [(7, 5)] * 3
+    assert JobLengths(3, 7.4, 5).drawn(0, 2048) == [(7, 5)] * 3
+
+
+def test_drawn_outputs_end_with_the_context():
+    job = JobLengths(4, 10, 6, 6, prompts=(10, 15, 16))
+    assert job.drawn(0, 17) == [(10, 6), (15, 2), (16, 1), (10, 6)]

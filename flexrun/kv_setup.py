@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from flexrun.schedulers import SCHEDULERS
+from flexrun.schedulers import make_scheduler
 from offload.kv_cache import KVCache
 from offload.pages import PagePools
 from offload.tiers import Tier
@@ -83,14 +83,7 @@ def open_kv(
         centred=getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is None,
     )
     closing.callback(cache.close)
-    scheduler = SCHEDULERS[policy.scheduler](
-        pools,
-        max_rows=policy.max_rows,
-        max_sequences=policy.max_sequences,
-        micro_batch_rows=policy.micro_batch_rows,
-        num_micro_batches=policy.num_micro_batches,
-        order=policy.order,
-    )
+    scheduler = make_scheduler(policy, pools)
     scheduler.promoted_from = away[::-1]
     scheduler.speculation.most_logits = policy.logit_rows
     return KVSetup(pools, cache, scheduler)

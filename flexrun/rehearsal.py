@@ -10,7 +10,7 @@ import math
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from flexrun.schedulers import SCHEDULERS
+from flexrun.schedulers import make_scheduler
 from offload.pages import PagePools
 from policy_search.cost_model import weight_seconds
 from policy_search.simulator import simulate
@@ -83,7 +83,7 @@ def rehearsed_seconds(search: Search, candidate: Candidate, rounds: int = 1) -> 
     if cost.streamed and "max_rows" not in search.given:
         arriving = weight_seconds(cost.streamed, cost.from_disk, hardware)
         free = max(1, int(cost.rows_within(arriving)))
-    job, seconds = search.job.within(search.context), []
+    job, seconds = search.job, []
     most = max(1, round(max(job.output, job.longest)))
     for seed in range(rounds):
         lengths = job.drawn(seed, search.context)
@@ -91,14 +91,7 @@ def rehearsed_seconds(search: Search, candidate: Candidate, rounds: int = 1) -> 
         longest = max(each.prompt for each in lengths) + most
         if not pools.fits_ever(min(search.context, longest)):
             return math.inf
-        scheduler = SCHEDULERS[policy.scheduler](
-            pools,
-            max_rows=policy.max_rows,
-            max_sequences=policy.max_sequences,
-            micro_batch_rows=policy.micro_batch_rows,
-            num_micro_batches=policy.num_micro_batches,
-            order=policy.order,
-        )
+        scheduler = make_scheduler(policy, pools)
         scheduler.free_rows = free
         seconds.append(simulate(scheduler, lengths, cost.terms, max_tokens=most).makespan_seconds)
     return sum(seconds) / rounds

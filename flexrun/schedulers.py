@@ -14,6 +14,8 @@ from flexrun.scheduler import BatchScheduler
 if TYPE_CHECKING:
     from flexrun.plan import SweepRows
     from flexrun.progress import Progress
+    from offload.pages import PagePools
+    from policy_search.policy import Policy
 
 LEAST_PROMPT_ROWS = 32
 """That ride in a sweep: matrix products of fewer use a processor badly."""
@@ -128,3 +130,15 @@ SCHEDULERS = {
     "static": StaticScheduler,
     "phased": PhasedScheduler,
 }
+
+
+def make_scheduler(policy: Policy, pools: PagePools) -> BatchScheduler:
+    """The one that `policy` names, with its sizes, over `pools`."""
+    return SCHEDULERS[policy.scheduler](
+        pools,
+        max_rows=policy.max_rows,
+        max_sequences=policy.max_sequences,
+        micro_batch_rows=policy.micro_batch_rows,
+        num_micro_batches=policy.num_micro_batches,
+        order=policy.order,
+    )

@@ -32,7 +32,7 @@ from flexrun.arguments import engine_config
 from flexrun.bench import run_bench
 from flexrun.engine import Engine
 from flexrun.errors import CapacityError
-from flexrun.schedulers import SCHEDULERS
+from flexrun.schedulers import make_scheduler
 from offload.pages import PagePools
 from offload.tiers import Split
 from policy_search.__main__ import main as policy_search
@@ -130,13 +130,8 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
         found = runtime.policy
         pools = runtime.pools
         there = {t: n for t, n in pools.capacity.items() if t is not pools.swap}
-        scheduler = SCHEDULERS[found.scheduler](
-            PagePools(there, found.page_tokens, tails=found.max_sequences),
-            max_rows=found.max_rows,
-            max_sequences=found.max_sequences,
-            micro_batch_rows=found.micro_batch_rows,
-            order=found.order,
-        )
+        own = PagePools(there, found.page_tokens, tails=found.max_sequences)
+        scheduler = make_scheduler(found, own)
         scheduler.free_rows = runtime.scheduler.free_rows
         cost = runtime.foresight.cost.terms
         predicted = simulate(scheduler, lengths, cost, max_tokens=job.max_tokens)

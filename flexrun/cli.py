@@ -25,7 +25,6 @@ from flexrun.tokenizer import Tokenizer
 from flexrun.trace import check_writable
 from policy_search.bits import bits_in_words
 from policy_search.flags import workload
-from policy_search.workload import JobLengths
 
 if TYPE_CHECKING:
     import argparse
@@ -80,7 +79,7 @@ def bench(arguments: argparse.Namespace) -> int:
     if config.trace is not None:
         check_writable(config.trace)
     if config.policy is None and job.requests:
-        config = replace(config, job_lengths=JobLengths.of(job.lengths()))
+        config = replace(config, job_lengths=job.job())
     with ExitStack() as stack:
         engine = make_engine(config, None, lambda bits: None)
         stack.callback(engine.close)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,15 @@ from policy_search.workload import JobLengths
 
 if TYPE_CHECKING:
     from flexrun.config import EngineConfig
-    from flexrun.job_file import JobFile
+    from flexrun.job_file import JobFile, JobLine
     from flexrun.tokenizer import Tokenizer
 
 _TOKENIZED = 256
 """Lines that say how long prompts are."""
+_LARGEST = 8
+"""Lines among which the longest sequence is looked for."""
+_BYTES_OF_TOKEN = 4
+"""Of text, about: which lines are the largest has to be known before they are tokenized."""
 
 
 def fingerprint(job: JobFile, config: EngineConfig) -> dict[str, Any]:
@@ -80,10 +85,12 @@ def job_lengths(job: JobFile, tokenizer: Tokenizer | None) -> JobLengths | None:
     """Sequences that run at once are counted each; None if no line can run.
 
     Outputs are taken to be as long as they may be, prompts like those of some lines from all over
-    the file: reading all of them would take as long as the job's own tokenizing.
+    the file: tokenizing all of them would take as long as the job's own tokenizing. The longest
+    sequence is one of these, or of those with the largest prompts in bytes.
     """
     prompts: list[int] = []
-    sequences = tokens = longest = 0
+    largest: list[tuple[int, int, JobLine, int]] = []
+    sequences = tokens = longest = most = 0
     step = max(1, job.num_requests // _TOKENIZED)
     for number, line in enumerate(job):
         params = line.sampling_params
@@ -92,12 +99,31 @@ def job_lengths(job: JobFile, tokenizer: Tokenizer | None) -> JobLengths | None:
         sequences += params.n
         tokens += params.n * params.max_tokens
         longest = max(longest, params.max_tokens)
-        if number % step == 0 or not prompts:
-            try:
-                prompts.append(len(token_ids_of(line.prompt, tokenizer)))
-            except RequestError:
-                continue  # the line's own failure, later
+        size = _size(line.prompt) + params.max_tokens
+        heappush(largest, (size, number, line, params.max_tokens))
+        if len(largest) > _LARGEST:
+            heappop(largest)
+        if (number % step == 0 or not prompts) and (count := _count(line, tokenizer)):
+            prompts.append(count)
+            most = max(most, count + params.max_tokens)
     if not prompts:
         return None
+    most = max(most, *(_count(line, tokenizer) + output for *_, line, output in largest))
     mean = sum(prompts) / len(prompts)
-    return JobLengths(sequences, mean, tokens / sequences, longest, tuple(prompts))
+    return JobLengths(sequences, mean, tokens / sequences, longest, tuple(prompts), most)
+
+
+def _count(line: JobLine, tokenizer: Tokenizer | None) -> int:
+    """Tokens of its prompt; none of one that cannot be tokenized: the line's own failure, later."""
+    try:
+        return len(token_ids_of(line.prompt, tokenizer))
+    except RequestError:
+        return 0
+
+
+def _size(prompt: str | tuple[int, ...] | list[dict[str, Any]]) -> int:
+    """Tokens, about."""
+    if isinstance(prompt, tuple):
+        return len(prompt)
+    texts = [prompt] if isinstance(prompt, str) else [each["content"] for each in prompt]
+    return sum(len(text.encode()) for text in texts) // _BYTES_OF_TOKEN

@@ -15,7 +15,7 @@ from offload.errors import CapacityError, OffloadStoreError
 from offload.tiers import Split, Tier
 from policy_search.automatic import automatic_policy, with_depth
 from policy_search.goal import Goal
-from policy_search.memory import default_max_rows, default_max_sequences, memory_of
+from policy_search.memory import default_max_rows, default_max_sequences, longest_held, memory_of
 from policy_search.planner import for_kv_bits
 from policy_search.policy import Policy
 from policy_search.search import Search
@@ -78,6 +78,14 @@ class ModelPlanner:
         policy = self._policy(config, shape)
         memory = memory_of(shape, policy, self.limits, self.context, unified=self.unified)
         job, prediction, cost = self._job(config), None, None
+        held = longest_held(shape, policy, memory)
+        if config.job_lengths and held < (wanted := min(self.context, job.longest_sequence)):
+            logger.warning(
+                "the KV cache has room for sequences of %d tokens, but the job's longest has up to "
+                "%d: such requests will fail",
+                held,
+                wanted,
+            )
         if config.allow_quantization or self.speeds.known():
             speeds, unified = self._hardware(shape, policy), {"unified": self.unified}
             prediction = predict(shape, policy, memory, job, speeds, **unified)
@@ -101,7 +109,7 @@ class ModelPlanner:
 
     def _job(self, config: EngineConfig) -> JobLengths:
         """What is planned for, as far as it fits the model; if nothing is said, conversations."""
-        job = config.job_lengths or JobLengths.of(Workload().lengths())
+        job = config.job_lengths or Workload().job()
         return job.within(self.context)
 
     def _policy(self, config: EngineConfig, shape: ModelShape) -> Policy:
@@ -149,6 +157,7 @@ class ModelPlanner:
         job = self._job(config)
         running = min(policy.max_sequences, job.sequences)
         wanted = running * (job.prompt + job.output + policy.page_tokens)
+        wanted = max(wanted, min(self.context, job.longest_sequence))
         return memory[Tier.DEVICE].kv >= wanted * shape.kv_token_bytes
 
     def _searched(self, shape: ModelShape, base: Policy, config: EngineConfig) -> Policy:

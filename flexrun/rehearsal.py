@@ -19,7 +19,8 @@ from policy_search.sweep_cost import SweepCost
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from policy_search.search import Candidate, Search
+    from policy_search.job_pricing import Candidate
+    from policy_search.search import Search
     from policy_search.workload import JobLengths
 
 MOST_SECONDS = 2.0
@@ -78,6 +79,8 @@ def rehearsed_seconds(search: Search, candidate: Candidate, rounds: int = 1) -> 
     policy, memory = candidate.policy, candidate.memory
     page_bytes = policy.page_tokens * shape.kv_token_bytes
     pages = {tier: used.kv // page_bytes for tier, used in memory.items()}
+    staged = {tier: used.kv_of_one for tier, used in memory.items() if used.kv_of_one is not None}
+    largest = {tier: nbytes // page_bytes for tier, nbytes in staged.items()}
     cost = SweepCost(shape, policy, memory, hardware, unified=search.unified)
     free = None
     if cost.streamed and "max_rows" not in search.given:
@@ -86,10 +89,9 @@ def rehearsed_seconds(search: Search, candidate: Candidate, rounds: int = 1) -> 
     job, seconds = search.job, []
     most = max(1, round(max(job.output, job.longest)))
     for seed in range(rounds):
-        lengths = job.drawn(seed, search.context)
-        pools = PagePools(pages, policy.page_tokens, tails=policy.max_sequences)
-        longest = max(each.prompt for each in lengths) + most
-        if not pools.fits_ever(min(search.context, longest)):
+        lengths = job.drawn(seed, min(search.context, job.longest_sequence))
+        pools = PagePools(pages, policy.page_tokens, largest, tails=policy.max_sequences)
+        if not all(pools.fits_ever(sum(each)) for each in lengths):
             return math.inf
         scheduler = make_scheduler(policy, pools)
         scheduler.free_rows = free

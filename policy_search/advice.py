@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from policy_search.goal import Goal
-    from policy_search.search import Candidate, Search
+    from policy_search.job_pricing import Candidate
+    from policy_search.search import Search
 
 WORTH_TELLING = 1.05
 _TIMES = 2.0

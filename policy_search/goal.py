@@ -10,7 +10,7 @@ from policy_search.errors import PolicyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from policy_search.search import Candidate
+    from policy_search.job_pricing import Candidate
 
 ALIKE = 0.01
 """Plans whose rates differ by less are as fast: the one whose requests end sooner is better."""

@@ -42,20 +42,22 @@ def kv_room(
     """Bytes per tier that KV pages may take of `free`, and the pages of one staging buffer.
 
     Pages on DISK, or on a HOST that is not the device's memory, pass through two buffers on the
-    device, each with two on HOST. The buffers take at most half of what is free on the device.
-    Pages on DISK, or on `lazy` tiers, whose memory is taken when it is first written, leave a part
-    of the room to others.
+    device, each with two on HOST. A sequence has to fit into one. The buffers take at most half of
+    what is free, but all on a device where no pages live. Pages on DISK, or on `lazy` tiers, whose
+    memory is taken when it is first written, leave a part of the room to others.
     """
     room = dict(free)
     room[Tier.HOST] -= embedding_rows(shape, policy, unified)
     staging = 0
-    if staged := _staged_tiers(policy, unified):
+    if staged := staged_tiers(policy, unified):
         layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
         whole_sequence = -(-context_length // policy.page_tokens)
-        free_here = room[Tier.DEVICE] - packed_working(shape, policy, unified=unified)
-        free_here -= _hosted_working(shape, policy, unified)[Tier.DEVICE]
-        most = max(0, free_here) // (4 * staged) // layer_page_bytes
-        staging = max(1, min(whole_sequence, most))
+        besides = kv_working(shape, policy, 0, unified)
+        free_here = room[Tier.DEVICE] - besides[Tier.DEVICE]
+        most = free_here // (4 if policy.kv_cache.device else 2)
+        if not unified:
+            most = min(most, (room[Tier.HOST] - besides[Tier.HOST]) // 8)
+        staging = max(1, min(whole_sequence, most // staged // layer_page_bytes))
     for tier, nbytes in kv_working(shape, policy, staging, unified).items():
         room[tier] -= nbytes
     # The file of pages on DISK is reserved whole; results are written to that disk, too.
@@ -64,7 +66,8 @@ def kv_room(
     return {tier: max(0, nbytes) for tier, nbytes in room.items()}, staging
 
 
-def _staged_tiers(policy: Policy, unified: bool) -> int:
+def staged_tiers(policy: Policy, unified: bool) -> int:
+    """Tiers whose pages pass through staging."""
     return int(policy.kv_cache.disk > 0) + int(policy.kv_cache.host > 0 and not unified)
 
 
@@ -73,7 +76,7 @@ def kv_working(shape: ModelShape, policy: Policy, staging: int, unified: bool) -
     pages need, and otherwise, for DISK, pages that are not full. Of those there is one for every
     sequence.
     """
-    buffers = _staged_tiers(policy, unified) * staging
+    buffers = staged_tiers(policy, unified) * staging
     buffers *= max(shape.kv_bytes_per_token) * policy.page_tokens
     working = {Tier.DEVICE: 2 * buffers, Tier.HOST: 0 if unified else 4 * buffers}
     if shape.kv_packed:
@@ -160,7 +163,7 @@ def leaving_rows_bytes(shape: ModelShape, policy: Policy, *, unified: bool) -> i
     Packed ones leave as whole pages, to HOST and DISK.
     """
     if shape.kv_packed:
-        tokens = _staged_tiers(policy, unified) * PACKED_PAGES * policy.page_tokens
+        tokens = staged_tiers(policy, unified) * PACKED_PAGES * policy.page_tokens
     else:
         tokens = policy.micro_batch_rows if policy.kv_cache.host and not unified else 0
     return LEAVING_BATCHES * tokens * max(shape.kv_bytes_per_token)

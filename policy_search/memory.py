@@ -55,6 +55,8 @@ class TierMemory:
     capacity: int
     elsewhere: int = 0
     """Of the weights: in the model's own files, so that they take nothing of the capacity."""
+    kv_of_one: int | None = None
+    """Of `kv`: most that one sequence may have here, where pages pass through staging."""
 
     @property
     def free(self) -> int:
@@ -143,7 +145,12 @@ def memory_of(
     if swap is not None:
         on_disk = kv_file_bytes(shape, policy, count)
         working[swap] += on_disk if swap is Tier.DISK else count * page_bytes
-    result = {t: TierMemory(weights[t], kv[t], working[t], limits[t], elsewhere[t]) for t in Tier}
+    away = (Tier.DISK,) if unified else (Tier.HOST, Tier.DISK)
+    of_one = {tier: min(kv[tier], staging * page_bytes) for tier in away if kv[tier]}
+    result = {
+        t: TierMemory(weights[t], kv[t], working[t], limits[t], elsewhere[t], of_one.get(t))
+        for t in Tier
+    }
     for tier in (Tier.HOST, Tier.DEVICE):
         if result[tier].free < 0:
             raise CapacityError(
@@ -152,6 +159,12 @@ def memory_of(
                 hint=_remedy(shape, tier, unified, weights[tier]),
             )
     return result
+
+
+def longest_held(shape: ModelShape, policy: Policy, memory: Mapping[Tier, TierMemory]) -> int:
+    """Tokens of the longest sequence that pages and staging have room for."""
+    of_one = [used.kv if used.kv_of_one is None else used.kv_of_one for used in memory.values()]
+    return sum(of_one) // (shape.kv_token_bytes * policy.page_tokens) * policy.page_tokens
 
 
 def _other_memory(shape: ModelShape, tier: Tier) -> str:

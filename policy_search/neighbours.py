@@ -19,8 +19,9 @@ from policy_search.memory import workspace
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from policy_search.job_pricing import Candidate
     from policy_search.policy import Policy
-    from policy_search.search import Candidate, Search
+    from policy_search.search import Search
 
 MICRO_BATCHES = (64, 128, 256, 512, 1024, 2048)
 SWEEPS = (256, 512, 1024, 2048, 4096, 8192)

@@ -7,7 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload.tiers import BROKEN_OFF, STAGING_BUFFERS, Split, Tier, staging_buffer_bytes
-from policy_search.kv_memory import embedding_rows, hosted_row_bytes, kv_working, packed_working
+from policy_search.kv_memory import (
+    embedding_rows,
+    hosted_row_bytes,
+    kv_working,
+    packed_working,
+    staged_tiers,
+)
 from policy_search.linear_program import PhaseBytes, Problem
 from policy_search.memory import IN_MOTION, workspace
 from policy_search.operators import (
@@ -31,7 +37,7 @@ if TYPE_CHECKING:
     from policy_search.workload import JobLengths
 
 SHARE_FOR_STAGING = 0.1
-"""Most of DEVICE that buffers for pages on their way are taken to need."""
+"""Of DEVICE, that buffers for pages on their way may have though the job needs less."""
 
 
 def placement_problem(
@@ -43,10 +49,12 @@ def placement_problem(
     *,
     unified: bool,
     context: int,
+    longest: int,
     margin: float,
 ) -> Problem:
     """With weights that are streamed, under the batch of `policy`, whose splits say only on which
-    tiers there may be pages. A part of every tier, the `margin`, stays empty.
+    tiers there may be pages. A sequence of the `longest` tokens has to fit into staging. A part of
+    every tier, the `margin`, stays empty.
     """
     phases = job_phases(policy, math.inf, job)
     placeable = shape.weight_bytes - shape.resident_bytes
@@ -54,7 +62,8 @@ def placement_problem(
     held = held_tokens(policy, job)
     rows = policy.max_rows * shape.hidden_size * shape.value_bytes
     moving = (IN_MOTION + BROKEN_OFF) * rows * policy.micro_batch_rows / policy.max_rows
-    fixed = _fixed(shape, policy, limits, context, unified=unified)
+    staging = _staging_pages(shape, policy, limits[Tier.DEVICE], context, longest, unified)
+    fixed = _fixed(shape, policy, staging, unified=unified)
     room = {tier: limits[tier] * (1 - margin) - fixed[tier] for tier in Tier}
     if not shape.always_prepared:
         room[Tier.DISK] = max(0.0, room[Tier.DISK])  # where nothing is there, nothing is needed
@@ -96,14 +105,20 @@ def _bytes(shape: ModelShape, phase: Phase, policy: Policy, hardware: Hardware) 
     )
 
 
-def _fixed(
-    shape: ModelShape,
-    policy: Policy,
-    limits: Mapping[Tier, int],
-    context: int,
-    *,
-    unified: bool,
-) -> dict[Tier, float]:
+def _staging_pages(
+    shape: ModelShape, policy: Policy, device: int, context: int, longest: int, unified: bool
+) -> int:
+    """Of one buffer: for the job's longest sequence, and more where that is little of DEVICE."""
+    staged = staged_tiers(policy, unified)
+    if not staged:
+        return 0
+    layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
+    much = int(SHARE_FOR_STAGING * device) // (4 * layer_page_bytes)
+    needed = -(-longest // (policy.page_tokens * staged))
+    return min(-(-context // policy.page_tokens), max(1, much, needed))
+
+
+def _fixed(shape: ModelShape, policy: Policy, staging: int, *, unified: bool) -> dict[Tier, float]:
     """Bytes of every tier that are needed whatever the shares."""
     ring = shape.working_bytes(policy.depth) + shape.expanded_bytes
     fixed: dict[Tier, float] = dict.fromkeys(Tier, 0.0)
@@ -114,10 +129,7 @@ def _fixed(
         buffer = staging_buffer_bytes(max(shape.largest_layer_bytes, shape.head_bytes))
         fixed[Tier.HOST] += STAGING_BUFFERS * buffer + embedding_rows(shape, policy, unified)
     if policy.kv_cache.device < 100:
-        page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
-        most = int(SHARE_FOR_STAGING * limits[Tier.DEVICE]) // (4 * page_bytes)
-        pages = max(1, min(-(-context // policy.page_tokens), most))
-        for tier, nbytes in kv_working(shape, policy, pages, unified).items():
+        for tier, nbytes in kv_working(shape, policy, staging, unified).items():
             fixed[tier] += nbytes
     if shape.always_prepared:
         fixed[Tier.DISK] += shape.prepared_bytes

@@ -132,8 +132,8 @@ def _job(
     if arguments.input is not None:
         job = lengths_of(arguments.input, config.directory, arguments.max_tokens)
     else:
-        lengths = workload(arguments).lengths()
-        job = JobLengths.of(lengths) if lengths else None
+        table = workload(arguments)
+        job = table.job() if table.requests else None
     if job is None:
         raise PolicyError("a job without requests needs no plan", hint="raise --requests")
     return job.within(context)

@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from offload.tiers import BUDGET_FLAG, Split, Tier, format_size
-from policy_search.memory import default_max_rows
+from policy_search.memory import default_max_rows, longest_held
 from policy_search.policy import QUANTIZATION, Policy
 
 if TYPE_CHECKING:
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from policy_search.advice import Advice
+    from policy_search.job_pricing import Candidate
     from policy_search.memory import TierMemory
     from policy_search.planner import Plan
-    from policy_search.search import Candidate
     from policy_search.throughput import Prediction
     from policy_search.workload import JobLengths
 
@@ -40,6 +40,11 @@ def plan_text(plan: Plan) -> str:
         f"sweep:  up to {policy.max_sequences} sequences and {policy.max_rows} rows, "
         f"{policy.micro_batch_rows} in a micro-batch{_activations(policy)}"
     )
+    held, wanted = longest_held(shape, policy, memory), plan.search.needed_tokens
+    if held < wanted:
+        lines.append(
+            f"room:   for sequences of {held:,} tokens: longer ones, of up to {wanted:,}, will fail"
+        )
     return "\n".join([*lines, *_prediction_lines(plan.prediction, plan.search.job)])
 
 

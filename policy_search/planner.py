@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from policy_search.bits import BitsChoice
     from policy_search.hardware import Hardware
+    from policy_search.job_pricing import Candidate
     from policy_search.memory import TierMemory
     from policy_search.model_config import ModelConfig
     from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
-    from policy_search.search import Candidate
     from policy_search.throughput import Prediction
     from policy_search.workload import JobLengths
 

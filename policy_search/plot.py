@@ -12,9 +12,9 @@ from policy_search.sweep_load import SweepLoad
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from policy_search.job_pricing import Candidate
     from policy_search.machine_spec import MachineSpec
     from policy_search.planner import Plan
-    from policy_search.search import Candidate
 
 _POINTS = 60
 

@@ -10,9 +10,10 @@ from offload.tiers import Split
 from policy_search.automatic import automatic_policy
 
 if TYPE_CHECKING:
+    from policy_search.job_pricing import Candidate
     from policy_search.planner import Plan
     from policy_search.policy import Policy
-    from policy_search.search import Candidate, Search
+    from policy_search.search import Search
 
 
 def rivals(plan: Plan) -> dict[str, Candidate | None]:

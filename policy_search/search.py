@@ -8,26 +8,22 @@ speeds, is one of the candidates, so that by the cost model no plan is worse.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from offload.errors import CapacityError
 from offload.tiers import Split, Tier
-from policy_search.automatic import SMALLEST_DEPTH, automatic_policy, with_depth
+from policy_search.automatic import SMALLEST_DEPTH, automatic_policy
+from policy_search.job_pricing import Candidate, JobPricing
 from policy_search.linear_program import solve
-from policy_search.memory import memory_of
+from policy_search.memory import longest_held
 from policy_search.neighbours import MICRO_BATCHES, filled, try_neighbours
 from policy_search.placement_problem import placed, placement_problem
 from policy_search.policy import DEFAULT_DEPTH
-from policy_search.throughput import Prediction, predict
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
-    from policy_search.hardware import Hardware
-    from policy_search.memory import TierMemory
-    from policy_search.model_shape import ModelShape
     from policy_search.policy import Policy
-    from policy_search.workload import JobLengths
 
 MOST_SEQUENCES = 4096
 """As many as a scheduler handles in a few milliseconds a sweep."""
@@ -47,30 +43,20 @@ _REFINED = (0.6, 0.75, 0.87, 1.15, 1.35, 1.6)
 """Of the best number of sequences, which was one of powers of two."""
 
 
-class Candidate(NamedTuple):
-    """A policy that fits, and what it is predicted to do."""
-
-    policy: Policy
-    memory: dict[Tier, TierMemory]
-    prediction: Prediction
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Search:
-    """A model, a machine and a job; `base` has all of the policy that is not searched for."""
+class Search(JobPricing):
+    """For the plan of a job; `base` has all of the policy that is not searched for."""
 
-    shape: ModelShape
-    limits: Mapping[Tier, int]
     base: Policy
-    context: int
-    unified: bool
-    job: JobLengths
-    hardware: Hardware
     given: Collection[str] = ()
     """Fields of `base` that stay as they are."""
     around: Policy | None = None
     """Only batches of about its size are tried; None: of all sizes."""
+    longest: int | None = None
+    """Tokens of a sequence that plans have room for; None: the job's longest, if any has it."""
     _found: dict[Policy, Candidate] = field(default_factory=dict, init=False)
+    _held: list[int] = field(default_factory=list, init=False)
+    """Tokens of the longest sequence that plans have room for which fit otherwise."""
 
     def run(self) -> list[Candidate]:
         """All policies that were considered and fit. Raises `CapacityError` if none does."""
@@ -83,15 +69,16 @@ class Search:
             self._add_placed(batch)
         if not self._found:
             assert shortage is not None
-            return self._with_fewer_rows(shortage).run()
+            return self._with_less(shortage).run()
         self._add_neighbours()
         return list(self._found.values())
 
-    def _with_fewer_rows(self, shortage: CapacityError) -> Search:
-        """The same search with half the rows at once, or half of these, until something fits.
-        Raises what is missing where there are few, or as many as was asked for.
+    def _with_less(self, shortage: CapacityError) -> Search:
+        """The same search with half the rows at once, or half of these, until something fits with
+        room for the longest sequence; else for as long ones as there is room for. Raises what is
+        missing where there are few rows, or as many as was asked for.
         """
-        here = self.base
+        here, short = self.base, self
         while True:
             batch, most = here.micro_batch_rows, here.max_rows
             if "micro_batch_rows" not in self.given:
@@ -99,12 +86,15 @@ class Search:
             if "max_rows" not in self.given:
                 most = max(most // 2, min(most, batch))
             if (batch, most) == (here.micro_batch_rows, here.max_rows):
-                raise shortage
+                if not short._held:
+                    raise shortage
+                return replace(short, longest=max(short._held))
             here = replace(here, micro_batch_rows=batch, max_rows=most)
             fewer = replace(self, base=here)
             missing = fewer._add_automatic()
             if missing is None:
                 return fewer
+            short = short if short._held else fewer
             shortage = missing
 
     def _add_neighbours(self) -> None:
@@ -253,6 +243,7 @@ class Search:
             self.hardware,
             unified=self.unified,
             context=self.context,
+            longest=self.needed_tokens,
             margin=margin,
         )
         if "kv_cache" in self.given or batch.kv_cache.device == 100:
@@ -268,26 +259,23 @@ class Search:
         return replace(batch, **{n: each for n, each in changed.items() if n not in self.given})
 
     def add(self, policy: Policy) -> Candidate | CapacityError:
-        """Keep `policy` if it fits."""
-        priced = self._found.get(policy) or self.price(policy)
-        if not isinstance(priced, CapacityError):
-            self._found[policy] = priced
+        """Keep `policy` if it fits, with room for the longest sequence."""
+        if (found := self._found.get(policy)) is not None:
+            return found
+        priced = self.price(policy)
+        if isinstance(priced, CapacityError):
+            return priced
+        held = longest_held(self.shape, priced.policy, priced.memory)
+        if held < self.needed_tokens:
+            self._held.append(held)
+            return CapacityError("the KV cache is smaller than the job's longest sequence")
+        self._found[policy] = priced
         return priced
 
-    def price(self, policy: Policy) -> Candidate | CapacityError:
-        """What `policy` takes and is predicted to do, or what it is short of."""
-        known = self.shape, policy, self.limits, self.context
-        try:
-            deep = with_depth(*known, unified=self.unified)
-            memory = memory_of(self.shape, deep, self.limits, self.context, unified=self.unified)
-        except CapacityError as error:
-            return error
-        return Candidate(deep, memory, self.predicted(deep, memory))
-
-    def predicted(self, policy: Policy, memory: Mapping[Tier, TierMemory]) -> Prediction:
-        """What `policy` does if it takes so much memory."""
-        known = self.job, self.hardware
-        return predict(self.shape, policy, memory, *known, unified=self.unified)
+    @property
+    def needed_tokens(self) -> int:
+        """That one sequence has to have room for."""
+        return min(self.context, self.longest or self.job.longest_sequence)
 
 
 def _spares_disk(policy: Policy) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -38,6 +39,8 @@ class JobLengths:
     """Most tokens that a sequence generates; less than the mean: all generate as many."""
     prompts: tuple[int, ...] = ()
     """Tokens of each, in the job's order, or of some from all over it; none: they are not known."""
+    most_tokens: int = 0
+    """Of one sequence: its prompt and all that it may generate; 0: what is known of both."""
 
     @classmethod
     def of(cls, lengths: Sequence[Lengths]) -> JobLengths:
@@ -45,7 +48,14 @@ class JobLengths:
         count = len(lengths)
         prompt, output = (sum(each) / count for each in zip(*lengths))
         prompts = tuple(each.prompt for each in lengths)
-        return cls(count, prompt, output, max(each.output for each in lengths), prompts)
+        longest, most = max(each.output for each in lengths), max(map(sum, lengths))
+        return cls(count, prompt, output, longest, prompts, most)
+
+    @property
+    def longest_sequence(self) -> int:
+        """Tokens that have to fit into the KV cache for all requests to be served."""
+        prompt = max(self.prompts, default=math.ceil(self.prompt))
+        return self.most_tokens or prompt + math.ceil(max(self.output, self.longest))
 
     def within(self, context_length: int) -> JobLengths:
         """The same for a model of this context, in which completions end."""
@@ -53,7 +63,8 @@ class JobLengths:
         room = context_length - prompt
         prompts = tuple(min(each, context_length - 1) for each in self.prompts)
         output, longest = min(self.output, room), min(self.longest, room)
-        return JobLengths(self.sequences, prompt, output, longest, prompts)
+        most = min(self.most_tokens, context_length)
+        return JobLengths(self.sequences, prompt, output, longest, prompts, most)
 
     def drawn(self, seed: int, context_length: int) -> list[Lengths]:
         """Such a job, request by request: its prompts where they are known, and outputs that
@@ -166,6 +177,12 @@ class Workload:
             pairs = _drawn(TABLES[self.workload], places)
         scaled = np.maximum(1, np.rint(pairs * self.scale)).astype(int)
         return [Lengths(*pair) for pair in scaled.tolist()]
+
+    def job(self) -> JobLengths:
+        """All requests, of at least one, each with room for the most that it may generate."""
+        lengths, most = self.lengths(), self.max_tokens
+        room = max(each.prompt + (most or each.output) for each in lengths)
+        return replace(JobLengths.of(lengths), most_tokens=room)
 
     @property
     def max_tokens(self) -> int | None:

@@ -39,7 +39,7 @@ from policy_search.__main__ import main as policy_search
 from policy_search.machine import multiplies_bfloat16
 from policy_search.policy import Policy
 from policy_search.simulator import simulate
-from policy_search.workload import JobLengths, Workload
+from policy_search.workload import Workload
 
 MOST_MEDIAN, MOST_ERROR, LEAST_RANK, LEAST_OF_BEST = 0.10, 0.20, 0.9, 0.95
 TURNS = 5
@@ -121,7 +121,7 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
     """One job: its seconds as the planner foresees them, and as they were."""
     drop_caches()
     lengths = job.lengths()
-    given: dict[str, Any] = {"policy": policy, "job_lengths": JobLengths.of(lengths)}
+    given: dict[str, Any] = {"policy": policy, "job_lengths": job.job()}
     if policy is None:
         given["speculation"] = "off"
     with closing(open_engine(model, settings, **given)) as engine:

@@ -31,7 +31,12 @@ def settings(seed: int) -> dict[str, object]:
     if device == "emulated":
         memory["host_memory"] = draw.randint(300, 3000) << 10
     batch = {"micro_batch_rows": 16, "max_rows": 32} if draw.random() < 0.7 else {}
-    return {"device": device, **memory, **batch, "job_lengths": JobLengths(9, 20.0, 4.0, 4)}
+    return {
+        "device": device,
+        **memory,
+        **batch,
+        "job_lengths": JobLengths(9, 20.0, 4.0, 4, most_tokens=LONGEST),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,9 @@ def expected(tiny_llama_dir):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_a_plan_gives_the_same_tokens_within_its_memory(tiny_llama_dir, tmp_path, expected, seed):
+def test_a_plan_gives_the_same_tokens_within_its_memory(
+    tiny_llama_dir, tmp_path, expected, seed, caplog
+):
     """On any machine that can hold it; no tier is ever fuller than it may be."""
     given = settings(seed)
     with contextlib.ExitStack() as stack:
@@ -51,8 +58,10 @@ def test_a_plan_gives_the_same_tokens_within_its_memory(tiny_llama_dir, tmp_path
         except CapacityError as error:
             pytest.skip(f"this machine is too small: {error.message}")
         if engine_of(llm)._runtime.scheduler.pools.fits_ever(LONGEST):
+            assert "will fail" not in caplog.text
             assert generate(llm, PROMPTS, 4).tokens == expected
         else:
+            assert f"the job's longest has up to {LONGEST}: such requests will fail" in caplog.text
             with pytest.raises(RequestError, match="do not fit into the KV cache"):
                 generate(llm, PROMPTS, 4)
         account = engine_of(llm)._runtime.backend.account
@@ -72,7 +81,7 @@ def test_the_plan_that_is_quickest_in_rehearsals_is_taken(tiny_llama_dir, tmp_pa
         return taken[-1]
 
     monkeypatch.setattr("flexrun.model_plan.quickest", slowest)
-    job = JobLengths(9, 20.0, 4.0, 4)
+    job = JobLengths(9, 20.0, 4.0, 4, most_tokens=LONGEST)
     with LLM(tiny_llama_dir, offload_dir=tmp_path, job_lengths=job, **MACHINE) as llm:
         assert engine_of(llm)._runtime.policy == taken[0].policy
 
@@ -86,7 +95,7 @@ def test_a_rehearsal_that_fails_costs_no_job(
         raise AssertionError("the scheduler has stopped")
 
     monkeypatch.setattr("flexrun.model_plan.quickest", fail)
-    job = JobLengths(9, 20.0, 4.0, 4)
+    job = JobLengths(9, 20.0, 4.0, 4, most_tokens=LONGEST)
     with LLM(tiny_llama_dir, offload_dir=tmp_path, job_lengths=job, **MACHINE) as llm:
         assert generate(llm, PROMPTS, 4).tokens == expected
     assert "cannot be rehearsed" in caplog.text

@@ -380,12 +380,33 @@ def test_bits_are_settled_before_the_first_result(command):
     assert command.config.free_bits  # who deletes the results starts over
 
 
+def test_plans_know_the_longest_line(command):
+    """Of many, of which only some are tokenized for a mean; one that cannot run does not count."""
+    ids: dict[str, Any] = {"prompt_token_ids": [1, 2]}
+    lines = [ids for _ in range(1000)]
+    lines[500] = {"prompt": "a" * 800}  # a token each, and there are as many ids in a quarter
+    lines[502] = {"prompt_token_ids": [1] * 300, "max_tokens": 700}
+    lines[503] = {"prompt_token_ids": [1] * 9000, "max_tokens": -1}
+    lines[505] = {"messages": [{"role": "user", "content": "b" * 400}], "max_tokens": 9}
+    command.write(*lines)
+    command()
+    found = command.config.job_lengths
+    assert found.most_tokens == 1000
+    assert max(found.prompts) == 2
+    command.output.unlink()
+    Path(f"{command.output}.job.json").unlink()
+    lines[502] = ids
+    command.write(*lines)
+    command()
+    assert command.config.job_lengths.most_tokens == 800 + 3
+
+
 def test_bits_are_chosen_for_the_jobs_own_lengths(command):
     """Completions are counted each, and lines that cannot run not at all."""
     lines = [{"prompt": "abcd", "n": 3, "max_tokens": 6}, {"prompt_token_ids": [1, 2]}, "broken"]
     command.write(*lines)
     assert command("--allow-quantization") == 1
-    lengths = JobLengths(4, 3.0, 5.25, 6, prompts=(4, 2))
+    lengths = JobLengths(4, 3.0, 5.25, 6, prompts=(4, 2), most_tokens=10)
     assert command.config.job_lengths == lengths
     command.output.unlink()
     assert command() == 1

@@ -11,10 +11,11 @@ import pytest
 from flexrun import rehearsal
 from flexrun.rehearsal import quickest, rehearsed_seconds
 from offload.tiers import Split, Tier
+from policy_search.job_pricing import Candidate
 from policy_search.named_models import NAMED_MODELS
 from policy_search.policy import Policy
 from policy_search.presets import PRESETS
-from policy_search.search import Candidate, Search
+from policy_search.search import Search
 from policy_search.shape_from_config import shape_from_config
 from policy_search.sweep_cost import SweepCost
 from policy_search.workload import JobLengths
@@ -136,6 +137,22 @@ def test_outputs_of_one_length_have_one_order(monkeypatch):
         sizes = [{"max_sequences": 40, "micro_batch_rows": n, "max_rows": 128} for n in (64, 128)]
         quickest(search, [placed(search, **size) for size in sizes])
     assert rounds == [1, 1, 4, 4]
+
+
+def test_a_plan_without_room_for_a_request_is_never_the_quickest():
+    """Its pages are many, but those of one sequence have to fit into staging."""
+    search = search_for(SHORT)
+    weights = Split(device=30, host=70)
+    batch: dict[str, Any] = {"max_sequences": 40, "micro_batch_rows": 64, "max_rows": 128}
+    priced = search.price(Policy(weights=weights, kv_cache=Split(host=100), **batch))
+    assert isinstance(priced, Candidate)
+    assert math.isfinite(rehearsed_seconds(search, priced))
+    page_bytes = priced.policy.page_tokens * search.shape.kv_token_bytes
+    host = priced.memory[Tier.HOST]
+    assert host.kv > 1000 * page_bytes
+    few = replace(host, kv_of_one=700 // priced.policy.page_tokens * page_bytes)
+    small = priced._replace(memory=priced.memory | {Tier.HOST: few})
+    assert math.isinf(rehearsed_seconds(search, small))
 
 
 def test_a_request_ends_with_the_context():

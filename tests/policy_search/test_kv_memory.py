@@ -22,6 +22,7 @@ from offload.tiers import (
 from policy_search.automatic import automatic_policy
 from policy_search.kv_memory import (
     broken_off_bytes,
+    embedding_rows,
     hosted_row_bytes,
     kv_file_bytes,
     kv_room,
@@ -141,15 +142,28 @@ def test_pages_on_disk_have_no_other_tails(unified):
 
 @pytest.mark.parametrize("unified", [True, False])
 def test_staging_leaves_room_for_the_newest_pages(unified):
-    """Its buffers take half of what the newest pages leave of a small device."""
-    policy = replace(POLICY, kv_cache=Split(disk=100))
-    for extra in (MIB, 64 * MIB):  # besides what packed pages need
-        device = packed_working(PACKED, policy, unified=unified) + extra
-        free = {Tier.DEVICE: device, Tier.HOST: GIB, Tier.DISK: 100 * GIB}
-        room, staging = kv_room(PACKED, policy, free, 131_072, unified=unified)
-        assert 1 <= staging * 32 * 1152 * 2 <= extra // 2
-        assert kv_working(PACKED, policy, staging, unified)[Tier.DEVICE] <= device
-        assert room[Tier.DEVICE] >= 0
+    """Its buffers take half of what these leave of a small device, or all if no others live there:
+    as many pages as are in it.
+    """
+    for kv_cache, most in (("disk=100", 1.0), ("device=50,disk=50", 0.5)):
+        policy = replace(POLICY, kv_cache=Split.parse(kv_cache))
+        for extra in (MIB, 64 * MIB):  # besides what packed pages need
+            device = packed_working(PACKED, policy, unified=unified) + extra
+            free = {Tier.DEVICE: device, Tier.HOST: GIB, Tier.DISK: 100 * GIB}
+            room, staging = kv_room(PACKED, policy, free, 131_072, unified=unified)
+            assert staging == int(extra * most) // (2 * 32 * 1152)
+            assert kv_working(PACKED, policy, staging, unified)[Tier.DEVICE] <= device
+            assert room[Tier.DEVICE] >= 0
+
+
+def test_staging_takes_at_most_half_of_ram():
+    """A device with much room is of no use to a machine whose RAM the buffers would fill."""
+    policy = replace(POLICY, kv_cache=Split(host=100))
+    free = {Tier.DEVICE: 40 * GIB, Tier.HOST: 64 * MIB, Tier.DISK: 0}
+    room, staging = kv_room(PLAIN, policy, free, 131_072, unified=False)
+    most, besides = (kv_working(PLAIN, policy, n, unified=False)[Tier.HOST] for n in (staging, 0))
+    assert 0.45 * (64 * MIB - besides) < most - besides <= (64 * MIB - besides) / 2
+    assert room[Tier.HOST] == 64 * MIB - most - embedding_rows(PLAIN, policy, unified=False)
 
 
 def test_packed_pages_leave_whole():

@@ -17,7 +17,9 @@ from policy_search.automatic import automatic_policy
 from policy_search.errors import PolicyError
 from policy_search.goal import Goal
 from policy_search.least_memory import with_least_memory
+from policy_search.memory import longest_held
 from policy_search.named_models import NAMED_MODELS
+from policy_search.plan_text import plan_text
 from policy_search.planner import Planner
 from policy_search.policy import DEFAULT_DEPTH, Policy
 from policy_search.presets import PRESETS
@@ -91,6 +93,36 @@ def test_no_plan_takes_more_than_there_is(part):
             assert any(used.kv for used in each.memory.values())
             assert each.prediction.tokens_per_second > 0
     assert planned > 2
+
+
+@pytest.mark.parametrize("disk", [0, 2000 * GIB])
+@pytest.mark.parametrize("longest", [4000, 100_000])
+def test_every_plan_has_room_for_the_longest_sequence(longest, disk):
+    """One request among a thousand, whose pages pass through staging; plans for the others alone
+    fill the device with weights, so that some have none for it.
+    """
+    limits = {Tier.DEVICE: 12 * GIB, Tier.HOST: 192 * GIB, Tier.DISK: disk}
+    job = JobLengths(1024, 512, 128, most_tokens=longest)
+    here = search(limits=limits, context=131_072, job=job)
+    held = [longest_held(here.shape, each.policy, each.memory) for each in here.run()]
+    assert min(held) >= longest
+    others = replace(here, job=replace(job, most_tokens=0)).run()
+    held = [longest_held(here.shape, each.policy, each.memory) for each in others]
+    assert 640 <= min(held) < longest
+
+
+def test_a_job_that_is_too_long_for_any_plan_is_planned_all_the_same():
+    """For the longest sequences there is room for; the plan says which ones fail."""
+    limits = {Tier.DEVICE: 16 * GIB, Tier.HOST: 0, Tier.DISK: 0}
+    job = JobLengths(64, 512, 128, most_tokens=8192)
+    planner = planner_of(limits=limits, context=8192, job=job, config=NAMED_MODELS["opt-6.7b"])
+    plan = planner.plan(Policy())
+    held = longest_held(plan.shape, plan.policy, plan.memory)
+    assert 640 < held < 8192
+    text = plan_text(plan)
+    assert f"sequences of {held:,} tokens: longer ones, of up to 8,192, will fail" in text
+    fewer = replace(planner, job=replace(job, most_tokens=0)).plan(Policy())
+    assert "will fail" not in plan_text(fewer)
 
 
 def test_no_other_plan_is_faster():

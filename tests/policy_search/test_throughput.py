@@ -153,6 +153,6 @@ def test_the_last_sequences_leave_places_empty() -> None:
 def test_a_job_in_a_few_numbers() -> None:
     """Means and the longest, cut where the model's context ends."""
     job = JobLengths.of([Lengths(10, 2), Lengths(20, 5)])
-    assert job == JobLengths(2, 15.0, 3.5, 5, prompts=(10, 20))
-    assert job.within(17) == JobLengths(2, 15.0, 2.0, 2.0, prompts=(10, 16))
-    assert job.within(8) == JobLengths(2, 7, 1, 1, prompts=(7, 7))
+    assert job == JobLengths(2, 15.0, 3.5, 5, prompts=(10, 20), most_tokens=25)
+    assert job.within(17) == JobLengths(2, 15.0, 2.0, 2.0, prompts=(10, 16), most_tokens=17)
+    assert job.within(8) == JobLengths(2, 7, 1, 1, prompts=(7, 7), most_tokens=8)

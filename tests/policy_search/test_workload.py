@@ -81,6 +81,26 @@ def test_drawn_prompts_are_the_mean_where_none_is_known():
     assert JobLengths(3, 7.4, 5).drawn(0, 2048) == [(7, 5)] * 3
 
 
+def test_the_longest_sequence_of_a_job():
+    """What is said of it, or the longest prompt with the longest output."""
+    assert JobLengths(3, 7.4, 5).longest_sequence == 13
+    assert JobLengths(3, 7.4, 5, 6.5, prompts=(2, 30)).longest_sequence == 37
+    assert JobLengths(3, 7.4, 5, 6.5, prompts=(2, 30), most_tokens=34).longest_sequence == 34
+    assert JobLengths.of([Lengths(9, 2), Lengths(3, 5)]).longest_sequence == 11
+
+
+def test_a_workload_has_room_for_what_requests_may_generate():
+    """A scheduler knows only the most of all: the longest prompt may have it, too."""
+    for known in (False, True):
+        table = Workload(workload="conv", scale=0.05, requests=40, known_lengths=known)
+        lengths, most = table.lengths(), 50
+        job = table.job()
+        assert job.longest == max(each.output for each in lengths) < most
+        outputs = [each.output if known else most for each in lengths]
+        longest = max(each.prompt + output for each, output in zip(lengths, outputs))
+        assert job.longest_sequence == longest
+
+
 def test_drawn_outputs_end_with_the_context():
     job = JobLengths(4, 10, 6, 6, prompts=(10, 15, 16))
     assert job.drawn(0, 17) == [(10, 6), (15, 2), (16, 1), (10, 6)]

@@ -253,6 +253,12 @@ def _check_allowed(config: EngineConfig, spell: Callable[[str], str]) -> None:
             f"{spell('job_lengths')} must be of one sequence or more, with a token of prompt and "
             f"output or more each, not {job!r}"
         )
+    if job is not None and (type(job.most_tokens) is not int or job.most_tokens < 0):
+        raise UsageError(
+            f"the most_tokens of {spell('job_lengths')} must be a whole number, not "
+            f"{job.most_tokens!r}",
+            hint="it counts a sequence's prompt and all that it may generate; 0 says nothing",
+        )
     if config.allow_quantization and config.policy is not None:
         raise UsageError(
             f"{allowed} lets the plan choose bits, but with {spell('policy')} the plan is made: "

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compression.selection import PLAIN_BITS
-from policy_search.bits import choose_bits, combinations
+from policy_search.bits import BitsRate, choose_bits, combinations
 
 if TYPE_CHECKING:
     from flexrun.config import EngineConfig
@@ -36,11 +36,11 @@ def with_chosen_bits(
         return config, None
     plans: dict[tuple[int, int], ModelPlan] = {}
 
-    def rate(weight_bits: int, kv_bits: int) -> float:
+    def rate(weight_bits: int, kv_bits: int) -> BitsRate:
         plan = planner.plan(replace(config, weight_bits=weight_bits, kv_bits=kv_bits))
         plans[weight_bits, kv_bits] = plan
         assert plan.prediction is not None
-        return plan.prediction.tokens_per_second
+        return BitsRate(plan.prediction.tokens_per_second, plan.room_for)
 
     choice = choose_bits(combinations(config.weight_bits, config.kv_bits), rate)
     bits = choice.chosen.weight_bits, choice.chosen.kv_bits

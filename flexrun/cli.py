@@ -25,6 +25,7 @@ from flexrun.tokenizer import Tokenizer
 from flexrun.trace import check_writable
 from policy_search.bits import bits_in_words
 from policy_search.flags import workload
+from policy_search.model_config import ModelConfig
 
 if TYPE_CHECKING:
     import argparse
@@ -119,7 +120,7 @@ def generate(arguments: argparse.Namespace) -> int:
             return _finish_without_model(job, results)
         tokenizer = _tokenizer_for(job, config)
         if config.policy is None:  # else nothing is planned
-            config = replace(config, job_lengths=job_lengths(job, tokenizer))
+            config = replace(config, job_lengths=job_lengths(job, tokenizer, _context_of(config)))
         engine = make_engine(config, tokenizer, partial(_settle, job, config, results))
         stack.callback(engine.close)
         print(engine.describe(), file=sys.stderr)
@@ -138,6 +139,14 @@ def make_engine(
 def _settle(job: JobFile, config: EngineConfig, results: ResultFile, bits: dict[str, Any]) -> None:
     """Bits that were chosen are from now on this job's, whoever continues it."""
     results.record(fingerprint(job, replace(config, **bits)))
+
+
+def _context_of(config: EngineConfig) -> int | None:
+    """As its config.json says, without torch."""
+    try:
+        return ModelConfig.load(resolve_model(config.model)).context_length
+    except FlexrunError:
+        return None
 
 
 def _tokenizer_for(job: JobFile, config: EngineConfig) -> Tokenizer | None:

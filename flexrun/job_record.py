@@ -7,6 +7,7 @@ and whoever continues the job computes with them, whatever a plan would choose b
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, replace
 from heapq import heappop, heappush
 from pathlib import Path
@@ -81,16 +82,20 @@ def with_recorded_bits(job: JobFile, config: EngineConfig, output: Path) -> Engi
     return settled if output.stat().st_size and not unsettled else config
 
 
-def job_lengths(job: JobFile, tokenizer: Tokenizer | None) -> JobLengths | None:
+def job_lengths(
+    job: JobFile, tokenizer: Tokenizer | None, context_length: int | None = None
+) -> JobLengths | None:
     """Sequences that run at once are counted each; None if no line can run.
 
     Outputs are taken to be as long as they may be, prompts like those of some lines from all over
     the file: tokenizing all of them would take as long as the job's own tokenizing. The longest
-    sequence is one of these, or of those with the largest prompts in bytes.
+    sequence is looked for among these and those whose prompts are largest in bytes; prompts that
+    fill the `context_length` fail whatever the plan.
     """
     prompts: list[int] = []
+    found: list[tuple[int, int]] = []
     largest: list[tuple[int, int, JobLine, int]] = []
-    sequences = tokens = longest = most = 0
+    sequences = tokens = longest = 0
     step = max(1, job.num_requests // _TOKENIZED)
     for number, line in enumerate(job):
         params = line.sampling_params
@@ -105,10 +110,13 @@ def job_lengths(job: JobFile, tokenizer: Tokenizer | None) -> JobLengths | None:
             heappop(largest)
         if (number % step == 0 or not prompts) and (count := _count(line, tokenizer)):
             prompts.append(count)
-            most = max(most, count + params.max_tokens)
+            found.append((count, params.max_tokens))
     if not prompts:
         return None
-    most = max(most, *(_count(line, tokenizer) + output for *_, line, output in largest))
+    found += [(_count(line, tokenizer), output) for *_, line, output in largest]
+    most = max(
+        (sum(each) for each in found if 0 < each[0] < (context_length or math.inf)), default=0
+    )
     mean = sum(prompts) / len(prompts)
     return JobLengths(sequences, mean, tokens / sequences, longest, tuple(prompts), most)
 

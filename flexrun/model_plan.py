@@ -51,6 +51,8 @@ class ModelPlan(NamedTuple):
     policy: Policy
     job: JobLengths
     """What is planned for."""
+    room_for: int
+    """Tokens of the longest sequence there is room for, if the job has so long ones."""
     prediction: Prediction | None
     """Of that job; None where speeds were not needed, and never measured. The next one likewise."""
     cost: SweepCost | None
@@ -78,19 +80,12 @@ class ModelPlanner:
         policy = self._policy(config, shape)
         memory = memory_of(shape, policy, self.limits, self.context, unified=self.unified)
         job, prediction, cost = self._job(config), None, None
-        held = longest_held(shape, policy, memory)
-        if config.job_lengths and held < (wanted := min(self.context, job.longest_sequence)):
-            logger.warning(
-                "the KV cache has room for sequences of %d tokens, but the job's longest has up to "
-                "%d: such requests will fail",
-                held,
-                wanted,
-            )
         if config.allow_quantization or self.speeds.known():
             speeds, unified = self._hardware(shape, policy), {"unified": self.unified}
             prediction = predict(shape, policy, memory, job, speeds, **unified)
             cost = SweepCost(shape, policy, memory, speeds, **unified)
-        return ModelPlan(weights, disk, shape, policy, job, prediction, cost)
+        room_for = min(self.context, job.longest_sequence, longest_held(shape, policy, memory))
+        return ModelPlan(weights, disk, shape, policy, job, room_for, prediction, cost)
 
     @property
     def limits(self) -> dict[Tier, int]:

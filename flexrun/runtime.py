@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,9 @@ if TYPE_CHECKING:
     from flexrun.loading import LoadedWeights
     from flexrun.model_weights import ModelWeights
     from flexrun.plan import SweepPlan
+    from policy_search.workload import JobLengths
+
+logger = logging.getLogger(__name__)
 
 
 class Runtime:
@@ -95,6 +99,7 @@ class Runtime:
         self.activations = self._add_activations(closing)
         kv = self.model, self.dtype, self.shape, self.policy, self.backend, self.transfers
         self.pools, self.kv_cache, self.scheduler = open_kv(*kv, self._offload_directory, closing)
+        self._warn_of_long_requests(config.job_lengths)
         self._split = AttentionSplit(
             self.policy,
             self.shape,
@@ -111,6 +116,17 @@ class Runtime:
         self.raw_speeds: dict[Link, float] = {}
         self._budget: RowBudget | None = None
         self._executor = self._make_executor(closing)
+
+    def _warn_of_long_requests(self, job: JobLengths | None) -> None:
+        """Each of them will say so, but hours later."""
+        longest = min(self.model.context_length, job.longest_sequence if job else 0)
+        if not self.pools.fits_ever(longest):
+            logger.warning(
+                "the KV cache has no room for one sequence of %d tokens, as the job may have: such "
+                "requests will fail (raise the memory budgets, or give --weights or --kv-cache a "
+                "smaller share on the device)",
+                longest,
+            )
 
     def _make_executor(self, closing: contextlib.ExitStack) -> Executor:
         return Executor(

@@ -86,7 +86,7 @@ def calibrate(words: Sequence[str]) -> int:
     return run_calibrate(parser.parse_args(words))
 
 
-def _lengths_of(path: Path, model: Path, max_tokens: int) -> JobLengths | None:
+def _lengths_of(path: Path, model: Path, max_tokens: int, context_length: int) -> JobLengths | None:
     """Of the prompts in a file, as the model's tokenizer counts them. Raises `FlexrunError`."""
     from contextlib import closing
 
@@ -96,7 +96,8 @@ def _lengths_of(path: Path, model: Path, max_tokens: int) -> JobLengths | None:
     from flexrun.tokenizer import Tokenizer
 
     with closing(JobFile(path, SamplingParams(max_tokens=max_tokens))) as job:
-        return job_lengths(job, Tokenizer.load(model) if job.needs_tokenizer else None)
+        tokenizer = Tokenizer.load(model) if job.needs_tokenizer else None
+        return job_lengths(job, tokenizer, context_length)
 
 
 def _lengths_of_each(path: Path, gen_len: int, model: str) -> list[Lengths]:

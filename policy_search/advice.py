@@ -9,6 +9,7 @@ from offload.errors import CapacityError
 from offload.tiers import Tier, format_size
 from policy_search.errors import PolicyError
 from policy_search.hardware import with_factors
+from policy_search.memory import longest_held
 from policy_search.sweep_load import COMPUTE
 
 if TYPE_CHECKING:
@@ -32,9 +33,13 @@ class Advice(NamedTuple):
 
 
 def advise(search: Search, goal: Goal, best: Candidate) -> list[Advice]:
-    """Changes that help, the best first; tried with batches of about the size of the `best` one."""
+    """Changes that help, the best first; tried with batches of about the size of the `best` one,
+    and room for as long sequences.
+    """
     found = []
-    for change, other in _variants(replace(search, around=best.policy)):
+    held = longest_held(search.shape, best.policy, best.memory)
+    like = replace(search, around=best.policy, room_for=min(search.needed_tokens, held))
+    for change, other in _variants(like):
         try:
             rate = goal.best(other.run()).prediction.tokens_per_second
         except (CapacityError, PolicyError):

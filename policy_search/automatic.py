@@ -185,7 +185,9 @@ class _Planner:
         room[kv_tier] -= max(kv, one_page / LAZY_FILL + 1)
         if kv_tier is not Tier.DEVICE:
             staged = self._staged(share)
-            room[Tier.DEVICE] -= 2 * staged  # the engine's staging takes half of what it finds
+            # The engine's staging takes half of what it finds beside pages, all where none live.
+            beside_pages = self.given_kv is not None and self.given_kv.device > 0
+            room[Tier.DEVICE] -= (2 if beside_pages else 1) * staged
             room[Tier.HOST] -= 2 * staged
         policy = replace(
             self.base,

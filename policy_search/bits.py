@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compression.selection import PLAIN_BITS
 from offload.errors import CapacityError
@@ -29,6 +29,15 @@ CHOSEN = ("weight_bits", "kv_bits")
 """The fields of a policy that are chosen."""
 
 
+class BitsRate(NamedTuple):
+    """How good a plan with some bits is."""
+
+    rate: float
+    """Generated tokens per second."""
+    room_for: int = 0
+    """Tokens of the longest sequence that it has room for, as far as the job needs that."""
+
+
 @dataclass(frozen=True, slots=True)
 class BitsPlan:
     """One combination, and what it is predicted to do."""
@@ -36,7 +45,8 @@ class BitsPlan:
     weight_bits: int
     kv_bits: int
     rate: float = 0.0
-    """Generated tokens per second."""
+    """As in `BitsRate`; the next one, too."""
+    room_for: int = 0
     shortage: CapacityError | None = None
     """Why it does not fit, if it does not."""
 
@@ -94,18 +104,20 @@ def combinations(weight_bits: int | None, kv_bits: int | None) -> list[tuple[int
 
 
 def choose_bits(
-    considered: list[tuple[int, int]], predict: Callable[[int, int], float]
+    considered: list[tuple[int, int]], predict: Callable[[int, int], BitsRate]
 ) -> BitsChoice:
     """The fastest of the `considered` bits, where those that come later have to be worth it.
 
-    `predict` gives tokens per second or raises `CapacityError`. From the most bits to the fewest,
-    one takes the place of what was chosen before it if it is faster by `WORTH_FEWER_BITS`. Raises
-    `CapacityError` if nothing fits.
+    `predict` says how good they are or raises `CapacityError`. Of those with room for the longest
+    sequences, from the most bits to the fewest, one takes the place of what was chosen before it if
+    it is faster by `WORTH_FEWER_BITS`. Raises `CapacityError` if nothing fits.
     """
     plans = tuple(_plan(*pair, predict) for pair in considered)
     fitting = [plan for plan in plans if plan.shortage is None]
     if not fitting:
         raise _nothing_fits(plans)
+    longest = max(plan.room_for for plan in fitting)
+    fitting = [plan for plan in fitting if plan.room_for == longest]
     chosen = fitting[0]
     for plan in fitting[1:]:
         if plan.rate >= (1 + WORTH_FEWER_BITS) * chosen.rate:
@@ -113,9 +125,9 @@ def choose_bits(
     return BitsChoice(plans, chosen)
 
 
-def _plan(weight_bits: int, kv_bits: int, predict: Callable[[int, int], float]) -> BitsPlan:
+def _plan(weight_bits: int, kv_bits: int, predict: Callable[[int, int], BitsRate]) -> BitsPlan:
     try:
-        return BitsPlan(weight_bits, kv_bits, predict(weight_bits, kv_bits))
+        return BitsPlan(weight_bits, kv_bits, *predict(weight_bits, kv_bits))
     except CapacityError as error:
         return BitsPlan(weight_bits, kv_bits, shortage=error)
 

@@ -42,28 +42,36 @@ def kv_room(
     """Bytes per tier that KV pages may take of `free`, and the pages of one staging buffer.
 
     Pages on DISK, or on a HOST that is not the device's memory, pass through two buffers on the
-    device, each with two on HOST. A sequence has to fit into one. The buffers take at most half of
-    what is free, but all on a device where no pages live. Pages on DISK, or on `lazy` tiers, whose
-    memory is taken when it is first written, leave a part of the room to others.
+    device, each with two on HOST. A sequence has to fit into one. Where pages live, too, the
+    buffers take at most half of what is free, and on HOST alone none for more pages than it has.
+    Pages on DISK, or on `lazy` tiers, whose memory is taken when it is first written, leave a part
+    of the room to others.
     """
     room = dict(free)
     room[Tier.HOST] -= embedding_rows(shape, policy, unified)
     staging = 0
-    if staged := staged_tiers(policy, unified):
-        layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
-        whole_sequence = -(-context_length // policy.page_tokens)
+    if staged_tiers(policy, unified):
         besides = kv_working(shape, policy, 0, unified)
-        free_here = room[Tier.DEVICE] - besides[Tier.DEVICE]
-        most = free_here // (4 if policy.kv_cache.device else 2)
-        if not unified:
-            most = min(most, (room[Tier.HOST] - besides[Tier.HOST]) // 8)
-        staging = max(1, min(whole_sequence, most // staged // layer_page_bytes))
+        each_takes = _bytes_of_staging(shape, policy, unified)
+        most = min((room[tier] - besides[tier]) // n for tier, n in each_takes.items())
+        staging = max(1, min(most, -(-context_length // policy.page_tokens)))
     for tier, nbytes in kv_working(shape, policy, staging, unified).items():
         room[tier] -= nbytes
     # The file of pages on DISK is reserved whole; results are written to that disk, too.
     for tier in (*lazy, Tier.DISK):
         room[tier] = int(room[tier] * LAZY_FILL)
     return {tier: max(0, nbytes) for tier, nbytes in room.items()}, staging
+
+
+def _bytes_of_staging(shape: ModelShape, policy: Policy, unified: bool) -> dict[Tier, int]:
+    """Bytes that have to be free on a tier for every page of a staging buffer."""
+    buffer = staged_tiers(policy, unified) * max(shape.kv_bytes_per_token) * policy.page_tokens
+    needed = {Tier.DEVICE: (4 if policy.kv_cache.device else 2) * buffer}
+    if not unified:
+        needed[Tier.HOST] = (8 if policy.kv_cache.host and policy.kv_cache.disk else 4) * buffer
+        if policy.kv_cache.host and not policy.kv_cache.disk:
+            needed[Tier.HOST] += shape.kv_token_bytes * policy.page_tokens
+    return needed
 
 
 def staged_tiers(policy: Policy, unified: bool) -> int:

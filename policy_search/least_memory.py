@@ -35,7 +35,7 @@ def with_least_memory(planner: Planner, quantized: Policy) -> Plan:
         except (CapacityError, PolicyError):
             least = middle
             continue
-        if plan.prediction.tokens_per_second >= wanted:
+        if plan.prediction.tokens_per_second >= wanted and plan.room_for >= best.room_for:
             best, most = plan, middle
         else:
             least = middle

@@ -11,7 +11,6 @@ from policy_search.kv_memory import (
     embedding_rows,
     hosted_row_bytes,
     kv_working,
-    packed_working,
     staged_tiers,
 )
 from policy_search.linear_program import PhaseBytes, Problem
@@ -36,8 +35,10 @@ if TYPE_CHECKING:
     from policy_search.throughput import Phase
     from policy_search.workload import JobLengths
 
-SHARE_FOR_STAGING = 0.1
-"""Of DEVICE, that buffers for pages on their way may have though the job needs less."""
+SHARE_FOR_STAGING = 0.05
+"""Of DEVICE, for buffers of pages on their way, also where no sequence needs as much: a micro-batch
+has to fit into one, too.
+"""
 
 
 def placement_problem(
@@ -49,12 +50,12 @@ def placement_problem(
     *,
     unified: bool,
     context: int,
-    longest: int,
+    room_for: int,
     margin: float,
 ) -> Problem:
     """With weights that are streamed, under the batch of `policy`, whose splits say only on which
-    tiers there may be pages. A sequence of the `longest` tokens has to fit into staging. A part of
-    every tier, the `margin`, stays empty.
+    tiers there may be pages. There is room for one sequence of `room_for` tokens, also in staging.
+    A part of every tier, the `margin`, stays empty.
     """
     phases = job_phases(policy, math.inf, job)
     placeable = shape.weight_bytes - shape.resident_bytes
@@ -62,8 +63,13 @@ def placement_problem(
     held = held_tokens(policy, job)
     rows = policy.max_rows * shape.hidden_size * shape.value_bytes
     moving = (IN_MOTION + BROKEN_OFF) * rows * policy.micro_batch_rows / policy.max_rows
-    staging = _staging_pages(shape, policy, limits[Tier.DEVICE], context, longest, unified)
-    fixed = _fixed(shape, policy, staging, unified=unified)
+    fixed = _fixed(shape, policy, unified=unified)
+    free = limits[Tier.DEVICE] - fixed[Tier.DEVICE]
+    wanted = SHARE_FOR_STAGING * limits[Tier.DEVICE]
+    staging = _staging_pages(shape, policy, min(context, room_for), wanted, free, unified)
+    staging = min(staging, -(-context // policy.page_tokens))
+    for tier, nbytes in kv_working(shape, policy, staging, unified).items():
+        fixed[tier] += nbytes
     room = {tier: limits[tier] * (1 - margin) - fixed[tier] for tier in Tier}
     if not shape.always_prepared:
         room[Tier.DISK] = max(0.0, room[Tier.DISK])  # where nothing is there, nothing is needed
@@ -73,7 +79,7 @@ def placement_problem(
         ),
         weights=placeable,
         streamed=placeable - tables,
-        kv=phases.running * held * shape.kv_token_bytes,
+        kv=max(phases.running * held, room_for) * shape.kv_token_bytes,
         on_disk=0 if not shape.prepared_bytes or shape.always_prepared else placeable,
         hidden=0 if unified else max(0.0, rows - moving),
         page_seconds=disk_page_seconds(shape, policy),
@@ -106,36 +112,41 @@ def _bytes(shape: ModelShape, phase: Phase, policy: Policy, hardware: Hardware) 
 
 
 def _staging_pages(
-    shape: ModelShape, policy: Policy, device: int, context: int, longest: int, unified: bool
+    shape: ModelShape, policy: Policy, room_for: int, wanted: float, free: float, unified: bool
 ) -> int:
-    """Of one buffer: for the job's longest sequence, and more where that is little of DEVICE."""
+    """Of one buffer: for a sequence of `room_for` tokens, and as many as the `wanted` bytes of all
+    buffers on DEVICE are; no more than what is `free` there.
+    """
     staged = staged_tiers(policy, unified)
     if not staged:
         return 0
-    layer_page_bytes = max(shape.kv_bytes_per_token) * policy.page_tokens
-    much = int(SHARE_FOR_STAGING * device) // (4 * layer_page_bytes)
-    needed = -(-longest // (policy.page_tokens * staged))
-    return min(-(-context // policy.page_tokens), max(1, much, needed))
+    page_bytes = 2 * staged * max(shape.kv_bytes_per_token) * policy.page_tokens
+    free -= kv_working(shape, policy, 0, unified)[Tier.DEVICE]
+    needed = -(-room_for // (policy.page_tokens * staged))
+    return max(1, min(max(needed, int(wanted // page_bytes)), int(free // page_bytes)))
 
 
-def _fixed(shape: ModelShape, policy: Policy, staging: int, *, unified: bool) -> dict[Tier, float]:
-    """Bytes of every tier that are needed whatever the shares."""
+def _fixed(shape: ModelShape, policy: Policy, *, unified: bool) -> dict[Tier, float]:
+    """Bytes of every tier that are needed whatever the shares, but for what pages need."""
     ring = shape.working_bytes(policy.depth) + shape.expanded_bytes
     fixed: dict[Tier, float] = dict.fromkeys(Tier, 0.0)
     waiting = replace(policy, activations=Split(device=100))
     fixed[Tier.DEVICE] = workspace(shape, waiting) + ring + shape.resident_bytes
-    fixed[Tier.DEVICE] += packed_working(shape, policy, unified=unified)
     if not unified:
         buffer = staging_buffer_bytes(max(shape.largest_layer_bytes, shape.head_bytes))
         fixed[Tier.HOST] += STAGING_BUFFERS * buffer + embedding_rows(shape, policy, unified)
-    if policy.kv_cache.device < 100:
-        for tier, nbytes in kv_working(shape, policy, staging, unified).items():
-            fixed[tier] += nbytes
     if shape.always_prepared:
         fixed[Tier.DISK] += shape.prepared_bytes
     else:
         fixed[Tier.DISK] += max(0, shape.prepared_bytes - shape.weight_bytes)
     return fixed
+
+
+def off_device(split: Split) -> Split:
+    """With what is on DEVICE on the fastest of the other tiers that is used."""
+    if split.host:
+        return Split(host=round(split.host + split.device, 2), disk=split.disk)
+    return Split(disk=100)
 
 
 def placed(shares: Shares, *, unified: bool) -> dict[str, Split]:

@@ -130,7 +130,7 @@ def _job(
 ) -> JobLengths:
     context = arguments.context or config.context_length
     if arguments.input is not None:
-        job = lengths_of(arguments.input, config.directory, arguments.max_tokens)
+        job = lengths_of(arguments.input, config.directory, arguments.max_tokens, context)
     else:
         table = workload(arguments)
         job = table.job() if table.requests else None

@@ -6,7 +6,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from offload.tiers import BUDGET_FLAG, Split, Tier, format_size
-from policy_search.memory import default_max_rows, longest_held
+from policy_search.memory import default_max_rows
 from policy_search.policy import QUANTIZATION, Policy
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def plan_text(plan: Plan) -> str:
         f"sweep:  up to {policy.max_sequences} sequences and {policy.max_rows} rows, "
         f"{policy.micro_batch_rows} in a micro-batch{_activations(policy)}"
     )
-    held, wanted = longest_held(shape, policy, memory), plan.search.needed_tokens
+    held, wanted = plan.room_for, plan.search.needed_tokens
     if held < wanted:
         lines.append(
             f"room:   for sequences of {held:,} tokens: longer ones, of up to {wanted:,}, will fail"

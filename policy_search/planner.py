@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compression.selection import PLAIN_BITS
 from offload.tiers import Tier
-from policy_search.bits import choose_bits, combinations
+from policy_search.bits import BitsRate, choose_bits, combinations
 from policy_search.goal import Goal
 from policy_search.hardware import PACKED_ATTENTION
-from policy_search.memory import default_max_rows, default_max_sequences
+from policy_search.memory import default_max_rows, default_max_sequences, longest_held
 from policy_search.model_speeds import model_speeds
 from policy_search.search import Search
 from policy_search.shape_from_config import shape_from_config
@@ -52,6 +52,11 @@ class Plan(NamedTuple):
     @property
     def prediction(self) -> Prediction:
         return self.best.prediction
+
+    @property
+    def room_for(self) -> int:
+        """Tokens of the longest sequence there is room for, if the job has so long ones."""
+        return min(self.search.needed_tokens, longest_held(self.shape, self.policy, self.memory))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,10 +118,10 @@ class Planner:
             weight_bits = quantized.weight_bits
         plans: dict[tuple[int, int], Plan] = {}
 
-        def predict(weights: int, kv: int) -> float:
+        def predict(weights: int, kv: int) -> BitsRate:
             plan = self.plan(replace(quantized, weight_bits=weights, kv_bits=kv))
             plans[weights, kv] = plan
-            return plan.prediction.tokens_per_second
+            return BitsRate(plan.prediction.tokens_per_second, plan.room_for)
 
         found = choose_bits(combinations(weight_bits, kv_bits), predict)
         return found, plans[found.chosen.weight_bits, found.chosen.kv_bits]

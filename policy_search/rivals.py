@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def rivals(plan: Plan) -> dict[str, Candidate | None]:
-    """By name; each with the number of sequences that is best for it. None: it does not fit.
+    """By name; each with the number of sequences that is best for it. None: it does not fit, or has
+    no room for sequences as long as the plan's longest.
 
     FlexGen's way is a block of sequences that is over before the next one begins, all pages in RAM
     and attended to there, with weights on the device as far as there is room.
@@ -26,7 +27,8 @@ def rivals(plan: Plan) -> dict[str, Candidate | None]:
     base = search.base
     fewer = min(base.micro_batch_rows, plan.policy.micro_batch_rows)
     base = replace(base, micro_batch_rows=fewer, max_rows=min(base.max_rows, plan.policy.max_rows))
-    search = replace(search, base=base)  # what fits with few rows only is given as few
+    # What fits with few rows only is given as few; who holds shorter sequences does another job.
+    search = replace(search, base=base, room_for=plan.room_for)
     here, host, disk = Split(device=100), Split(host=100), Split(disk=100)
     named = {
         "all on disk": replace(search.base, weights=disk, kv_cache=disk),
@@ -35,7 +37,7 @@ def rivals(plan: Plan) -> dict[str, Candidate | None]:
     if not search.unified:
         named["all in RAM"] = replace(search.base, weights=host, kv_cache=host)
     found = {name: _best(search, policy) for name, policy in named.items()}
-    without = search.price(replace(plan.policy, overlap=False))
+    without = search.add(replace(plan.policy, overlap=False))
     found["without overlap"] = None if isinstance(without, CapacityError) else without
     if not search.unified:
         found["FlexGen's way"] = _flexgen(search)
@@ -45,7 +47,7 @@ def rivals(plan: Plan) -> dict[str, Candidate | None]:
 def _best(search: Search, policy: Policy) -> Candidate | None:
     """With the number of sequences that is best for it."""
     batches = (replace(policy, max_sequences=n) for n in search.counts())
-    priced = (search.price(search.with_rows(batch)) for batch in batches)
+    priced = (search.add(search.with_rows(batch)) for batch in batches)
     fitting = [each for each in priced if not isinstance(each, CapacityError)]
     return max(fitting, key=lambda each: each.prediction.tokens_per_second, default=None)
 
@@ -61,7 +63,7 @@ def _flexgen(search: Search) -> Candidate | None:
         except CapacityError:
             continue
         block = replace(search, job=replace(search.job, sequences=count))
-        priced = block.price(policy)
+        priced = block.add(policy)
         if not isinstance(priced, CapacityError):
             found.append(priced)
     return max(found, key=lambda each: each.prediction.tokens_per_second, default=None)

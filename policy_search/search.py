@@ -17,7 +17,7 @@ from policy_search.job_pricing import Candidate, JobPricing
 from policy_search.linear_program import solve
 from policy_search.memory import longest_held
 from policy_search.neighbours import MICRO_BATCHES, filled, try_neighbours
-from policy_search.placement_problem import placed, placement_problem
+from policy_search.placement_problem import off_device, placed, placement_problem
 from policy_search.policy import DEFAULT_DEPTH
 
 if TYPE_CHECKING:
@@ -52,14 +52,39 @@ class Search(JobPricing):
     """Fields of `base` that stay as they are."""
     around: Policy | None = None
     """Only batches of about its size are tried; None: of all sizes."""
-    longest: int | None = None
-    """Tokens of a sequence that plans have room for; None: the job's longest, if any has it."""
+    room_for: int | None = None
+    """Tokens of a sequence that plans have room for; None: of the job's longest."""
     _found: dict[Policy, Candidate] = field(default_factory=dict, init=False)
-    _held: list[int] = field(default_factory=list, init=False)
-    """Tokens of the longest sequence that plans have room for which fit otherwise."""
+    _too_short: set[Policy] = field(default_factory=set, init=False)
+    """What fits but for the longest sequence."""
 
     def run(self) -> list[Candidate]:
-        """All policies that were considered and fit. Raises `CapacityError` if none does."""
+        """All policies that were considered and fit, with room for the job's longest sequence.
+
+        With half the rows at once, or half of these, where nothing else fits; and where nothing has
+        that room, with room for half as long sequences, or half of these. Raises `CapacityError` if
+        nothing fits at all.
+        """
+        tried, shortage = [self], self._try_all()
+        while not tried[-1]._found and (fewer := tried[-1]._with_fewer_rows()) is not None:
+            tried.append(fewer)
+            missing = fewer._add_automatic()
+            fewer._add_placed(replace(fewer.base, max_sequences=fewer.counts()[0]))
+            if fewer._found:
+                fewer._try_all()
+            shortage = missing or shortage
+        found = tried[-1]._found
+        if found:
+            tried[-1]._add_neighbours()
+            return list(found.values())
+        room_for = self.needed_tokens // 2
+        if room_for and any(each._too_short for each in tried):
+            return replace(self, room_for=room_for).run()
+        assert shortage is not None
+        raise shortage
+
+    def _try_all(self) -> CapacityError | None:
+        """Every size of a batch; what the automatic policy is short of."""
         shortage = self._add_automatic()
         if self.around is not None:
             self.add(self.around)
@@ -67,35 +92,20 @@ class Search(JobPricing):
             self._add_placed(replace(self.around or self.base, max_sequences=count))
         for batch in self._refined():
             self._add_placed(batch)
-        if not self._found:
-            assert shortage is not None
-            return self._with_less(shortage).run()
-        self._add_neighbours()
-        return list(self._found.values())
+        return shortage
 
-    def _with_less(self, shortage: CapacityError) -> Search:
-        """The same search with half the rows at once, or half of these, until something fits with
-        room for the longest sequence; else for as long ones as there is room for. Raises what is
-        missing where there are few rows, or as many as was asked for.
+    def _with_fewer_rows(self) -> Search | None:
+        """The same search with half the rows; None where there are few, or as many as was asked
+        for.
         """
-        here, short = self.base, self
-        while True:
-            batch, most = here.micro_batch_rows, here.max_rows
-            if "micro_batch_rows" not in self.given:
-                batch = max(batch // 2, min(batch, FEWEST_ROWS))
-            if "max_rows" not in self.given:
-                most = max(most // 2, min(most, batch))
-            if (batch, most) == (here.micro_batch_rows, here.max_rows):
-                if not short._held:
-                    raise shortage
-                return replace(short, longest=max(short._held))
-            here = replace(here, micro_batch_rows=batch, max_rows=most)
-            fewer = replace(self, base=here)
-            missing = fewer._add_automatic()
-            if missing is None:
-                return fewer
-            short = short if short._held else fewer
-            shortage = missing
+        batch, most = self.base.micro_batch_rows, self.base.max_rows
+        if "micro_batch_rows" not in self.given:
+            batch = max(batch // 2, min(batch, FEWEST_ROWS))
+        if "max_rows" not in self.given:
+            most = max(most // 2, min(most, batch))
+        if (batch, most) == (self.base.micro_batch_rows, self.base.max_rows):
+            return None
+        return replace(self, base=replace(self.base, micro_batch_rows=batch, max_rows=most))
 
     def _add_neighbours(self) -> None:
         """Around the fastest of all, of those with all pages on the device, and of those with all
@@ -191,7 +201,7 @@ class Search(JobPricing):
         found = self._add_solved(replace(batch, kv_cache=anywhere))
         if self.unified or self.around is not None:
             return
-        if not (found and all(_spares_disk(policy) for policy in found)):
+        if not found or any(each.weights.disk or each.kv_cache.disk for each in found):
             self._add_solved(replace(batch, kv_cache=Split(host=100)))
 
     def with_rows(self, batch: Policy) -> Policy:
@@ -210,7 +220,11 @@ class Search(JobPricing):
                 if policy is None:
                     break  # more room will not be found with a larger margin
                 found.append(policy)
-                if self.has_room(self.add(policy)):
+                added = self.add(policy)
+                if isinstance(added, CapacityError) and policy.kv_cache.device < 100:
+                    # Few pages leave staging, beside which they live, only as much as they have.
+                    added = self.add(replace(policy, kv_cache=off_device(policy.kv_cache)))
+                if self.has_room(added):
                     if self._layer_matters:
                         break  # the smaller depth leaves room for what makes a difference
                     return found
@@ -243,7 +257,7 @@ class Search(JobPricing):
             self.hardware,
             unified=self.unified,
             context=self.context,
-            longest=self.needed_tokens,
+            room_for=self.needed_tokens,
             margin=margin,
         )
         if "kv_cache" in self.given or batch.kv_cache.device == 100:
@@ -265,21 +279,17 @@ class Search(JobPricing):
         priced = self.price(policy)
         if isinstance(priced, CapacityError):
             return priced
-        held = longest_held(self.shape, priced.policy, priced.memory)
-        if held < self.needed_tokens:
-            self._held.append(held)
+        if longest_held(self.shape, priced.policy, priced.memory) < self.needed_tokens:
+            self._too_short.add(policy)
             return CapacityError("the KV cache is smaller than the job's longest sequence")
         self._found[policy] = priced
         return priced
 
     @property
     def needed_tokens(self) -> int:
-        """That one sequence has to have room for."""
-        return min(self.context, self.longest or self.job.longest_sequence)
-
-
-def _spares_disk(policy: Policy) -> bool:
-    return not (policy.weights.disk or policy.kv_cache.disk)
+        """Of one sequence, that plans have to have room for."""
+        wanted = self.job.longest_sequence if self.room_for is None else self.room_for
+        return min(self.context, wanted)
 
 
 def _fractions(split: Split) -> dict[Tier, float]:

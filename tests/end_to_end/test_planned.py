@@ -61,7 +61,7 @@ def test_a_plan_gives_the_same_tokens_within_its_memory(
             assert "will fail" not in caplog.text
             assert generate(llm, PROMPTS, 4).tokens == expected
         else:
-            assert f"the job's longest has up to {LONGEST}: such requests will fail" in caplog.text
+            assert f"no room for one sequence of {LONGEST} tokens" in caplog.text
             with pytest.raises(RequestError, match="do not fit into the KV cache"):
                 generate(llm, PROMPTS, 4)
         account = engine_of(llm)._runtime.backend.account
@@ -105,6 +105,13 @@ def test_a_rehearsal_that_fails_costs_no_job(
 def test_a_job_of_nothing_is_refused(tiny_llama_dir, numbers):
     job = JobLengths(*numbers)
     with pytest.raises(UsageError, match="job_lengths must be of one sequence or more"):
+        LLM(tiny_llama_dir, device="cpu", job_lengths=job)
+
+
+@pytest.mark.parametrize("most_tokens", [-1, 50.0, None])
+def test_tokens_of_a_sequence_are_counted(tiny_llama_dir, most_tokens):
+    job = JobLengths(2, 20, 4, most_tokens=most_tokens)
+    with pytest.raises(UsageError, match="most_tokens of job_lengths must be a whole number"):
         LLM(tiny_llama_dir, device="cpu", job_lengths=job)
 
 

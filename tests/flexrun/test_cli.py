@@ -386,7 +386,8 @@ def test_plans_know_the_longest_line(command):
     lines = [ids for _ in range(1000)]
     lines[500] = {"prompt": "a" * 800}  # a token each, and there are as many ids in a quarter
     lines[502] = {"prompt_token_ids": [1] * 300, "max_tokens": 700}
-    lines[503] = {"prompt_token_ids": [1] * 9000, "max_tokens": -1}
+    lines[503] = {"prompt_token_ids": [1] * 1500, "max_tokens": -1}
+    lines[506] = {"prompt_token_ids": [1] * 3000}  # beyond the context
     lines[505] = {"messages": [{"role": "user", "content": "b" * 400}], "max_tokens": 9}
     command.write(*lines)
     command()

@@ -7,19 +7,19 @@ from collections.abc import Callable
 import pytest
 
 from offload.errors import CapacityError
-from policy_search.bits import COMBINATIONS, choose_bits, combinations
+from policy_search.bits import COMBINATIONS, BitsRate, choose_bits, combinations
 from policy_search.hardware import Hardware
 from policy_search.workload import JobLengths
 
 
-def rates(*known: float | None) -> Callable[[int, int], float]:
+def rates(*known: float | None) -> Callable[[int, int], BitsRate]:
     """Of the combinations in their order; None: no room."""
 
-    def predict(weight_bits: int, kv_bits: int) -> float:
+    def predict(weight_bits: int, kv_bits: int) -> BitsRate:
         rate = known[COMBINATIONS.index((weight_bits, kv_bits))]
         if rate is None:
             raise CapacityError(f"{weight_bits}/{kv_bits} is too large", hint=f"buy {kv_bits}")
-        return rate
+        return BitsRate(rate)
 
     return predict
 
@@ -44,6 +44,14 @@ def test_fewer_bits_have_to_be_faster(known, chosen):
     assert found.chosen.name == chosen
     names = ("16/16", "8/16", "16/4", "8/4", "4/16", "4/4")
     assert found.rates == dict(zip(names, known))
+
+
+def test_who_has_room_for_the_longest_sequence_comes_first():
+    """However fast the others are; where none has it, who has most."""
+    room = {(16, 16): 500, (8, 16): 640, (16, 4): 700, (8, 4): 700, (4, 16): 650, (4, 4): 700}
+    speed = {(16, 16): 99, (8, 16): 99, (16, 4): 10, (8, 4): 11, (4, 16): 99, (4, 4): 11}
+    found = choose_bits(list(room), lambda *bits: BitsRate(speed[bits], room[bits]))
+    assert found.chosen.name == "8/4"
 
 
 def test_what_is_given_is_fixed():

@@ -156,14 +156,26 @@ def test_staging_leaves_room_for_the_newest_pages(unified):
             assert room[Tier.DEVICE] >= 0
 
 
-def test_staging_takes_at_most_half_of_ram():
-    """A device with much room is of no use to a machine whose RAM the buffers would fill."""
-    policy = replace(POLICY, kv_cache=Split(host=100))
-    free = {Tier.DEVICE: 40 * GIB, Tier.HOST: 64 * MIB, Tier.DISK: 0}
+@pytest.mark.parametrize(
+    ("kv_cache", "most"), [("host=100", None), ("disk=100", 1.0), ("host=50,disk=50", 0.5)]
+)
+def test_staging_leaves_room_for_pages_in_ram(kv_cache, most):
+    """A device with much room is of no use to a machine whose RAM the buffers would fill: where all
+    pages are there, a sequence has to fit into both; where none is, all of it may be buffers.
+    """
+    policy = replace(POLICY, kv_cache=Split.parse(kv_cache))
+    free = {Tier.DEVICE: 40 * GIB, Tier.HOST: 200 * MIB, Tier.DISK: 40 * GIB}
     room, staging = kv_room(PLAIN, policy, free, 131_072, unified=False)
-    most, besides = (kv_working(PLAIN, policy, n, unified=False)[Tier.HOST] for n in (staging, 0))
-    assert 0.45 * (64 * MIB - besides) < most - besides <= (64 * MIB - besides) / 2
-    assert room[Tier.HOST] == 64 * MIB - most - embedding_rows(PLAIN, policy, unified=False)
+    takes, besides = (kv_working(PLAIN, policy, n, unified=False)[Tier.HOST] for n in (staging, 0))
+    there = 200 * MIB - embedding_rows(PLAIN, policy, unified=False)
+    assert room[Tier.HOST] == there - takes
+    one_more = (takes - besides) / staging
+    if most is None:
+        pages = room[Tier.HOST] // (PLAIN.kv_token_bytes * 32)
+        assert staging <= pages <= staging + 1
+    else:
+        left = most * (there - besides) - (takes - besides)
+        assert 0 <= left < one_more
 
 
 def test_packed_pages_leave_whole():

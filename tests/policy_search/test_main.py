@@ -14,7 +14,7 @@ from flexrun.engine import Engine
 from offload.tiers import Tier
 from policy_search import machine, planned_machine
 from policy_search.__main__ import main
-from policy_search.memory import memory_of
+from policy_search.memory import longest_held, memory_of
 from policy_search.policy import Policy
 from tests import speeds
 
@@ -129,6 +129,10 @@ def test_the_engine_allocates_what_is_predicted(tiny_llama_dir, weights, kv_cach
             unused = parts.capacity - parts.free - lazy - account.used[tier]
             assert unused in (0, rows)
         assert memory[Tier.DISK].kv > 0
+        # What one sequence may have, too; memory that is taken when it is written leaves a tenth.
+        held = longest_held(runtime.shape, runtime.policy, memory)
+        assert not runtime.pools.fits_ever(held + 1)
+        assert runtime.pools.fits_ever(held if unified else int(0.9 * held) - 16)
     finally:
         engine.close()
     assert account.used == dict.fromkeys(Tier, 0)

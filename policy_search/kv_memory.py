@@ -42,8 +42,9 @@ def kv_room(
     """Bytes per tier that KV pages may take of `free`, and the pages of one staging buffer.
 
     Pages on DISK, or on a HOST that is not the device's memory, pass through two buffers on the
-    device, each with two on HOST. A sequence has to fit into one. Where pages live, too, the
-    buffers take at most half of what is free, and on HOST alone none for more pages than it has.
+    device, each with two on HOST. A sequence has to fit into one. Beside pages that live on the
+    device the buffers take at most half of what is free there. On HOST it is half where there are
+    pages on HOST and on DISK; without DISK, buffers for as many pages as there is room for then.
     Pages on DISK, or on `lazy` tiers, whose memory is taken when it is first written, leave a part
     of the room to others.
     """

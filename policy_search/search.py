@@ -221,7 +221,7 @@ class Search(JobPricing):
                     break  # more room will not be found with a larger margin
                 found.append(policy)
                 added = self.add(policy)
-                if isinstance(added, CapacityError) and policy.kv_cache.device < 100:
+                if isinstance(added, CapacityError) and self._may_leave_device(policy.kv_cache):
                     # Few pages leave staging, beside which they live, only as much as they have.
                     added = self.add(replace(policy, kv_cache=off_device(policy.kv_cache)))
                 if self.has_room(added):
@@ -229,6 +229,9 @@ class Search(JobPricing):
                         break  # the smaller depth leaves room for what makes a difference
                     return found
         return found
+
+    def _may_leave_device(self, pages: Split) -> bool:
+        return 0 < pages.device < 100 and "kv_cache" not in self.given
 
     @property
     def _layer_matters(self) -> bool:

@@ -4,8 +4,9 @@ Settings are emulated devices with links of stated speeds, and this machine's CP
 without. In each, the machine is measured as jobs measure it, one job of the automatic policy runs,
 whose corrections are kept, and then every policy of a list is predicted (the engine's scheduler on
 a virtual clock) and run, for two workloads. A job that others slow down is slowed down for a
-while: so the list is run in rounds, short jobs in up to five; a policy's time is the median of its
-rounds, its prediction is what was foreseen before the first. At last the policy that the planner
+while: so the list is run in rounds, every policy in two, in a third if these two differ by a tenth,
+and short jobs in up to five; a policy's time is the median of its rounds, its prediction is what
+was foreseen before the first. At last the policy that the planner
 picks is run, five times in turn with the best of the list; how much longer the longest of these
 five took than the shortest says what the machine's noise is. The last line on stdout is one JSON
 object.
@@ -45,7 +46,9 @@ MOST_MEDIAN, MOST_ERROR, LEAST_RANK, LEAST_OF_BEST = 0.10, 0.20, 0.9, 0.95
 TURNS = 5
 """Of the picked policy and the best of the list; and most rounds of the list."""
 ENOUGH = 10.0
-"""Seconds of one policy's jobs in all rounds after which it needs no other round."""
+"""Seconds of one policy's jobs in all rounds after which it needs no other round, …"""
+ALIKE = 1.1
+"""… unless the first two have taken times of another ratio than this."""
 MODEL = Shape(layers=8, hidden=1024, heads=16, kv_heads=4, ffn=2816, vocab=4096, context=1024)
 DTYPE, TWICE = ("bfloat16", 1) if multiplies_bfloat16() else ("float32", 2)
 """What this CPU multiplies fast; with twice the bytes, memory is as small beside the model, and
@@ -150,7 +153,7 @@ def run_in_rounds(
     runs: dict[int, list[Outcome]] = {number: [] for number in range(len(listed))}
     for _ in range(TURNS):
         for number, policy in enumerate(listed):
-            if number not in runs or sum(each.measured for each in runs[number]) >= ENOUGH:
+            if number not in runs or settled([each.measured for each in runs[number]]):
                 continue
             try:
                 runs[number].append(run(model, settings, job, policy))
@@ -162,6 +165,13 @@ def run_in_rounds(
         replace(them[0], measured=statistics.median(each.measured for each in them))
         for them in runs.values()
     ]
+
+
+def settled(seconds: list[float]) -> bool:
+    """Whether a policy whose rounds took these needs no other one."""
+    if len(seconds) < 2 or (len(seconds) == 2 and max(seconds) > ALIKE * min(seconds)):
+        return False
+    return sum(seconds) >= ENOUGH
 
 
 def rank_correlation(outcomes: list[Outcome]) -> float:

@@ -299,9 +299,11 @@ def test_what_is_given_stays():
     for given in (["weights"], ["max_sequences", "micro_batch_rows"], ["weights", "max_sequences"]):
         for each in search(base=base, given=given).run():
             assert all(getattr(each.policy, name) == getattr(base, name) for name in given)
-    kept = replace(base, kv_cache=Split(host=100))
-    found = search(base=kept, given=["weights", "kv_cache"]).run()
-    assert {each.policy.kv_cache for each in found} == {Split(host=100)}
+    for pages in (Split(host=100), Split(device=1, host=99)):
+        kept = replace(base, kv_cache=pages)
+        for given in (["weights", "kv_cache"], ["kv_cache"]):
+            found = search(base=kept, given=given, context=131_072).run()
+            assert {each.policy.kv_cache for each in found} == {pages}
 
 
 def test_a_model_that_fits_is_not_offloaded():

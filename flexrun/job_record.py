@@ -89,8 +89,8 @@ def job_lengths(
 
     Outputs are taken to be as long as they may be, prompts like those of some lines from all over
     the file: tokenizing all of them would take as long as the job's own tokenizing. The longest
-    sequence is looked for among these and those whose prompts are largest in bytes; prompts that
-    fill the `context_length` fail whatever the plan.
+    sequence is looked for among these and those that are largest by their prompts' bytes and their
+    outputs; prompts that fill the `context_length` fail whatever the plan.
     """
     prompts: list[int] = []
     found: list[tuple[int, int]] = []

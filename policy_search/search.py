@@ -2,7 +2,8 @@
 
 The program's shares are rounded to what the engine places, held against `memory_of`, which knows
 every allocation, and priced again, with plans beside the best. The automatic policy, which knows no
-speeds, is one of the candidates, so that by the cost model no plan is worse.
+speeds, is one of the candidates where it has room for the longest sequence, so that by the cost
+model no plan is worse.
 """
 
 from __future__ import annotations

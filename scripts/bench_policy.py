@@ -6,10 +6,9 @@ whose corrections are kept, and then every policy of a list is predicted (the en
 a virtual clock) and run, for two workloads. A job that others slow down is slowed down for a
 while: so the list is run in rounds, every policy in two, in a third if these two differ by a tenth,
 and short jobs in up to five; a policy's time is the median of its rounds, its prediction is what
-was foreseen before the first. At last the policy that the planner
-picks is run, five times in turn with the best of the list; how much longer the longest of these
-five took than the shortest says what the machine's noise is. The last line on stdout is one JSON
-object.
+was foreseen before the first. At last the policy that the planner picks is run, five times in turn
+with the best of the list; how much longer the longest of these five took than the shortest says
+what the machine's noise is. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations

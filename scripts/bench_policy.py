@@ -5,10 +5,13 @@ without. In each, the machine is measured as jobs measure it, one job of the aut
 whose corrections are kept, and then every policy of a list is predicted (the engine's scheduler on
 a virtual clock) and run, for two workloads. A job that others slow down is slowed down for a
 while: so the list is run in rounds, every policy in two, in a third if these two differ by a tenth,
-and short jobs in up to five; a policy's time is the median of its rounds, its prediction is what
-was foreseen before the first. At last the policy that the planner picks is run, five times in turn
-with the best of the list; how much longer the longest of these five took than the shortest says
-what the machine's noise is. The last line on stdout is one JSON object.
+and short jobs in up to five. Each run is held against what was foreseen of it just before, for the
+machine may be another a quarter of an hour later; a policy's error is that of the median of its
+runs' ratios. Corrections are of the last five runs: what follows a policy's own run by fewer others
+has seen it, and does not count. The worst of the first runs alone stands beside the worst of the
+medians. At last the policy that the planner picks is run, five times in turn with the best of the
+list; how much longer the longest of these five took than the shortest says what the machine's
+noise is. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from flexrun.schedulers import make_scheduler
 from offload.pages import PagePools
 from offload.tiers import Split
 from policy_search.__main__ import main as policy_search
+from policy_search.corrections import REMEMBERED
 from policy_search.machine import multiplies_bfloat16
 from policy_search.policy import Policy
 from policy_search.simulator import simulate
@@ -78,11 +82,46 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One policy on one machine with one workload."""
+    """One run of a policy on one machine with one workload."""
 
     policy: Policy
     predicted: float
     measured: float
+    unseen: bool = True
+    """Whether the prediction knew no run of this policy."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """All runs of one policy, the first first."""
+
+    runs: list[Outcome]
+
+    @property
+    def policy(self) -> Policy:
+        """The one that was run."""
+        return self.runs[0].policy
+
+    @property
+    def predicted(self) -> float:
+        """Median seconds as foreseen."""
+        return statistics.median(each.predicted for each in self.runs if each.unseen)
+
+    @property
+    def measured(self) -> float:
+        """Median seconds as they were."""
+        return statistics.median(each.measured for each in self.runs)
+
+    @property
+    def error(self) -> float:
+        """Of the median run: how far its prediction was from what it took, of that."""
+        ratios = [each.predicted / each.measured for each in self.runs if each.unseen]
+        return abs(statistics.median(ratios) - 1)
+
+    @property
+    def first_error(self) -> float:
+        """Of the first run alone."""
+        return abs(self.runs[0].predicted / self.runs[0].measured - 1)
 
 
 def policies(unified: bool, disk: bool) -> list[Policy]:
@@ -147,23 +186,25 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
 
 def run_in_rounds(
     model: Path, settings: dict[str, Any], job: Workload, listed: list[Policy]
-) -> list[Outcome]:
-    """Each policy that fits: as first foreseen, and the median of what it took."""
+) -> list[Rounds]:
+    """Each policy that fits, in as many rounds as it needs."""
     runs: dict[int, list[Outcome]] = {number: [] for number in range(len(listed))}
+    order: list[int] = []
     for _ in range(TURNS):
         for number, policy in enumerate(listed):
             if number not in runs or settled([each.measured for each in runs[number]]):
                 continue
             try:
-                runs[number].append(run(model, settings, job, policy))
+                outcome = run(model, settings, job, policy)
             except CapacityError as error:
                 if not runs[number]:
                     del runs[number]
                 print(f"{policy.weights} does not fit: {error.message}", file=sys.stderr)
-    return [
-        replace(them[0], measured=statistics.median(each.measured for each in them))
-        for them in runs.values()
-    ]
+                continue
+            unseen = number not in order[-REMEMBERED:]
+            runs[number].append(replace(outcome, unseen=unseen))
+            order.append(number)
+    return [Rounds(them) for them in runs.values()]
 
 
 def settled(seconds: list[float]) -> bool:
@@ -173,7 +214,7 @@ def settled(seconds: list[float]) -> bool:
     return sum(seconds) >= ENOUGH
 
 
-def rank_correlation(outcomes: list[Outcome]) -> float:
+def rank_correlation(outcomes: list[Rounds]) -> float:
     """Spearman's, of predicted and measured seconds."""
     orders = []
     for values in ([o.predicted for o in outcomes], [o.measured for o in outcomes]):
@@ -204,28 +245,37 @@ def measure(model: Path, name: str, job: Workload, most: int, calibrating: bool)
     for _ in range(TURNS):
         picked.append(run(model, settings, job, None))
         again.append(run(model, settings, job, best.policy).measured)
-    errors = [abs(each.predicted / each.measured - 1) for each in outcomes]
+    errors = [each.error for each in outcomes]
     return {
         "policies": len(outcomes),
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
+        "worst_first_error": max(each.first_error for each in outcomes),
         "rank_correlation": rank_correlation(outcomes),
         "of_best": statistics.median(again) / statistics.median(p.measured for p in picked),
         "repeated": max(again) / min(again) - 1,
         "picked": str(picked[0].policy.weights) + " " + str(picked[0].policy.kv_cache),
         "best": str(best.policy.weights) + " " + str(best.policy.kv_cache),
-        "outcomes": [
-            {"policy": json.loads(o.policy.to_json()), "predicted": o.predicted,
-             "measured": o.measured} for o in [*outcomes, *picked]
-        ],
-    }  # fmt: skip
+        "outcomes": [as_json(each) for each in [*outcomes, Rounds(picked)]],
+    }
+
+
+def as_json(rounds: Rounds) -> dict[str, Any]:
+    """Seconds as foreseen and as they were, round by round."""
+    return {
+        "policy": json.loads(rounds.policy.to_json()),
+        "predicted": [each.predicted for each in rounds.runs],
+        "measured": [each.measured for each in rounds.runs],
+        "unseen": [each.unseen for each in rounds.runs],
+    }
 
 
 def show(report: dict[str, Any]) -> str:
     """The results for people."""
     rows = [
         [key, each["policies"], f"{each['median_error']:.0%}", f"{each['worst_error']:.0%}",
-         f"{each['rank_correlation']:.2f}", f"{each['of_best']:.2f}", f"{each['repeated']:.0%}"]
+         f"{each['worst_first_error']:.0%}", f"{each['rank_correlation']:.2f}",
+         f"{each['of_best']:.2f}", f"{each['repeated']:.0%}"]
         for key, each in report["results"].items()
     ]  # fmt: skip
     names = [
@@ -233,6 +283,7 @@ def show(report: dict[str, Any]) -> str:
         "policies",
         "median error",
         "worst",
+        "of first runs",
         "Spearman",
         "of the best",
         "same job",

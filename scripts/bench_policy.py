@@ -11,7 +11,8 @@ runs' ratios. Corrections are of the last five runs: what follows a policy's own
 has seen it, and does not count. The worst of the first runs alone stands beside the worst of the
 medians. At last the policy that the planner picks is run, five times in turn with the best of the
 list; how much longer the longest of these five took than the shortest says what the machine's
-noise is. The last line on stdout is one JSON object.
+noise is. How one round of the list ranks the others' times says how well times can be ranked here
+at all. The last line on stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -111,6 +112,11 @@ class Rounds:
     def measured(self) -> float:
         """Median seconds as they were."""
         return statistics.median(each.measured for each in self.runs)
+
+    @property
+    def later(self) -> float:
+        """Median seconds of all runs but the first."""
+        return statistics.median(each.measured for each in self.runs[1:] or self.runs)
 
     @property
     def error(self) -> float:
@@ -214,13 +220,13 @@ def settled(seconds: list[float]) -> bool:
     return sum(seconds) >= ENOUGH
 
 
-def rank_correlation(outcomes: list[Rounds]) -> float:
-    """Spearman's, of predicted and measured seconds."""
+def rank_correlation(*both: list[float]) -> float:
+    """Spearman's, of two lists of seconds of the same policies."""
     orders = []
-    for values in ([o.predicted for o in outcomes], [o.measured for o in outcomes]):
+    for values in both:
         place = sorted(range(len(values)), key=lambda n: values[n])
         orders.append({number: rank for rank, number in enumerate(place)})
-    count = len(outcomes)
+    count = len(orders[0])
     squares = sum((orders[0][n] - orders[1][n]) ** 2 for n in range(count))
     return 1 - 6 * squares / (count * (count**2 - 1))
 
@@ -246,12 +252,15 @@ def measure(model: Path, name: str, job: Workload, most: int, calibrating: bool)
         picked.append(run(model, settings, job, None))
         again.append(run(model, settings, job, best.policy).measured)
     errors = [each.error for each in outcomes]
+    measured = [each.measured for each in outcomes]
+    first, later = [each.runs[0].measured for each in outcomes], [each.later for each in outcomes]
     return {
         "policies": len(outcomes),
         "median_error": statistics.median(errors),
         "worst_error": max(errors),
         "worst_first_error": max(each.first_error for each in outcomes),
-        "rank_correlation": rank_correlation(outcomes),
+        "rank_correlation": rank_correlation([each.predicted for each in outcomes], measured),
+        "rank_of_rounds": rank_correlation(first, later),
         "of_best": statistics.median(again) / statistics.median(p.measured for p in picked),
         "repeated": max(again) / min(again) - 1,
         "picked": str(picked[0].policy.weights) + " " + str(picked[0].policy.kv_cache),
@@ -275,7 +284,7 @@ def show(report: dict[str, Any]) -> str:
     rows = [
         [key, each["policies"], f"{each['median_error']:.0%}", f"{each['worst_error']:.0%}",
          f"{each['worst_first_error']:.0%}", f"{each['rank_correlation']:.2f}",
-         f"{each['of_best']:.2f}", f"{each['repeated']:.0%}"]
+         f"{each['rank_of_rounds']:.2f}", f"{each['of_best']:.2f}", f"{each['repeated']:.0%}"]
         for key, each in report["results"].items()
     ]  # fmt: skip
     names = [
@@ -285,6 +294,7 @@ def show(report: dict[str, Any]) -> str:
         "worst",
         "of first runs",
         "Spearman",
+        "of rounds",
         "of the best",
         "same job",
     ]

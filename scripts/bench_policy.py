@@ -3,16 +3,17 @@
 Settings are emulated devices with links of stated speeds, and this machine's CPU with its disk and
 without. In each, the machine is measured as jobs measure it, one job of the automatic policy runs,
 whose corrections are kept, and then every policy of a list is predicted (the engine's scheduler on
-a virtual clock) and run, for two workloads. A job that others slow down is slowed down for a
-while: so the list is run in rounds, every policy in two, in a third if these two differ by a tenth,
-and short jobs in up to five. Each run is held against what was foreseen of it just before, for the
+a virtual clock) and run, for two workloads. A job that others slow down is slowed down for a while:
+so the list is run in rounds, every policy in two, in a third if these two differ by a tenth, and
+short jobs in up to five. Each run is held against what was foreseen of it just before, for the
 machine may be another a quarter of an hour later; a policy's error is that of the median of its
 runs' ratios. Corrections are of the last five runs (of each resource: of those that it was busy
-in): what follows a policy's own run by fewer others has seen it, and does not count. The worst of the first runs alone stands beside the worst of the
-medians. At last the policy that the planner picks is run, five times in turn with the best of the
-list; how much longer the longest of these five took than the shortest says what the machine's
-noise is. How one round of the list ranks the others' times says how well times can be ranked here
-at all. The last line on stdout is one JSON object.
+in): what follows a policy's own run by fewer others has seen it, and does not count. The worst of
+the first runs alone stands beside the worst of the medians. At last the policy that the planner
+picks is run, five times in turn with the best of the list; how much longer the longest of these
+five took than the shortest says what the machine's noise is. How one round of the list ranks the
+others' times says how well times can be ranked here at all. The last line on stdout is one JSON
+object.
 """
 
 from __future__ import annotations

@@ -92,6 +92,11 @@ class Outcome:
     unseen: bool = True
     """Whether the prediction knew no run of this policy."""
 
+    @property
+    def ratio(self) -> float:
+        """What was foreseen, of what it took."""
+        return self.predicted / self.measured
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -121,14 +126,13 @@ class Rounds:
 
     @property
     def error(self) -> float:
-        """Of the median run: how far its prediction was from what it took, of that."""
-        ratios = [each.predicted / each.measured for each in self.runs if each.unseen]
-        return abs(statistics.median(ratios) - 1)
+        """How far the median run's ratio is from 1."""
+        return abs(statistics.median(each.ratio for each in self.runs if each.unseen) - 1)
 
     @property
     def first_error(self) -> float:
         """Of the first run alone."""
-        return abs(self.runs[0].predicted / self.runs[0].measured - 1)
+        return abs(self.runs[0].ratio - 1)
 
 
 def policies(unified: bool, disk: bool) -> list[Policy]:
@@ -186,9 +190,9 @@ def run(model: Path, settings: dict[str, Any], job: Workload, policy: Policy | N
         measured: float = run_bench(engine, job)["seconds"]
         shape = f"{found.weights} {found.kv_cache}, {found.max_sequences} sequences, "
         shape += f"{found.micro_batch_rows} of {found.max_rows} rows"
-        ratio = predicted.makespan_seconds / measured
-        print(f"{shape}: {measured:.2f} s, predicted {ratio:.2f} of it", file=sys.stderr)
-        return Outcome(found, predicted.makespan_seconds, measured)
+        outcome = Outcome(found, predicted.makespan_seconds, measured)
+        print(f"{shape}: {measured:.2f} s, predicted {outcome.ratio:.2f} of it", file=sys.stderr)
+        return outcome
 
 
 def run_in_rounds(

@@ -61,12 +61,13 @@ def zigzag(
 ) -> Iterator[Step]:
     """Steps of one sweep over `layers` decoder layers and the output head, which is unit `layers`.
 
-    Weights of layers are asked for `depth - 1` units ahead, across the end of a sweep unless it is
-    the `last`; a sweep that follows one is `warm`: its first layers are on their way already. The
-    head, which has working memory of its own, is asked for at once and travels when nothing more
-    urgent does. KV pages, and activations that wait on HOST, are asked for one micro-batch ahead.
-    So all of it travels while earlier micro-batches compute. Each unit is prefetched, bound and
-    released once, however many micro-batches ride.
+    Weights of `depth` layers are in working memory or on their way to it: where a layer has ended
+    the next one but `depth - 1` is asked for, across the end of a sweep unless it is the `last`; a
+    sweep that follows one is `warm`: its first layers are on their way already. The head, which
+    has working memory of its own, is asked for at once and travels when nothing more urgent does,
+    and layers travel while it computes. KV pages, and activations that wait on HOST, are asked for
+    one micro-batch ahead. So all of it travels while earlier micro-batches compute. Each unit is
+    prefetched, bound and released once, however many micro-batches ride.
 
     With `breaks`, the host attends to a part of the pages: a layer of one micro-batch breaks off
     there, and goes on when the next one or two have got as far (`BROKEN_OFF`). These may be in the
@@ -104,14 +105,12 @@ class _Sweep:
             yield from self._compute(here, ahead, begun)
 
     def _start(self) -> Iterator[Step]:
-        ahead = min(self.depth - 1, self.layers)
-        for unit in () if self.warm else range(ahead):
+        for unit in () if self.warm else range(self._slots):
             yield Step(Action.PREFETCH, unit)
         yield Step(Action.PREFETCH, self.layers)
         for batch in range(self.micro_batches):
             yield Step(Action.START, micro_batch=batch)
             yield Step(Action.PARK, 0, batch)
-        yield from self._prefetch(0)
 
     def _compute(
         self, here: tuple[int, int], ahead: tuple[int, int], begun: list[tuple[int, int]]
@@ -141,11 +140,10 @@ class _Sweep:
             yield Step(Action.PARK, unit + 1, batch)
         if batch == self.micro_batches - 1:
             yield Step(Action.RELEASE, unit)
-            yield from self._prefetch(unit + 1)
+            wanted = unit + self._slots
+            if unit < self.layers and (wanted < self.layers or not self.last):
+                yield Step(Action.PREFETCH, wanted % self.layers)
 
-    def _prefetch(self, unit: int) -> Iterator[Step]:
-        """While `unit` computes, the slot of the one before is free."""
-        units = self.layers + 1
-        wanted = unit + min(self.depth, units) - 1
-        if unit < units and (wanted < self.layers or (wanted > self.layers and not self.last)):
-            yield Step(Action.PREFETCH, wanted % units)
+    @property
+    def _slots(self) -> int:
+        return min(self.depth, self.layers)

@@ -200,7 +200,7 @@ def test_an_end_that_nobody_foresaw_costs_the_layers_fetched_ahead(tiny_llama_di
     by_unit = Counter[int]()
     for spec in specs:
         by_unit[spec.unit] += spec.nbytes
-    a_sweep, ahead = sum(by_unit.values()) - by_unit[-1], depth - 1
+    a_sweep = sum(by_unit.values()) - by_unit[-1]
     (link, *_) = links = ("disk->device",) if device == "cpu" else ("disk->host", "host->device")
     with LLM(tiny_llama_dir, **more) as llm:
         transfers = engine_of(llm)._runtime.transfers
@@ -216,7 +216,7 @@ def test_an_end_that_nobody_foresaw_costs_the_layers_fetched_ahead(tiny_llama_di
         assert counted(again, "weights") == dict.fromkeys(links, 10 * a_sweep)
         generate(llm, [prompt], 4, stop_token_ids=[stop])
     # After close, when nothing is on its way any more.
-    extra = sum(by_unit[unit] for unit in range(ahead))
+    extra = sum(by_unit[unit] for unit in range(depth))
     assert transfers.counters[Link(link)].bytes["weights"] == 12 * a_sweep + extra
 
 

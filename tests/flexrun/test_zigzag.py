@@ -26,12 +26,12 @@ def places(steps: list[Step], action: Action) -> dict[tuple[int, int], int]:
 
 
 def test_the_smallest_sweep():
-    """One layer, one micro-batch, no look-ahead: only the head is asked for ahead of its turn."""
+    """One layer, one micro-batch: layer and head are asked for, and each step comes once."""
     assert list(zigzag(1, 1, depth=1)) == [
+        Step(Action.PREFETCH, 0),
         Step(Action.PREFETCH, 1),
         Step(Action.START, micro_batch=0),
         Step(Action.PARK, 0, 0),
-        Step(Action.PREFETCH, 0),
         Step(Action.BIND, 0),
         Step(Action.FETCH_KV, 0, 0),
         Step(Action.FETCH, 0, 0),
@@ -102,7 +102,7 @@ def test_the_head_is_asked_for_before_anything_computes(layers, batches, depth):
 
 
 def test_two_sweeps_overlap():
-    """Two layers and a look-ahead of one: the first layer of the next sweep travels meanwhile."""
+    """Two layers and two slots: where one has ended, the next sweep's travels meanwhile."""
     first = list(zigzag(2, 1, depth=2, last=False))
     second = list(zigzag(2, 1, depth=2, warm=True))
 
@@ -110,22 +110,19 @@ def test_two_sweeps_overlap():
         wanted = (Action.PREFETCH, Action.BIND, Action.RELEASE)
         return [(step.action.value, step.unit) for step in steps if step.action in wanted]
 
-    layers = [
-        ("prefetch", 1),
+    assert weights(first) == [
+        *(("prefetch", unit) for unit in (0, 1, 2)),
         ("bind", 0),
         ("release", 0),
+        ("prefetch", 0),
         ("bind", 1),
         ("release", 1),
-    ]
-    assert weights(first) == [
-        ("prefetch", 0),
-        ("prefetch", 2),
-        *layers,
-        ("prefetch", 0),
+        ("prefetch", 1),
         ("bind", 2),
         ("release", 2),
     ]
-    assert weights(second) == [("prefetch", 2), *layers, ("bind", 2), ("release", 2)]
+    uses = [(what, unit) for unit in range(3) for what in ("bind", "release")]
+    assert weights(second) == [("prefetch", 2), *uses]
 
 
 LASTS = [
@@ -161,7 +158,7 @@ def test_over_several_sweeps_a_unit_is_asked_for_once_a_sweep(layers, batches, d
                 assert step.unit in asked
             elif step.action is Action.RELEASE:
                 asked.remove(step.unit)
-        ahead = set() if lasts[-1] else set(range(min(depth - 1, layers)))
+        ahead = set() if lasts[-1] else set(range(min(depth, layers)))
         assert asked == ahead
         assert prefetches == {unit: len(lasts) + (unit in ahead) for unit in range(layers + 1)}
 
@@ -181,8 +178,10 @@ def test_over_several_sweeps_the_ring_is_large_enough(layers, batches, depth):
 
 @every_size
 def test_over_several_sweeps_prefetch_is_never_idle(layers, batches, depth):
-    """When a unit computes, all that is used within the next `depth - 1` units is on its way."""
-    units, ahead = layers + 1, min(depth, layers + 1)
+    """When a unit computes, the next `depth` layers are here or on their way, the head besides.
+
+    So a link that is the bound never waits for the end of a sweep.
+    """
     for lasts in LASTS:
         held: set[int] = set()
         for number, steps in enumerate(sweeps(layers, batches, depth, lasts)):
@@ -192,10 +191,9 @@ def test_over_several_sweeps_prefetch_is_never_idle(layers, batches, depth):
                 elif step.action is Action.RELEASE:
                     held.remove(step.unit)
                 elif step.action is Action.COMPUTE:
-                    end = units if lasts[number] else 2 * units
-                    soon = range(step.unit, min(step.unit + ahead, end))
-                    layers_soon = {unit % units for unit in soon} - {layers}
-                    assert held == {*layers_soon, layers}
+                    end = layers if lasts[number] else 2 * layers
+                    soon = range(step.unit, min(step.unit + depth, end, step.unit + layers))
+                    assert held == {*(unit % layers for unit in soon), layers}
 
 
 @every_size

@@ -61,8 +61,8 @@ def zigzag(
 ) -> Iterator[Step]:
     """Steps of one sweep over `layers` decoder layers and the output head, which is unit `layers`.
 
-    Weights of `depth` layers are in working memory or on their way to it: where a layer has ended
-    the next one but `depth - 1` is asked for, across the end of a sweep unless it is the `last`; a
+    Weights of `depth` layers are in working memory or on their way to it: where one has ended, the
+    layer `depth` further on is asked for, across the end of a sweep unless it is the `last`; a
     sweep that follows one is `warm`: its first layers are on their way already. The head, which
     has working memory of its own, is asked for at once and travels when nothing more urgent does,
     and layers travel while it computes. KV pages, and activations that wait on HOST, are asked for

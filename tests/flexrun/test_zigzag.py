@@ -180,7 +180,7 @@ def test_over_several_sweeps_the_ring_is_large_enough(layers, batches, depth):
 def test_over_several_sweeps_prefetch_is_never_idle(layers, batches, depth):
     """When a unit computes, the next `depth` layers are here or on their way, the head besides.
 
-    So a link that is the bound never waits for the end of a sweep.
+    So no slot stays empty around the end of a sweep.
     """
     for lasts in LASTS:
         held: set[int] = set()

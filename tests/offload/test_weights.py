@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from flexrun.zigzag import Action, Step, zigzag
 from offload.backend import DeviceBackend
 from offload.backend_cpu import CpuBackend
 from offload.backend_emulated import EmulatedBackend, EmulatedMachine
@@ -116,24 +117,61 @@ class Rig:
         self.disk.close()
 
 
+def three_sweeps(depth: int) -> list[Step]:
+    """Of which the last is known to be it."""
+    kinds = [(False, False), (True, False), (True, True)]
+    sweeps = [zigzag(LAYERS, 2, depth, warm=warm, last=last) for warm, last in kinds]
+    return [step for steps in sweeps for step in steps]
+
+
 @pytest.mark.parametrize("name", ["cpu", "emulated"])
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("depth", [1, 2, 3, LAYERS + 2])
 def test_bound_weights_have_the_loaded_values(tmp_path, name, seed, depth):
-    """In two sweeps with any placement, every unit has its own values from bind to release."""
+    """Over sweeps with any placement, every unit has its own values from bind to release."""
     rig = Rig(make_backend(name), tmp_path, seed, depth)
-    units = LAYERS + 1
-    for _ in range(2):
-        for ahead in range(min(depth - 1, units)):
-            rig.store.prefetch(ahead)
-        for unit in range(units):
-            if unit + depth - 1 < units:
-                rig.store.prefetch(unit + depth - 1)
-            rig.store.arrive(unit)
-            rig.store.bind(unit)
-            assert all(rig.is_right(weight) for weight in rig.units[unit])
+    for step in three_sweeps(depth):
+        if step.action is Action.PREFETCH:
+            rig.store.prefetch(step.unit)
+        elif step.action is Action.BIND:
+            rig.store.arrive(step.unit)
+            rig.store.bind(step.unit)
+        elif step.action is Action.COMPUTE:
+            assert all(rig.is_right(weight) for weight in rig.units[step.unit])
             assert rig.is_right(rig.norm)
-            rig.store.release(unit)
+        elif step.action is Action.RELEASE:
+            rig.store.release(step.unit)
+    rig.close()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, LAYERS + 2])
+def test_the_unit_that_is_bound_first_travels_first(tmp_path, monkeypatch, depth):
+    """A copy's priority is its unit's place among all binds, across the ends of sweeps too."""
+    rig = Rig(make_backend("emulated"), tmp_path, 1, depth)
+    asked: list[int] = []
+    for name in ("submit", "submit_from_disk"):
+        submit = getattr(rig.transfers, name)
+
+        def noted(*copy: Any, submit: Any = submit, **options: Any) -> Any:
+            asked.append(options["priority"])
+            return submit(*copy, **options)
+
+        monkeypatch.setattr(rig.transfers, name, noted)
+    due: dict[int, set[int]] = {}
+    binds = 0
+    for step in three_sweeps(depth):
+        if step.action is Action.PREFETCH:
+            rig.store.prefetch(step.unit)
+            due[step.unit] = set(asked)
+            asked.clear()
+        elif step.action is Action.BIND:
+            binds += 1
+            assert due[step.unit] <= {binds}
+            rig.store.arrive(step.unit)
+            rig.store.bind(step.unit)
+        elif step.action is Action.RELEASE:
+            rig.store.release(step.unit)
+    assert any(due.values())
     rig.close()
 
 

@@ -313,7 +313,10 @@ def read_arguments() -> argparse.Namespace:
     add("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     add("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     add("--policies", type=int, default=24, help="most of each setting (%(default)s)")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.policies < 2:
+        parser.error(f"--policies {given.policies}: ranks are of at least two; give 2 or more")
+    return given
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ import os
 import statistics
 import sys
 import tempfile
+from bisect import bisect_left, bisect_right
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -227,13 +228,12 @@ def settled(seconds: list[float]) -> bool:
 
 def rank_correlation(*both: list[float]) -> float:
     """Spearman's, of two lists of seconds of the same policies."""
-    orders = []
+    ranks = []
     for values in both:
-        place = sorted(range(len(values)), key=lambda n: values[n])
-        orders.append({number: rank for rank, number in enumerate(place)})
-    count = len(orders[0])
-    squares = sum((orders[0][n] - orders[1][n]) ** 2 for n in range(count))
-    return 1 - 6 * squares / (count * (count**2 - 1))
+        ordered = sorted(values)
+        # Of equal ones the middle of their places.
+        ranks.append([bisect_left(ordered, each) + bisect_right(ordered, each) for each in values])
+    return statistics.correlation(*ranks)
 
 
 def calibrate(settings: dict[str, Any]) -> None:

@@ -124,6 +124,17 @@ def three_sweeps(depth: int) -> list[Step]:
     return [step for steps in sweeps for step in steps]
 
 
+def follow(store: WeightStore, step: Step) -> None:
+    """As the executor does."""
+    if step.action is Action.PREFETCH:
+        store.prefetch(step.unit)
+    elif step.action is Action.BIND:
+        store.arrive(step.unit)
+        store.bind(step.unit)
+    elif step.action is Action.RELEASE:
+        store.release(step.unit)
+
+
 @pytest.mark.parametrize("name", ["cpu", "emulated"])
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("depth", [1, 2, 3, LAYERS + 2])
@@ -131,16 +142,10 @@ def test_bound_weights_have_the_loaded_values(tmp_path, name, seed, depth):
     """Over sweeps with any placement, every unit has its own values from bind to release."""
     rig = Rig(make_backend(name), tmp_path, seed, depth)
     for step in three_sweeps(depth):
-        if step.action is Action.PREFETCH:
-            rig.store.prefetch(step.unit)
-        elif step.action is Action.BIND:
-            rig.store.arrive(step.unit)
-            rig.store.bind(step.unit)
-        elif step.action is Action.COMPUTE:
+        follow(rig.store, step)
+        if step.action is Action.COMPUTE:
             assert all(rig.is_right(weight) for weight in rig.units[step.unit])
             assert rig.is_right(rig.norm)
-        elif step.action is Action.RELEASE:
-            rig.store.release(step.unit)
     rig.close()
 
 
@@ -160,18 +165,14 @@ def test_the_unit_that_is_bound_first_travels_first(tmp_path, monkeypatch, depth
     due: dict[int, set[int]] = {}
     binds = 0
     for step in three_sweeps(depth):
+        follow(rig.store, step)
         if step.action is Action.PREFETCH:
-            rig.store.prefetch(step.unit)
             due[step.unit] = set(asked)
             asked.clear()
         elif step.action is Action.BIND:
             binds += 1
             assert due[step.unit] <= {binds}
-            rig.store.arrive(step.unit)
-            rig.store.bind(step.unit)
-        elif step.action is Action.RELEASE:
-            rig.store.release(step.unit)
-    assert any(due.values())
+    assert sum(map(len, due.values())) > 1
     rig.close()
 
 

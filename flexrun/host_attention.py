@@ -177,7 +177,7 @@ class HostAttention:
             return None
         turn = self._turns[self._number % HOSTED_TURNS]
         self._number += 1
-        pool = self._kv.host_pool(layer)
+        pool = self._kv.pool(Tier.HOST, layer)
         # Only full pages are packed: what is new does not go there yet.
         sides = (query,) if pool.format.rotated else (query, key, value)
         sent, shapes = _in_one_piece(hosted.rows, *sides)
@@ -240,7 +240,7 @@ class HostAttention:
         self, shape: AttentionShape, compute: Callable[[], object] | None = None
     ) -> AttentionSpeed:
         """Of layers of `shape`; `compute`: see `measured_speed`."""
-        pool, account = self._kv.host_pool(0), self._backend.account
+        pool, account = self._kv.pool(Tier.HOST, 0), self._backend.account
         if Tier.HOST not in self._backend.lazy:
             return measured_speed(self._attention, pool, shape, compute)
         # Reading what was never written tells nothing. The same kind of memory is written for it.

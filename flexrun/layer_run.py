@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -19,7 +19,7 @@ from flexrun.twin_config import few_layers
 from offload.activations import ActivationStore
 from offload.errors import CapacityError
 from offload.kv_cache import KVCache
-from offload.packed import pack, unpack
+from offload.packed import can_pack, pack, unpack
 from offload.pages import PagePools
 from offload.tiers import Split, Tier
 from offload.timeline import Timeline
@@ -52,6 +52,17 @@ _STEP = 7919
 """Between the first tokens of sequences; a prime number."""
 _SCALE = 0.02
 """Of weights: hidden states stay numbers of an ordinary size."""
+
+
+class Size(NamedTuple):
+    """What is computed in a sweep."""
+
+    sequences: int
+    """Sequences, …"""
+    length: int
+    """… and the rows of each prompt, or the positions that each has."""
+    generating: bool = False
+    """A row each; otherwise their prompts are computed."""
 
 
 class LayerRun:
@@ -92,8 +103,7 @@ class LayerRun:
         if longest < _NEW_TOKENS:
             raise CapacityError(f"sequences of {self.model.context_length} tokens are too short")
         pools = self._pools(quarter, dtype)
-        cache = KVCache(self.model.attention, dtype, pools, backend, self._transfers, 0)
-        closing.callback(cache.close)
+        self.cache = self._cache(pools, dtype, closing)
         moved = self._most_rows, shape.hidden_size * dtype.itemsize, backend, self._transfers
         activations = ActivationStore(Split(device=100), *moved)
         closing.callback(activations.close)
@@ -107,7 +117,7 @@ class LayerRun:
         self._executor = Executor(
             self.model,
             self._store,
-            cache,
+            self.cache,
             closing.enter_context(device_attention(backend, dtype, self.model.attention)),
             backend,
             self._timeline,
@@ -117,6 +127,19 @@ class LayerRun:
         # Nothing may be on its way when memory is given back.
         closing.callback(self._transfers.close)
         self._last = 0
+
+    @property
+    def packs(self) -> bool:
+        """Whether matrices may have an order that suits the processor's products."""
+        if self._backend.device.type != "cpu":
+            return False
+        return can_pack() and any(weight.dtype == torch.bfloat16 for weight in self._weights.all)
+
+    @property
+    def head_packed(self) -> bool:
+        """Whether the head's matrix has it now; a tied one, which is a table too, never has."""
+        head = {weight.name for weight in self._weights.head}
+        return any(weight.name in head for weight in self._packed)
 
     def _rows_within(self, nbytes: int, room: Room) -> int:
         """As many as can be computed in so much memory, which is taken. Raises `CapacityError`."""
@@ -175,6 +198,17 @@ class LayerRun:
             self.context //= 2
         return PagePools({Tier.DEVICE: self._tokens() // _PAGE}, _PAGE)
 
+    def _cache(
+        self, pools: PagePools, dtype: torch.dtype, closing: contextlib.ExitStack
+    ) -> KVCache:
+        attention = self.model.attention
+        cache = KVCache(attention, dtype, pools, self._backend, self._transfers, 0)
+        closing.callback(cache.close)
+        for layer in range(len(attention)):
+            # Memory that was never written is one page of zeros, which caches hold.
+            Room.numbers(cache.pool(Tier.DEVICE, layer).raw.view(-1), dtype)
+        return cache
+
     def _tokens(self) -> int:
         each = max(self.context, _PAGE) + _NEW_TOKENS + _PAGE
         prompts = self._most_rows // _LOGIT_ROWS * (_LOGIT_ROWS + _PAGE)
@@ -185,7 +219,7 @@ class LayerRun:
         """Bring matrices into the order of the processor's products, as those that stay are in a
         job; whether there are any.
         """
-        if self._backend.device.type != "cpu":
+        if not self.packs:
             return False
         for weight in self._weights.all:
             if weight.name in self.model.products:
@@ -196,21 +230,29 @@ class LayerRun:
         return bool(self._packed)
 
     @contextlib.contextmanager
-    def sequences(self, count: int, prompt: int) -> Iterator[None]:
-        """So many wait, with prompts of this length; at the end they are gone."""
+    def sequences(self, count: int, prompt: int, computed: int = 0) -> Iterator[None]:
+        """So many wait, with prompts of this length, of which some rows are taken for computed; at
+        the end they are gone.
+        """
         names = range(self._last, self._last + count)
         self._last += count
         for name in names:
-            self.scheduler.add(name, prompt, prompt + _NEW_TOKENS)
+            self.scheduler.add(name, prompt, prompt + _NEW_TOKENS, computed=computed)
         yield
         for name in names:
             self.scheduler.finish(name)
 
+    def timed(self, size: Size, repeats: int) -> Timed:
+        """The median of sweeps of this size."""
+        measure = self.generating if size.generating else self.prompts
+        return measure(size.sequences, size.length, repeats)
+
     def generating(self, count: int, context: int, repeats: int) -> Timed:
-        """The median of sweeps in which `count` sequences with so many positions generate."""
-        with self.sequences(count, context):
-            while self.scheduler.waiting or self.scheduler.prompts:
-                self.sweep()
+        """The median of sweeps in which `count` sequences with so many positions generate, after
+        one that is not counted. What they attend to are random numbers.
+        """
+        with self.sequences(count, context, context - 1):
+            self.sweep()
             return median([self.sweep() for _ in range(repeats)])
 
     def prompts(self, count: int, length: int, repeats: int) -> Timed:

@@ -16,18 +16,21 @@ import statistics
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from compression.errors import FlexrunError
 from flexrun.attention_calibration import page_bytes
-from flexrun.layer_run import LayerRun
+from flexrun.layer_run import LayerRun, Size
 from flexrun.link_calibration import LinkCalibration
+from flexrun.timed_sweep import median
 from offload.links import Link
 from policy_search.model_profile import ModelProfile, Points
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from transformers import PretrainedConfig
@@ -38,25 +41,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 15.0
-"""For measuring a model, about: a sweep that has begun is ended."""
-_SINGLE_ROWS = (1, 4, 16, 32, 64)
+SECONDS = 35.0
+"""For measuring a model, about: a round that has begun is ended."""
+_SINGLE_ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Sequences that generate, a row each."""
 _PROMPT = 128
 """Rows of each prompt, of which as many are computed as more rows need."""
-_CONTEXT = 512
-"""Positions that are attended to where attention is measured."""
-_SEQUENCES = 8
-_FEW, _MANY = 5, 9
-"""Times that a sweep is repeated; the median counts."""
-_BESIDE_ROWS = 16
+ATTENDING = (8, 512)
+"""Sequences, of a number in the list above, and positions of each, where attention is measured."""
+_REPEATS = 3
+"""Of a size in a round; the median counts."""
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
+"""Rounds of all sizes: there has to be time for so many if another size is to be measured; and the
+most that there are.
+"""
+_BESIDE_ROWS, _BESIDE_SWEEPS = 16, 5
 """That compute while weights arrive."""
 _MOST_LOST = 0.9
 _NOISE = 0.05
 """Part of a sweep that is no difference."""
-_POINTS_PART, _CONTEXT_PART, _BESIDE_PART = 0.35, 0.15, 0.05
-"""Of the time: for the points of one kind of weights, for the positions to attend to, and for each
-measurement of a link."""
+_ROUNDS_PART, _BESIDE_PART = 0.4, 0.05
+"""Of the time: for rounds with one kind of weights, and for each measurement of a link."""
 
 
 def measured_profile(
@@ -73,7 +78,7 @@ def measured_profile(
     for a layer of each kind and what it works with, and whatever the model's code raises.
     """
     with contextlib.ExitStack() as closing, torch.inference_mode():
-        run = LayerRun(config, shape, dtype, backend, (_SEQUENCES, _CONTEXT), closing)
+        run = LayerRun(config, shape, dtype, backend, ATTENDING, closing)
         found = Profiler(run, shape, seconds).profile()
         try:
             compute, link = _lost(run, backend, dtype, directory, _BESIDE_PART * seconds)
@@ -117,7 +122,7 @@ def _sweep_seconds(run: LayerRun, seconds: float) -> float:
     while not found or time.perf_counter() < end:
         with run.sequences(_BESIDE_ROWS, 1):
             run.sweep()
-            found += [run.sweep().whole for _ in range(_FEW)]
+            found += [run.sweep().whole for _ in range(_BESIDE_SWEEPS)]
     return statistics.median(found)
 
 
@@ -128,72 +133,129 @@ def _part(lost: float) -> float:
 class Profiler:
     """Runs a model's layers in several ways, and tells operators apart."""
 
-    def __init__(self, run: LayerRun, shape: ModelShape, seconds: float) -> None:
-        """`seconds`: for all of it, about."""
+    def __init__(
+        self, run: LayerRun, shape: ModelShape, seconds: float, held_out: Sequence[Size] = ()
+    ) -> None:
+        """`seconds`: for all of it, about. Sizes that are `held_out` of the profile are measured in
+        the same rounds as its own.
+        """
         self._run = run
         self._shape = shape
         self._seconds = seconds
+        self._held_out = held_out
+        self.held_out: list[dict[Size, Timed]] = []
+        """With weights as they arrive, and with those in the processor's order if there are any."""
+        self.rounds: list[int] = []
+        """Of the same."""
 
     def profile(self) -> ModelProfile:
         """What can be told without anything else that runs."""
-        self._run.generating(_SINGLE_ROWS[-1], 1, 1)  # whatever compiles
-        plain = self._points()
-        decoding, chunks = self._attention(*plain)
-        packed = self._points() if self._run.pack() else ([], [])
-        singles, _ = plain
+        run, seconds = self._run, _ROUNDS_PART * self._seconds
+        run.generating(_SINGLE_ROWS[-1], 1, 1)  # whatever compiles
+        plain = self._rounds(seconds if run.packs else 2 * seconds)
+        packed = self._rounds(seconds) if run.pack() else {}
+        chunks = self._chunk_flops(plain)
+        singles = self._singles(plain)
         return ModelProfile(
-            layers=self._layers(*plain, chunks),
-            in_place=self._layers(*packed, chunks),
-            head=_rising([(s.rows, s.head) for s in singles]) if self._run.whole_head else (),
+            layers=self._layers(plain, chunks),
+            in_place=self._layers(packed, chunks),
+            head=self._head(plain),
+            head_in_place=self._head(packed) if run.head_packed else (),
             program=statistics.median(each.program for each in singles),
             around=statistics.median(each.around for each in singles),
-            device_attention=decoding,
+            device_attention=self._decoding(plain),
             attention_flops=chunks,
         )
 
-    def _points(self) -> tuple[list[Timed], list[Timed]]:
-        """Single rows, and prompts, as many as there is time for but one size at least."""
+    def _rounds(self, seconds: float) -> dict[Size, Timed]:
+        """The medians of the profile's sizes, as many as there is time for.
+
+        Every size in turn, again and again: a slow spell of the machine falls on all of them, and
+        the median of each forgets it.
+        """
+        start = time.perf_counter()
+        found = self._first_round(seconds)
+        rounds, spent = 1, time.perf_counter() - start
+        while rounds < _MOST_ROUNDS and spent * (rounds + 1) / rounds <= seconds:
+            for size, each in found.items():
+                each.append(self._run.timed(size, _REPEATS))
+            rounds, spent = rounds + 1, time.perf_counter() - start
+        medians = {size: median(each) for size, each in found.items()}
+        self.rounds.append(rounds)
+        self.held_out.append({size: medians.pop(size) for size in self._held_out})
+        return medians
+
+    def _first_round(self, seconds: float) -> dict[Size, list[Timed]]:
+        """Single rows, with longer contexts, too, and prompts: one size of these at least."""
         run, start = self._run, time.perf_counter()
-        singles = [run.generating(rows, 1, _FEW) for rows in _SINGLE_ROWS]
-        prompts: list[Timed] = []
-        last = singles[-1]
-        for rows in run.prompt_rows:
-            left = _POINTS_PART * self._seconds - (time.perf_counter() - start)
-            if prompts and (_FEW + 1) * last.wall * rows / last.rows > left:
+        singles = [Size(rows, 1, generating=True) for rows in _SINGLE_ROWS]
+        sizes = [*self._held_out, self._attending, *singles]
+        found = {size: [run.timed(size, _REPEATS)] for size in sizes}
+        last, fewest = found[sizes[-1]][0], len(found)
+        for step in self._prompts():
+            rows = sum(size.sequences * size.length for size in step)
+            more = (_REPEATS + 1) * last.wall * rows / last.rows
+            spent = time.perf_counter() - start
+            if len(found) > fewest and _LEAST_ROUNDS * (spent + more) > seconds:
                 break
-            last = run.prompts(max(1, rows // _PROMPT), min(rows, _PROMPT, run.context), _FEW)
-            prompts.append(last)
-        return singles, prompts
+            found |= {size: [run.timed(size, _REPEATS)] for size in step}
+            last = found[step[0]][0]
+        return found
 
-    def _attention(self, singles: list[Timed], prompts: list[Timed]) -> tuple[float, float]:
-        """Bytes and operations per second: what longer contexts add to the same rows."""
-        run = self._run
-        dearest = (prompts or singles)[-1]
-        of_context = run.context * dearest.wall / dearest.rows
-        affordable = int(_CONTEXT_PART * self._seconds / of_context)
-        count = max(1, min(run.sequences_at_once, affordable))
-        alone = run.generating(count, 1, _MANY)
-        beside = run.generating(count, run.context, _MANY)
+    @property
+    def _attending(self) -> Size:
+        return Size(ATTENDING[0], self._run.context, generating=True)
+
+    def _prompts(self) -> Iterator[list[Size]]:
+        """More and more rows, in short prompts, and once in longer ones, too: what these take
+        longer is attention's.
+        """
+        length, context = min(_PROMPT, self._run.context), self._run.context
+        longer = context > length
+        for rows in self._run.prompt_rows:
+            sizes = [Size(max(1, rows // length), length)]
+            if longer and rows >= context:
+                sizes.append(Size(rows // context, context))
+                longer = False
+            yield sizes
+
+    def _singles(self, found: Mapping[Size, Timed]) -> list[Timed]:
+        """Those that attend to next to nothing, and have the size's rows."""
+        return [found[size] for size in found if size.generating and size.length == 1]
+
+    def _decoding(self, found: Mapping[Size, Timed]) -> float:
+        """Bytes per second of single rows' attention: what longer contexts add to the same rows."""
+        beside = found[self._attending]
+        alone = found[Size(beside.rows, 1, generating=True)]
         nbytes = (beside.read - alone.read) * sum(self._shape.kv_rows)
-        decoding = _rate(nbytes, alone.seconds, beside.seconds)
-        if not prompts or run.context <= _PROMPT:
-            return decoding, math.inf
-        return decoding, self._chunk_flops(prompts[-1])
+        return _rate(nbytes, alone.seconds, beside.seconds)
 
-    def _chunk_flops(self, short: Timed) -> float:
-        """Of long prompts, against about as many rows of short ones."""
-        length = min(self._run.context, short.rows)
-        long = self._run.prompts(max(1, short.rows // length), length, _FEW)
-        same = long.rows / short.rows
-        flops = (long.positions - same * short.positions) * self._shape.attention_flops
-        return _rate(flops, same * short.seconds, long.seconds)
+    def _chunk_flops(self, found: Mapping[Size, Timed]) -> float:
+        """Operations per second of prompts' attention: what longer prompts add to about as many
+        rows; no limit if there was no time for longer ones.
+        """
+        prompts = [(size, timed) for size, timed in found.items() if not size.generating]
+        for (_, short), (size, long) in pairwise(prompts):
+            if size.length > _PROMPT:
+                same = long.rows / short.rows
+                flops = (long.positions - same * short.positions) * self._shape.attention_flops
+                return _rate(flops, same * short.seconds, long.seconds)
+        return math.inf
 
-    def _layers(self, singles: list[Timed], prompts: list[Timed], flops: float) -> Points:
+    def _layers(self, found: Mapping[Size, Timed], flops: float) -> Points:
         """Without what prompts' rows attend to, which is priced by itself."""
         each = self._shape.attention_flops / flops
-        points = [(one.rows, one.seconds) for one in singles]
-        points += [(one.rows, one.seconds - one.positions * each) for one in prompts]
-        return _rising(points)
+        points = [(one.rows, one.seconds) for one in self._singles(found)]
+        points += [
+            (one.rows, one.seconds - one.positions * each)
+            for size, one in found.items()
+            if not size.generating and size.length <= _PROMPT
+        ]
+        return rising(points)
+
+    def _head(self, found: Mapping[Size, Timed]) -> Points:
+        """Nothing if it does not run whole."""
+        return rising([(s.rows, s.head) for s in self._singles(found) if self._run.whole_head])
 
 
 def _rate(amount: float, less: float, more: float) -> float:
@@ -201,11 +263,19 @@ def _rate(amount: float, less: float, more: float) -> float:
     return amount / (more - less) if amount > 0 and more > (1 + _NOISE) * less else math.inf
 
 
-def _rising(points: list[tuple[int, float]]) -> Points:
-    """More rows, which never take less time."""
-    found: list[tuple[int, float]] = []
+def rising(points: list[tuple[int, float]]) -> Points:
+    """More rows never take less time: where they seem to, neighbours have their mean. Of all rising
+    seconds these are the nearest in squares (pool adjacent violators: Ayer et al., 1955).
+    """
+    kept: list[tuple[int, float]] = []
+    pools: list[list[float]] = []
     for rows, seconds in points:
-        least = found[-1][1] if found else 0.0
-        if seconds > 0 and (not found or rows > found[-1][0]):
-            found.append((rows, max(least, seconds)))
-    return tuple(found)
+        if seconds <= 0 or (kept and rows <= kept[-1][0]):
+            continue
+        kept.append((rows, seconds))
+        pools.append([seconds])
+        while len(pools) > 1 and statistics.fmean(pools[-2]) > statistics.fmean(pools[-1]):
+            last = pools.pop()
+            pools[-1] += last
+    means = [statistics.fmean(pool) for pool in pools for _ in pool]
+    return tuple((rows, mean) for (rows, _), mean in zip(kept, means))

@@ -243,9 +243,9 @@ class KVCache:
         """Whether some of this sweep's rows do."""
         return any(batch.hosted is not None for batch in self._batches)
 
-    def host_pool(self, layer: int) -> PagedKV:
-        """All pages of a layer on HOST."""
-        return self._layers[Tier.HOST][layer]
+    def pool(self, tier: Tier, layer: int) -> PagedKV:
+        """All pages of a layer on `tier`."""
+        return self._layers[tier][layer]
 
     def earlier_stores(self, layer: int) -> Sequence[Transfer]:
         """What stored or copied pages of this layer: who reads them comes after it."""

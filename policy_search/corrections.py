@@ -8,6 +8,7 @@ import statistics
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from policy_search.model_profile import FORMAT
 from policy_search.model_records import ModelRecords
 from policy_search.model_shape import ModelShape
 from policy_search.sweep_load import RESOURCES
@@ -31,7 +32,8 @@ def model_key(shape: ModelShape, *, profiled: bool = False) -> str:
     Predictions with the model's profile are wrong in other ways than those without.
     """
     names = [field.name for field in fields(ModelShape) if field.name != "tensors"]
-    values = {name: getattr(shape, name) for name in names} | {"profiled": profiled}
+    values = {name: getattr(shape, name) for name in names}
+    values["profiled"] = FORMAT if profiled else False
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Points = tuple[tuple[int, float], ...]
 """Rows, rising, and seconds."""
-FORMAT = 2
+FORMAT = 3
 """Raise it when something else is measured: what was measured before is not used then."""
 
 
@@ -34,6 +34,8 @@ class ModelProfile:
     processor; empty: as `layers`."""
     head: Points = ()
     """Rows that need logits, and the output head; empty: as other products."""
+    head_in_place: Points = ()
+    """The same with a head that stays, as `in_place`; empty: as `head`."""
     program: float = 0.0
     """Seconds of a micro-batch's way through all layers in which the device waits for the program
     that tells it what to do, …"""
@@ -50,25 +52,32 @@ class ModelProfile:
 
     def layer_seconds(self, rows: float, in_place: float) -> float:
         """Of a micro-batch; a part `in_place` of the weights stays."""
-        plain = seconds_at(self.layers, rows)
-        if not (self.in_place and in_place):
-            return plain
-        return plain + in_place * (seconds_at(self.in_place, rows) - plain)
+        return _between(self.layers, self.in_place, rows, in_place)
+
+    def head_seconds(self, rows: float, in_place: float) -> float:
+        """Of a micro-batch; a part `in_place` of the head stays. There are points of it."""
+        return _between(self.head, self.head_in_place, rows, in_place)
 
     def slowed(self, factor: float) -> ModelProfile:
         """All of it takes `factor` times as long."""
-        layers, in_place, head = (
+        layers, in_place, head, head_in_place = (
             tuple((rows, factor * seconds) for rows, seconds in points)
-            for points in (self.layers, self.in_place, self.head)
+            for points in (self.layers, self.in_place, self.head, self.head_in_place)
         )
         return replace(
             self,
             layers=layers,
             in_place=in_place,
             head=head,
+            head_in_place=head_in_place,
             device_attention=self.device_attention / factor,
             attention_flops=self.attention_flops / factor,
         )
+
+
+def _between(points: Points, in_place: Points, rows: float, part: float) -> float:
+    plain = seconds_at(points, rows)
+    return plain + part * (seconds_at(in_place, rows) - plain) if in_place and part else plain
 
 
 def seconds_at(points: Sequence[tuple[int, float]], rows: float) -> float:
@@ -121,7 +130,7 @@ def _read(data: Any) -> ModelProfile:
     """Raises `TypeError`, `ValueError` and `KeyError` for what is no profile."""
     values: dict[str, Any] = {}
     for name, value in data.items():
-        if name in ("layers", "in_place", "head"):
+        if name in ("layers", "in_place", "head", "head_in_place"):
             values[name] = _points(value, may_be_empty=name != "layers")
         else:
             values[name] = float(value)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from policy_search.model_profile import seconds_at
 from policy_search.model_shape import touched_share
 
 if TYPE_CHECKING:
@@ -66,13 +65,18 @@ def attention_seconds(
     return single + positions * flops / many
 
 
-def head_seconds(shape: ModelShape, hardware: Hardware, rows: float, batches: int) -> float:
-    """Of the output head for `rows` that need logits; every micro-batch has at least one."""
+def head_seconds(
+    shape: ModelShape, hardware: Hardware, rows: float, batches: int, in_place: float = 0.0
+) -> float:
+    """Of the output head for `rows` that need logits; every micro-batch has at least one.
+
+    A part `in_place` of it stays where it is computed with.
+    """
     if not batches:
         return 0.0
     each = max(1.0, rows / batches)
     if hardware.profile is not None and hardware.profile.head:
-        return batches * seconds_at(hardware.profile.head, each)
+        return batches * hardware.profile.head_seconds(each, in_place)
     flops = each * shape.head_flops_per_row
     if hardware.products:
         return batches * flops / _rate(hardware.products, each)

@@ -32,7 +32,9 @@ class PlacedWeights:
     streamed: tuple[int, ...]
     """The same, with what comes from a HOST that is not the device's memory."""
     in_place: float
-    """The part of the layers' bytes that is computed with where it is stored."""
+    """The part of the layers' bytes that is computed with where it is stored, …"""
+    head_in_place: float
+    """… and of the head's."""
     gathers: bool
     """Whether an embedding table of its own is not where it is computed with."""
 
@@ -42,7 +44,7 @@ def placed_weights(shape: ModelShape, split: Split, *, unified: bool) -> PlacedW
     """`unified` says that HOST is the memory of the device. The shape has tensors."""
     tiers = place(shape.tensors, split)
     here = (Tier.DEVICE, Tier.HOST) if unified else (Tier.DEVICE,)
-    homes, padding, used, layers = (dict.fromkeys(Tier, 0) for _ in range(4))
+    homes, padding, used, layers, head = (dict.fromkeys(Tier, 0) for _ in range(5))
     from_host = [0] * (shape.num_layers + 1)
     gathers = False
     for tensor in shape.tensors:
@@ -53,8 +55,7 @@ def placed_weights(shape: ModelShape, split: Split, *, unified: bool) -> PlacedW
             gathers = gathers or tier not in here
             continue
         used[tier] += tensor.nbytes
-        if tensor.unit < shape.num_layers:
-            layers[tier] += tensor.nbytes
+        (layers if tensor.unit < shape.num_layers else head)[tier] += tensor.nbytes
         if tier is Tier.HOST and not unified:
             from_host[tensor.unit] += lines
     slabs = [0] * len(from_host)
@@ -67,6 +68,7 @@ def placed_weights(shape: ModelShape, split: Split, *, unified: bool) -> PlacedW
         slabs=tuple(slabs),
         streamed=tuple(slab + more for slab, more in zip(slabs, from_host)),
         in_place=sum(layers[tier] for tier in here) / (sum(layers.values()) or 1),
+        head_in_place=sum(head[tier] for tier in here) / (sum(head.values()) or 1),
         gathers=gathers,
     )
 

@@ -68,7 +68,8 @@ class SweepCost:
         self._unified = unified
         self._from_disk_link = "disk->device" if unified else "disk->host"
         self.streamed, self.from_disk = streamed_bytes(shape, policy, unified=unified)
-        self._in_place, self._gathers = in_place(shape, policy, unified=unified)
+        self._in_place, self._head_in_place = in_place(shape, policy, unified=unified)
+        self._gathers = _gathers(shape, policy, unified=unified)
         total = sum(used.kv for used in memory.values()) or 1
         # All sequences have an equal share of their pages on each tier.
         self._kv = {tier: shape.kv_token_bytes * memory[tier].kv / total for tier in Tier}
@@ -136,7 +137,7 @@ class SweepCost:
             weights=0 if self._unified else int(self.streamed + moved),
             host_kv=pages,
             compute=self._expansion + layers + attending,
-            around=head_seconds(shape, hardware, load.generating, batches),
+            around=head_seconds(shape, hardware, load.generating, batches, self._head_in_place),
             program=program_seconds(hardware, batches),
         )
 
@@ -189,16 +190,23 @@ class SweepCost:
         return best_host_share(work, self.hardware)
 
 
-def in_place(shape: ModelShape, policy: Policy, *, unified: bool) -> tuple[float, bool]:
-    """The part of the layers' weights that are computed with where and as they are stored, and
-    whether an embedding table of its own is elsewhere.
+def in_place(shape: ModelShape, policy: Policy, *, unified: bool) -> tuple[float, float]:
+    """Parts of the layers' and of the head's weights that are computed with where and as they are
+    stored.
     """
-    here = (Tier.DEVICE, Tier.HOST) if unified else (Tier.DEVICE,)
+    if shape.expanded_in_sweep:
+        return 0.0, 0.0
     if not shape.tensors:
+        here = (Tier.DEVICE, Tier.HOST) if unified else (Tier.DEVICE,)
         part = sum(policy.weights.fraction(tier) for tier in here)
-        return 0.0 if shape.expanded_in_sweep else part, False
+        return part, part
     placed = placed_weights(shape, policy.weights, unified=unified)
-    return 0.0 if shape.expanded_in_sweep else placed.in_place, placed.gathers
+    return placed.in_place, placed.head_in_place
+
+
+def _gathers(shape: ModelShape, policy: Policy, *, unified: bool) -> bool:
+    """Whether an embedding table of its own is elsewhere than where it is computed with."""
+    return bool(shape.tensors) and placed_weights(shape, policy.weights, unified=unified).gathers
 
 
 def disk_page_seconds(shape: ModelShape, policy: Policy) -> float:

@@ -41,6 +41,7 @@ PROFILE = ModelProfile(
     layers=((1, 2.0), (4, 5.0), (16, 20.0)),
     in_place=((1, 1.0), (4, 3.0), (16, 10.0)),
     head=((1, 0.5), (4, 1.0)),
+    head_in_place=((1, 0.25), (4, 0.5)),
     program=0.15,
     around=0.1,
     device_attention=64.0,
@@ -62,6 +63,8 @@ def test_weights_that_stay_take_what_they_were_measured_to():
     assert PROFILE.layer_seconds(4, 1.0) == 3.0
     assert PROFILE.layer_seconds(4, 0.25) == pytest.approx(5.0 - 0.25 * 2.0)
     assert replace(PROFILE, in_place=()).layer_seconds(4, 1.0) == 5.0
+    assert [PROFILE.head_seconds(4, part) for part in (0.0, 0.5, 1.0)] == [1.0, 0.75, 0.5]
+    assert replace(PROFILE, head_in_place=()).head_seconds(4, 1.0) == 1.0
 
 
 def test_each_micro_batch_takes_its_rows_seconds():
@@ -71,6 +74,7 @@ def test_each_micro_batch_takes_its_rows_seconds():
     assert layer_seconds(SHAPE, measured, 8, 2, in_place=1.0) == 2 * 3.0
     assert layer_seconds(SHAPE, measured, 0, 0) == 0
     assert head_seconds(SHAPE, measured, 8, 2) == 2 * 1.0
+    assert head_seconds(SHAPE, measured, 8, 2, in_place=1.0) == 2 * 0.5
     assert head_seconds(SHAPE, measured, 0, 3) == 3 * 0.5
     without = replace(measured, profile=replace(PROFILE, head=()), flops=10.0)
     assert head_seconds(SHAPE, without, 8, 2) == pytest.approx(2 * 4 * 40 / 10)
@@ -83,6 +87,7 @@ def test_a_slower_device_takes_longer_for_all_of_it():
     assert slow.profile.layer_seconds(4, 0.0) == 10.0
     assert slow.profile.layer_seconds(4, 1.0) == 6.0
     assert slow.profile.head == ((1, 1.0), (4, 2.0))
+    assert slow.profile.head_in_place == ((1, 0.5), (4, 1.0))
     assert slow.device_attention == slow.profile.device_attention == 32.0
 
 
@@ -100,12 +105,12 @@ def sweep(policy, hardware, load):
 
 
 def test_a_sweep_counts_the_program_and_not_as_compute():
-    """The device waits for it; half of the weights stay, so layers are between both ways."""
+    """The device waits for it; half of the weights stay: layers and head are between both ways."""
     load = SweepLoad(rows=4, generating=4, read=8, positions=8, stored=0)
     policy = Policy(weights=Split(device=50, host=50), micro_batch_rows=4, max_rows=4)
     terms = sweep(policy, FAST.profiled(PROFILE), load)
     attending = 8 * 32 / 64.0
-    assert terms.busy["compute"] == pytest.approx(4.0 + attending + 1.0)
+    assert terms.busy["compute"] == pytest.approx(4.0 + attending + 0.75)
     assert terms.seconds == pytest.approx(terms.busy["compute"] + 0.25)
     one_by_one = sweep(replace(policy, overlap=False), FAST.profiled(PROFILE), load)
     assert one_by_one.seconds == pytest.approx(terms.seconds)

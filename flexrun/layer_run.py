@@ -64,6 +64,11 @@ class Size(NamedTuple):
     generating: bool = False
     """A row each; otherwise their prompts are computed."""
 
+    @property
+    def rows(self) -> int:
+        """Of the sweep."""
+        return self.sequences * (1 if self.generating else self.length)
+
 
 class LayerRun:
     """Layers of each kind, as many as fit into a part of the device's budget."""

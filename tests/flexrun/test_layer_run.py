@@ -313,7 +313,7 @@ def test_a_slow_spell_is_forgotten():
 
 
 def test_sizes_that_are_held_out_are_measured_in_the_same_rounds():
-    """In turn with the profile's own, of both kinds of weights; they change nothing in it."""
+    """Beside those of as many rows, with both kinds of weights; they change nothing in it."""
     run: Any = Clock(2e-3, 1e-3)
     held_out = [Size(3, 1, generating=True), Size(5, 48)]
     profiling = Profiler(run, shape_of(LLAMA), 1e9, held_out)
@@ -322,8 +322,11 @@ def test_sizes_that_are_held_out_are_measured_in_the_same_rounds():
     assert list(plain) == list(packed) == held_out
     assert plain[held_out[0]].head == 2 * packed[held_out[0]].head == 0.5 + 3 / 64
     assert plain[held_out[1]].rows == 5 * 48
-    own = [(8, 512), *((rows, 1) for rows in SINGLE_ROWS), (1, 128), (2, 128), (8, 128), (2, 512)]
-    assert run.asked[1 : 1 + 3 * 14] == 3 * [(3, 1), (5, 48), *own]
+    first = [(8, 512), *((rows, 1) for rows in SINGLE_ROWS), (1, 128), (2, 128), (8, 128), (2, 512)]
+    assert run.asked[1:15] == [(3, 1), (5, 48), *first]
+    singles = [(1, 1), (2, 1), (3, 1), (4, 1), (8, 512), (8, 1), (16, 1), (32, 1), (64, 1)]
+    prompts = [(1, 128), (5, 48), (2, 128), (8, 128), (2, 512)]
+    assert run.asked[15:43] == 2 * [*singles, *prompts]
 
 
 def test_a_head_that_is_a_table_too_has_one_way():

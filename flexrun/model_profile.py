@@ -25,12 +25,12 @@ from compression.errors import FlexrunError
 from flexrun.attention_calibration import page_bytes
 from flexrun.layer_run import LayerRun, Size
 from flexrun.link_calibration import LinkCalibration
-from flexrun.timed_sweep import median
+from flexrun.size_rounds import ATTENDING, PROMPT, SINGLE_ROWS, Measured, SizeRounds
 from offload.links import Link
 from policy_search.model_profile import ModelProfile, Points
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from transformers import PretrainedConfig
@@ -43,18 +43,6 @@ logger = logging.getLogger(__name__)
 
 SECONDS = 35.0
 """For measuring a model, about: a round that has begun is ended."""
-_SINGLE_ROWS = (1, 2, 4, 8, 16, 32, 64)
-"""Sequences that generate, a row each."""
-_PROMPT = 128
-"""Rows of each prompt, of which as many are computed as more rows need."""
-ATTENDING = (8, 512)
-"""Sequences, of a number in the list above, and positions of each, where attention is measured."""
-_REPEATS = 3
-"""Of a size in a round; the median counts."""
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
-"""Rounds of all sizes: there has to be time for so many if another size is to be measured; and the
-most that there are.
-"""
 _BESIDE_ROWS, _BESIDE_SWEEPS = 16, 5
 """That compute while weights arrive."""
 _MOST_LOST = 0.9
@@ -136,24 +124,24 @@ class Profiler:
     def __init__(
         self, run: LayerRun, shape: ModelShape, seconds: float, held_out: Sequence[Size] = ()
     ) -> None:
-        """`seconds`: for all of it, about. Sizes that are `held_out` of the profile are measured in
-        the same rounds as its own.
+        """`seconds`: for all of it, about. Sizes that are `held_out` of the profile are measured
+        with its own.
         """
         self._run = run
         self._shape = shape
         self._seconds = seconds
-        self._held_out = held_out
-        self.held_out: list[dict[Size, Timed]] = []
+        self._rounds = SizeRounds(run, held_out)
+        self.measured: list[Measured] = []
         """With weights as they arrive, and with those in the processor's order if there are any."""
-        self.rounds: list[int] = []
-        """Of the same."""
 
     def profile(self) -> ModelProfile:
         """What can be told without anything else that runs."""
         run, seconds = self._run, _ROUNDS_PART * self._seconds
-        run.generating(_SINGLE_ROWS[-1], 1, 1)  # whatever compiles
-        plain = self._rounds(seconds if run.packs else 2 * seconds)
-        packed = self._rounds(seconds) if run.pack() else {}
+        run.generating(SINGLE_ROWS[-1], 1, 1)  # whatever compiles
+        self.measured.append(self._rounds.measure(seconds if run.packs else 2 * seconds))
+        if run.pack():
+            self.measured.append(self._rounds.measure(seconds))
+        plain, packed = (each.own for each in (*self.measured, Measured({}, {}, 0))[:2])
         chunks = self._chunk_flops(plain)
         singles = self._singles(plain)
         return ModelProfile(
@@ -167,66 +155,13 @@ class Profiler:
             attention_flops=chunks,
         )
 
-    def _rounds(self, seconds: float) -> dict[Size, Timed]:
-        """The medians of the profile's sizes, as many as there is time for.
-
-        Every size in turn, again and again: a slow spell of the machine falls on all of them, and
-        the median of each forgets it. Those of about as many rows come one after the other: what a
-        spell does to them is the same.
-        """
-        start = time.perf_counter()
-        found = self._first_round(seconds)
-        rounds, spent = 1, time.perf_counter() - start
-        while rounds < _MOST_ROUNDS and spent * (rounds + 1) / rounds <= seconds:
-            for size in sorted(found, key=lambda size: (not size.generating, size.rows)):
-                found[size].append(self._run.timed(size, _REPEATS))
-            rounds, spent = rounds + 1, time.perf_counter() - start
-        medians = {size: median(each) for size, each in found.items()}
-        self.rounds.append(rounds)
-        self.held_out.append({size: medians.pop(size) for size in self._held_out})
-        return medians
-
-    def _first_round(self, seconds: float) -> dict[Size, list[Timed]]:
-        """Single rows, with longer contexts, too, and prompts: one size of these at least."""
-        run, start = self._run, time.perf_counter()
-        singles = [Size(rows, 1, generating=True) for rows in _SINGLE_ROWS]
-        sizes = [*self._held_out, self._attending, *singles]
-        found = {size: [run.timed(size, _REPEATS)] for size in sizes}
-        last, fewest = found[sizes[-1]][0], len(found)
-        for step in self._prompts():
-            rows = sum(size.rows for size in step)
-            more = (_REPEATS + 1) * last.wall * rows / last.rows
-            spent = time.perf_counter() - start
-            if len(found) > fewest and _LEAST_ROUNDS * (spent + more) > seconds:
-                break
-            found |= {size: [run.timed(size, _REPEATS)] for size in step}
-            last = found[step[0]][0]
-        return found
-
-    @property
-    def _attending(self) -> Size:
-        return Size(ATTENDING[0], self._run.context, generating=True)
-
-    def _prompts(self) -> Iterator[list[Size]]:
-        """More and more rows, in short prompts, and once in longer ones, too: what these take
-        longer is attention's.
-        """
-        length, context = min(_PROMPT, self._run.context), self._run.context
-        longer = context > length
-        for rows in self._run.prompt_rows:
-            sizes = [Size(max(1, rows // length), length)]
-            if longer and rows >= context:
-                sizes.append(Size(rows // context, context))
-                longer = False
-            yield sizes
-
     def _singles(self, found: Mapping[Size, Timed]) -> list[Timed]:
         """Those that attend to next to nothing, and have the size's rows."""
         return [found[size] for size in found if size.generating and size.length == 1]
 
     def _decoding(self, found: Mapping[Size, Timed]) -> float:
         """Bytes per second of single rows' attention: what longer contexts add to the same rows."""
-        beside = found[self._attending]
+        beside = found[self._rounds.attending]
         alone = found[Size(beside.rows, 1, generating=True)]
         nbytes = (beside.read - alone.read) * sum(self._shape.kv_rows)
         return _rate(nbytes, alone.seconds, beside.seconds)
@@ -237,7 +172,7 @@ class Profiler:
         """
         prompts = [(size, timed) for size, timed in found.items() if not size.generating]
         for (_, short), (size, long) in pairwise(prompts):
-            if size.length > _PROMPT:
+            if size.length > PROMPT:
                 same = long.rows / short.rows
                 flops = (long.positions - same * short.positions) * self._shape.attention_flops
                 return _rate(flops, same * short.seconds, long.seconds)
@@ -250,7 +185,7 @@ class Profiler:
         points += [
             (one.rows, one.seconds - one.positions * each)
             for size, one in found.items()
-            if not size.generating and size.length <= _PROMPT
+            if not size.generating and size.length <= PROMPT
         ]
         return rising(points)
 

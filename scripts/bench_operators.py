@@ -31,7 +31,8 @@ from flexrun.engine import Engine
 from flexrun.layer_run import LayerRun, Size
 from flexrun.machine import open_backend
 from flexrun.model import load_config
-from flexrun.model_profile import ATTENDING, Profiler, measured_profile
+from flexrun.model_profile import Profiler, measured_profile
+from flexrun.size_rounds import ATTENDING
 from policy_search.hardware import Hardware
 from policy_search.operators import attention_seconds, head_seconds, layer_seconds
 
@@ -106,7 +107,7 @@ def errors(
 ) -> dict[str, Any]:
     """Of every operator, by the profile of the same rounds and by the one from before."""
     result: dict[str, Any] = {}
-    for in_place, measured in enumerate(profiler.held_out):
+    for in_place, measured in enumerate(each.held_out for each in profiler.measured):
         shown = head and (not in_place or bool(profiles[0].head_in_place))
         both = []
         for profile in profiles:
@@ -140,7 +141,7 @@ def measure(model: Path, device: str, seconds: float) -> dict[str, Any]:
             found = errors((profile, before), profiler, shape, run.whole_head)
     return {
         "dtype": str(dtype),
-        "rounds": profiler.rounds,
+        "rounds": [each.rounds for each in profiler.measured],
         "profiles": [
             {name: value for name, value in asdict(each).items() if value != math.inf}
             for each in (profile, before)

@@ -292,7 +292,7 @@ def test_operators_are_told_apart():
     assert found.attention_flops == pytest.approx(flops / 1e-3)
     assert [rows for rows, _ in found.layers] == [*SINGLE_ROWS, 128, 256, 1024]
     for rows, seconds in found.layers:
-        own = 2e-3 * rows * 4 if rows <= 64 else 0.0  # the few positions of single rows
+        own = 2e-3 * rows * 2 if rows <= 64 else 0.0  # the few positions of single rows
         assert seconds == pytest.approx(2 + rows / 8 + own)
     assert dict(found.in_place)[1024] == pytest.approx(0.5 * (2 + 1024 / 8))
     assert found.head == tuple((n, 0.5 + n / 64) for n in SINGLE_ROWS)
@@ -305,10 +305,11 @@ def test_a_slow_spell_is_forgotten():
     have been measured within the spell or outside of it.
     """
     steady = profiler(2e-3, 1e-3, 1e9).profile()
-    sizes = len(steady.layers) + 2  # longer contexts, longer prompts
-    spell = [1.0] * (1 + 2 * sizes) + [3.0] * (3 * sizes)
+    singles, prompts = 8, 4
+    calls = singles + prompts * (singles + 1)  # of a round; there are nine
+    spell = [1.0] * (1 + 2 * calls) + [3.0] * (3 * calls)
     assert profiler(2e-3, 1e-3, 1e9, spell).profile() == steady
-    beyond = [1.0] * (1 + 2 * sizes) + [3.0] * (5 * sizes)  # of nine rounds
+    beyond = [1.0] * (1 + 2 * calls) + [3.0] * (5 * calls)
     assert profiler(2e-3, 1e-3, 1e9, beyond).profile() != steady
 
 
@@ -318,15 +319,20 @@ def test_sizes_that_are_held_out_are_measured_in_the_same_rounds():
     held_out = [Size(3, 1, generating=True), Size(5, 48)]
     profiling = Profiler(run, shape_of(LLAMA), 1e9, held_out)
     assert profiling.profile() == profiler(2e-3, 1e-3, 1e9).profile()
-    plain, packed = profiling.held_out
+    plain, packed = (each.held_out for each in profiling.measured)
     assert list(plain) == list(packed) == held_out
     assert plain[held_out[0]].head == 2 * packed[held_out[0]].head == 0.5 + 3 / 64
     assert plain[held_out[1]].rows == 5 * 48
-    first = [(8, 512), *((rows, 1) for rows in SINGLE_ROWS), (1, 128), (2, 128), (8, 128), (2, 512)]
-    assert run.asked[1:15] == [(3, 1), (5, 48), *first]
-    singles = [(1, 1), (2, 1), (3, 1), (4, 1), (8, 512), (8, 1), (16, 1), (32, 1), (64, 1)]
-    prompts = [(1, 128), (5, 48), (2, 128), (8, 128), (2, 512)]
-    assert run.asked[15:43] == 2 * [*singles, *prompts]
+    singles = [(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (8, 512), (16, 1), (32, 1), (64, 1)]
+    first = [(5, 48), (1, 128), (2, 128), (8, 128), (2, 512)]
+    rising = [(1, 128), (5, 48), (2, 128), (8, 128), (2, 512)]
+    rounds = [
+        size
+        for prompts in (first, rising, rising)
+        for each in ([], *([prompt] for prompt in prompts))
+        for size in (*singles, *each)
+    ]
+    assert run.asked[1 : 1 + len(rounds)] == rounds
 
 
 def test_a_head_that_is_a_table_too_has_one_way():

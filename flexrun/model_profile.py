@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 35.0
+SECONDS = 30.0
 """For measuring a model, about: a round that has begun is ended."""
 _BESIDE_ROWS, _BESIDE_SWEEPS = 16, 5
 """That compute while weights arrive."""

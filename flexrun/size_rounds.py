@@ -22,7 +22,7 @@ PROMPT = 128
 """Rows of each prompt, of which as many are computed as more rows need."""
 _REPEATS = 2
 """Of a prompt's sweep each time."""
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 9
+_LEAST_ROUNDS, _MOST_ROUNDS = 2, 9
 """There has to be time for so many if another size is to be measured; and the most that there are.
 """
 

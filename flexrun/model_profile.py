@@ -16,7 +16,6 @@ import statistics
 import time
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +24,7 @@ from compression.errors import FlexrunError
 from flexrun.attention_calibration import page_bytes
 from flexrun.layer_run import LayerRun, Size
 from flexrun.link_calibration import LinkCalibration
-from flexrun.size_rounds import ATTENDING, PROMPT, SINGLE_ROWS, Measured, SizeRounds
+from flexrun.size_rounds import ATTENDING, PROMPT, SINGLE_ROWS, SizeRounds
 from offload.links import Link
 from policy_search.model_profile import ModelProfile, Points
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
+    from flexrun.size_rounds import Measured
     from flexrun.timed_sweep import Timed
     from offload.backend import DeviceBackend
     from policy_search.model_shape import ModelShape
@@ -138,10 +138,11 @@ class Profiler:
         """What can be told without anything else that runs."""
         run, seconds = self._run, _ROUNDS_PART * self._seconds
         run.generating(SINGLE_ROWS[-1], 1, 1)  # whatever compiles
-        self.measured.append(self._rounds.measure(seconds if run.packs else 2 * seconds))
+        self.measured = [self._rounds.measure(seconds if run.packs else 2 * seconds)]
+        plain, packed = self.measured[0].own, {}
         if run.pack():
             self.measured.append(self._rounds.measure(seconds))
-        plain, packed = (each.own for each in (*self.measured, Measured({}, {}, 0))[:2])
+            packed = self.measured[1].own
         chunks = self._chunk_flops(plain)
         singles = self._singles(plain)
         return ModelProfile(
@@ -170,9 +171,11 @@ class Profiler:
         """Operations per second of prompts' attention: what longer prompts add to about as many
         rows; no limit if there was no time for longer ones.
         """
-        prompts = [(size, timed) for size, timed in found.items() if not size.generating]
-        for (_, short), (size, long) in pairwise(prompts):
+        prompts = {size: timed for size, timed in found.items() if not size.generating}
+        for size, long in prompts.items():
             if size.length > PROMPT:
+                others = (each for other, each in prompts.items() if other.length <= PROMPT)
+                short = min(others, key=lambda each: abs(each.rows - size.rows))
                 same = long.rows / short.rows
                 flops = (long.positions - same * short.positions) * self._shape.attention_flops
                 return _rate(flops, same * short.seconds, long.seconds)

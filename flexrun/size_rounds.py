@@ -61,7 +61,8 @@ class SizeRounds:
         prompts = sorted((s for s in found if not s.generating), key=lambda size: size.rows)
         rounds, spent = 1, time.perf_counter() - start
         while rounds < _MOST_ROUNDS and spent * (rounds + 1) / rounds <= seconds:
-            self._singles(found)
+            if not prompts:  # too little room for any
+                self._singles(found)
             for size in prompts:
                 self._prompt(found, size)
             rounds, spent = rounds + 1, time.perf_counter() - start

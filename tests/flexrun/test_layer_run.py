@@ -300,16 +300,27 @@ def test_operators_are_told_apart():
     assert (found.program, found.around) == (0.25, 0.125)
 
 
+def test_longer_prompts_need_not_divide_the_rows():
+    """Of a model with fewer positions: held against the nearest number of rows, in proportion."""
+    run: Any = Clock(2e-3, 1e-3)
+    run.context, run.prompt_rows = 384, [128, 512]
+    found = Profiler(run, shape_of(LLAMA), 1e9).profile()
+    assert (1, 384) in run.asked
+    # Seconds that do not grow with rows are a percent of what attention adds.
+    assert found.attention_flops == pytest.approx(shape_of(LLAMA).attention_flops / 1e-3, rel=0.02)
+
+
 def test_a_slow_spell_is_forgotten():
     """Of rounds of all sizes, some of which take three times as long; each size by itself would
     have been measured within the spell or outside of it.
     """
     steady = profiler(2e-3, 1e-3, 1e9).profile()
     singles, prompts = 8, 4
-    calls = singles + prompts * (singles + 1)  # of a round; there are nine
-    spell = [1.0] * (1 + 2 * calls) + [3.0] * (3 * calls)
+    calls = prompts * (singles + 1)  # of a round; there are nine
+    before = 1 + singles + 2 * calls
+    spell = [1.0] * before + [3.0] * (3 * calls)
     assert profiler(2e-3, 1e-3, 1e9, spell).profile() == steady
-    beyond = [1.0] * (1 + 2 * calls) + [3.0] * (5 * calls)
+    beyond = [1.0] * before + [3.0] * (5 * calls)
     assert profiler(2e-3, 1e-3, 1e9, beyond).profile() != steady
 
 
@@ -326,12 +337,8 @@ def test_sizes_that_are_held_out_are_measured_in_the_same_rounds():
     singles = [(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (8, 512), (16, 1), (32, 1), (64, 1)]
     first = [(5, 48), (1, 128), (2, 128), (8, 128), (2, 512)]
     rising = [(1, 128), (5, 48), (2, 128), (8, 128), (2, 512)]
-    rounds = [
-        size
-        for prompts in (first, rising, rising)
-        for each in ([], *([prompt] for prompt in prompts))
-        for size in (*singles, *each)
-    ]
+    turns = (each for prompts in (first, rising, rising) for each in prompts)
+    rounds = [*singles, *(size for each in turns for size in (*singles, each))]
     assert run.asked[1 : 1 + len(rounds)] == rounds
 
 

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 _MOST_BYTES = 512 << 20
 """Of all layers that run: more than most caches hold, as in a job."""
 _MOST_HEAD = 256 << 20
-"""Bytes of a head that runs whole, and of its table."""
+"""Bytes of a head that runs whole, and of its table: a larger one is predicted as other products
+are."""
 _PROMPT_ROWS = {"cpu": (128, 512, 1024), "cuda": (256, 1024, 4096)}
 """Of prompts in a sweep, by the type of device."""
 _LOGIT_ROWS = 64

@@ -84,6 +84,7 @@ def model_shape(
         expanded_in_sweep=sum(w.expanded_bytes for unit in units for w in unit),
         prepared_bytes=disk.to_write,
         always_prepared=weights.quantized,
+        architecture=str(config.model_type).removesuffix("_text"),
         tensors=tuple(
             TensorSpec(w.name, unit, w.nbytes, disk.places[w.name]) for unit, w in weights.placeable
         ),

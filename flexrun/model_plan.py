@@ -81,7 +81,9 @@ class ModelPlanner:
         memory = memory_of(shape, policy, self.limits, self.context, unified=self.unified)
         job, prediction, cost = self._job(config), None, None
         if config.allow_quantization or self.speeds.known():
-            speeds, unified = self._hardware(shape, policy), {"unified": self.unified}
+            # A job that needed no plan is foreseen as well as it can be without measuring.
+            speeds = self._hardware(shape, policy, measure_model=config.allow_quantization)
+            unified = {"unified": self.unified}
             prediction = predict(shape, policy, memory, job, speeds, **unified)
             cost = SweepCost(shape, policy, memory, speeds, **unified)
         room_for = min(self.context, job.longest_sequence, longest_held(shape, policy, memory))
@@ -174,6 +176,9 @@ class ModelPlanner:
             found = None
         return (found or goal.best(candidates)).policy
 
-    def _hardware(self, shape: ModelShape, policy: Policy) -> Hardware:
+    def _hardware(
+        self, shape: ModelShape, policy: Policy, *, measure_model: bool = True
+    ) -> Hardware:
         """For pages of as few bits as the policy's."""
-        return for_kv_bits(self.speeds.hardware(shape), policy.kv_bits, unified=self.unified)
+        found = self.speeds.hardware(shape, measure_model=measure_model)
+        return for_kv_bits(found, policy.kv_bits, unified=self.unified)

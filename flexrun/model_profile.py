@@ -26,7 +26,7 @@ from flexrun.layer_run import LayerRun, Size
 from flexrun.link_calibration import LinkCalibration
 from flexrun.size_rounds import ATTENDING, PROMPT, SINGLE_ROWS, SizeRounds
 from offload.links import Link
-from policy_search.model_profile import ModelProfile, Points
+from policy_search.model_profile import ModelProfile, Points, seconds_at
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -174,11 +174,12 @@ class Profiler:
         prompts = {size: timed for size, timed in found.items() if not size.generating}
         for size, long in prompts.items():
             if size.length > PROMPT:
-                others = (each for other, each in prompts.items() if other.length <= PROMPT)
-                short = min(others, key=lambda each: abs(each.rows - size.rows))
-                same = long.rows / short.rows
-                flops = (long.positions - same * short.positions) * self._shape.attention_flops
-                return _rate(flops, same * short.seconds, long.seconds)
+                short = [each for other, each in prompts.items() if other.length <= PROMPT]
+                seconds = seconds_at([(each.rows, each.seconds) for each in short], long.rows)
+                seconds *= min(1.0, long.rows / short[0].rows)
+                attended = long.rows * short[0].positions / short[0].rows  # of a row, alike in all
+                flops = (long.positions - attended) * self._shape.attention_flops
+                return _rate(flops, seconds, long.seconds)
         return math.inf
 
     def _layers(self, found: Mapping[Size, Timed], flops: float) -> Points:

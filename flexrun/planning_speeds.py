@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flexrun.skeleton import one_line
+from offload.tiers import Tier
 from policy_search.calibration_file import load_calibration, machine_key, save_calibration
 from policy_search.corrections import Corrections, corrected, model_key
 from policy_search.errors import PolicyError
@@ -14,14 +15,13 @@ from policy_search.model_profile import ModelProfiles, profile_key
 from policy_search.model_speeds import model_speeds
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     import torch
     from transformers import PretrainedConfig
 
     from offload.backend import DeviceBackend
-    from offload.tiers import Tier
     from policy_search.calibration_file import MachineKey
     from policy_search.hardware import Hardware
     from policy_search.model_profile import ModelProfile
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 SECONDS = 15.0
 """For measuring a machine where a job needs a plan; `policy-search calibrate` takes longer."""
 ENOUGH = 1 << 30
-"""Bytes of every tier that a machine is measured with for later jobs, too."""
+"""Bytes of every tier with which a machine is measured for later jobs, too; a model, of DEVICE."""
 
 
 @dataclass(slots=True)
@@ -63,33 +63,38 @@ class PlanningSpeeds:
         return machine_key(kind, dtype, self.directory, self.emulate)
 
     def known(self) -> bool:
-        """Whether nothing has to be measured."""
+        """Whether the machine has been measured."""
         if self._measured is None and (found := self._load()) is not None:
             self._measured = found
         return self._measured is not None
 
-    def hardware(self, shape: ModelShape) -> Hardware:
-        """For a model of `shape`. Machine and model are measured now if they never were.
+    def hardware(self, shape: ModelShape, *, measure_model: bool = True) -> Hardware:
+        """For a model of `shape`. The machine is measured now if it never was, and so is the model
+        unless `measure_model` is off: products and attention then take what they do in general.
 
         Raises `CapacityError` and `OffloadStoreError` where the machine cannot be measured.
         """
         if not self.known():
             self._measured = self._measure()
         assert self._measured is not None
-        profile = self._profile(shape)
+        profile = self._profile(shape, measure=measure_model)
         found, self._used = model_speeds(self._measured, self._key.digest, shape, profile)
         self._profiled = found.profile is not None
         return found
 
-    def _profile(self, shape: ModelShape) -> ModelProfile | None:
+    def _profile(self, shape: ModelShape, *, measure: bool) -> ModelProfile | None:
         """Of the model, which is measured once, or found not to be measurable."""
         if self.config is None:
             return None
-        key = profile_key(shape)
-        if key not in self._profiles:
-            known = ModelProfiles().load(self._key.digest, shape)
-            self._profiles[key] = known or self._measure_model(self.config, shape)
-        return self._profiles[key]
+        key, profiles = profile_key(shape), ModelProfiles()
+        if key not in self._profiles and (found := profiles.load(self._key.digest, shape)):
+            self._profiles[key] = found
+        if key not in self._profiles and measure:
+            # Two jobs that measure at once would find half a machine each.
+            with profiles.measuring(self._key.digest):
+                found = profiles.load(self._key.digest, shape)
+                self._profiles[key] = found or self._measure_model(self.config, shape)
+        return self._profiles.get(key)
 
     def _measure_model(self, config: PretrainedConfig, shape: ModelShape) -> ModelProfile | None:
         from flexrun import model_profile  # Numba takes a while to import, too
@@ -102,13 +107,14 @@ class PlanningSpeeds:
         except Exception as error:  # of model code, or of memory: a job can do without
             logger.warning("they cannot be measured (%s): they are predicted", one_line(error))
             return None
-        if self._for_later_jobs(self.backend.account.limits):
+        # What runs for it is on DEVICE.
+        if self._for_later_jobs([self.backend.account.limits.get(Tier.DEVICE)]):
             ModelProfiles().store(self._key.digest, shape, found)
         return found
 
-    def _for_later_jobs(self, limits: Mapping[Tier, int | None]) -> bool:
+    def _for_later_jobs(self, limits: Iterable[int | None]) -> bool:
         """What is measured under small budgets, of small pieces or of caches, is for one job."""
-        return bool(self.emulate) or min(int(limit or 0) for limit in limits.values()) >= ENOUGH
+        return bool(self.emulate) or min(int(limit or 0) for limit in limits) >= ENOUGH
 
     def _measure(self) -> Hardware:
         """Raises `CapacityError` and `OffloadStoreError`."""
@@ -116,7 +122,7 @@ class PlanningSpeeds:
 
         logger.warning("measuring this machine, once: %.0f seconds or less", SECONDS)
         machine = measure_machine(self.backend, self.dtype, self.directory, seconds=SECONDS)
-        if not self._for_later_jobs(machine.limits):
+        if not self._for_later_jobs(machine.limits.values()):
             return machine.hardware
         try:
             save_calibration(self._key, machine)

@@ -64,7 +64,7 @@ class SizeRounds:
             if not prompts:  # too little room for any
                 self._singles(found)
             for size in prompts:
-                self._prompt(found, size)
+                self._singles_and_prompt(found, size)
             rounds, spent = rounds + 1, time.perf_counter() - start
         medians = {size: median(found[size]) for size in (*self._single, *prompts)}
         held_out = {size: medians.pop(size) for size in self._held_out}
@@ -77,7 +77,7 @@ class SizeRounds:
         of_singles = time.perf_counter() - start
         for size in self._held_out:
             if not size.generating:
-                self._prompt(found, size)
+                self._singles_and_prompt(found, size)
         last, fewest = found[self._single[-1]][0], len(found)
         for step in self._prompts():
             each = (_REPEATS + 1) * last.wall / last.rows
@@ -86,7 +86,7 @@ class SizeRounds:
             if len(found) > fewest and _LEAST_ROUNDS * (spent + more) > seconds:
                 break
             for size in step:
-                self._prompt(found, size)
+                self._singles_and_prompt(found, size)
             last = found[step[0]][0]
         return found
 
@@ -94,7 +94,7 @@ class SizeRounds:
         for size in self._single:
             found[size].append(self._run.timed(size, 1))
 
-    def _prompt(self, found: dict[Size, list[Timed]], size: Size) -> None:
+    def _singles_and_prompt(self, found: dict[Size, list[Timed]], size: Size) -> None:
         self._singles(found)
         found.setdefault(size, []).append(self._run.timed(size, _REPEATS))
 

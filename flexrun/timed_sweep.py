@@ -48,31 +48,39 @@ def timed(
     """
     single = [span for span in plan.spans if span.length == 1]
     many = [span for span in plan.spans if span.length > 1]
-    found = [each for each in intervals if each.row == COMPUTE]
-    more, layers, head = sum(counts) / len(counts), 0.0, 0.0
-    for _, name, start, end, _ in found:
-        kind, _, unit = name.partition(" ")
-        number = int(unit.split(",")[0]) if kind == "unit" else -1
-        if number == len(counts):
-            head += end - start
-        elif number >= 0:
-            layers += (end - start) * counts[number]
-        elif kind == "weights":
-            layers += (end - start) * more
+    found = sorted((each for each in intervals if each.row == COMPUTE), key=lambda one: one.start)
+    layers, head, program, before = 0.0, 0.0, 0.0, found[0].start
+    for each, unit in zip(found, _units(found)):
+        # A unit is as often there as its layer, with its weights and what it waits for.
+        count = counts[unit] if 0 <= unit < len(counts) else 1.0
+        if unit == len(counts) and each.name.startswith("unit"):
+            head += each.end - each.start
         else:
-            layers += end - start
-    computing = sum(each.end - each.start for each in found)
-    inside = max(each.end for each in found) - min(each.start for each in found)
+            layers += (each.end - each.start) * count
+        program += max(0.0, each.start - before) * count
+        before = max(before, each.end)
+    inside = before - found[0].start
     return Timed(
         rows=plan.rows,
         read=sum(span.end for span in single),
         positions=sum(s.length * (2 * s.start + s.length + 1) // 2 for s in many),
         seconds=layers,
         head=head,
-        program=max(0.0, inside - computing) * more,
+        program=program,
         around=max(0.0, wall - inside),
         wall=wall,
     )
+
+
+def _units(intervals: Sequence[Interval]) -> list[int]:
+    """The number of the unit that each belongs to: its own, or the next one's; -1 at the start."""
+    numbers, number = [], -1
+    for each in reversed(intervals):
+        kind, _, rest = each.name.partition(" ")
+        if kind == "unit":
+            number = int(rest.split(",")[0])
+        numbers.append(number if kind in ("unit", "weights") else -1)
+    return numbers[::-1]
 
 
 def median(sweeps: list[Timed]) -> Timed:

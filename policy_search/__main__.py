@@ -8,6 +8,7 @@ Exit codes: 0 there is a plan, 2 wrong usage, or a model that does not fit.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -47,14 +48,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["simulate"]:
-            return simulate(words[1:])
-        if words[:1] == ["calibrate"]:
-            return calibrate(words[1:])
-        return run_plan(build_parser().parse_args(words), _lengths_of)
+        code = _run(words)
+        sys.stdout.flush()
+        return code
     except FlexrunError as error:
         print(f"policy-search: error: {error}", file=sys.stderr)
         return BAD_USAGE
+    except BrokenPipeError:
+        # `| head` has seen enough; nothing more can be written there, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _run(words: Sequence[str]) -> int:
+    if words[:1] == ["simulate"]:
+        return simulate(words[1:])
+    if words[:1] == ["calibrate"]:
+        return calibrate(words[1:])
+    return run_plan(build_parser().parse_args(words), _lengths_of)
 
 
 def simulate(words: Sequence[str]) -> int:

@@ -27,11 +27,13 @@ LEAST, MOST = 0.1, 10.0
 
 
 def model_key(shape: ModelShape, *, profiled: bool = False) -> str:
-    """The same for models that take the same time, whatever their tensors are called.
+    """The same for models that take the same time, whatever their tensors are called, and whether
+    they were prepared before.
 
     Predictions with the model's profile are wrong in other ways than those without.
     """
-    names = [field.name for field in fields(ModelShape) if field.name != "tensors"]
+    others = ("tensors", "prepared_bytes")
+    names = [field.name for field in fields(ModelShape) if field.name not in others]
     values = {name: getattr(shape, name) for name in names}
     values["profiled"] = FORMAT if profiled else False
     text = json.dumps(values, sort_keys=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +16,14 @@ from policy_search.model_records import ModelRecords
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from policy_search.model_shape import ModelShape
 
 Points = tuple[tuple[int, float], ...]
 """Rows, rising, and seconds."""
-FORMAT = 3
+FORMAT = 4
 """Raise it when something else is measured: what was measured before is not used then."""
 
 
@@ -50,13 +54,13 @@ class ModelProfile:
     link_lost: float = 0.0
     """… and their link while the layers compute."""
 
-    def layer_seconds(self, rows: float, in_place: float) -> float:
-        """Of a micro-batch; a part `in_place` of the weights stays."""
-        return _between(self.layers, self.in_place, rows, in_place)
+    def layer_seconds(self, rows: float, in_place: float, least: float = 0.0) -> float:
+        """Of a micro-batch; a part `in_place` of the weights stays. `least`: see `seconds_at`."""
+        return _between(self.layers, self.in_place, rows, in_place, least)
 
-    def head_seconds(self, rows: float, in_place: float) -> float:
+    def head_seconds(self, rows: float, in_place: float, least: float = 0.0) -> float:
         """Of a micro-batch; a part `in_place` of the head stays. There are points of it."""
-        return _between(self.head, self.head_in_place, rows, in_place)
+        return _between(self.head, self.head_in_place, rows, in_place, least)
 
     def slowed(self, factor: float) -> ModelProfile:
         """All of it takes `factor` times as long."""
@@ -75,25 +79,47 @@ class ModelProfile:
         )
 
 
-def _between(points: Points, in_place: Points, rows: float, part: float) -> float:
-    plain = seconds_at(points, rows)
-    return plain + part * (seconds_at(in_place, rows) - plain) if in_place and part else plain
+def _between(points: Points, in_place: Points, rows: float, part: float, least: float) -> float:
+    plain = seconds_at(points, rows, least)
+    if not (in_place and part):
+        return plain
+    # `least` is of plain products.
+    faster = seconds_at(in_place, rows, least * in_place[-1][1] / points[-1][1])
+    return plain + part * (faster - plain)
 
 
-def seconds_at(points: Sequence[tuple[int, float]], rows: float) -> float:
-    """Linear between `points` and beyond the last two; constant below the first."""
-    first = points[0]
+def seconds_at(points: Sequence[tuple[int, float]], rows: float, least: float = 0.0) -> float:
+    """Linear between `points` and beyond the last two; constant below the first.
+
+    Beyond the last one each row takes at least so many seconds more: two points may be alike by
+    chance, or because both sizes wait for the same weights.
+    """
+    first, last = points[0], points[-1]
     if len(points) == 1 or rows <= first[0]:
         return first[1] * max(1.0, rows / first[0])
     pairs = list(pairwise(points))
     (less, fast), (more, slow) = next((pair for pair in pairs if rows <= pair[1][0]), pairs[-1])
-    return fast + (slow - fast) * (rows - less) / (more - less)
+    seconds = fast + (slow - fast) * (rows - less) / (more - less)
+    return max(seconds, last[1] + (rows - last[0]) * least) if rows > last[0] else seconds
+
+
+@cache
+def _version(package: str) -> str:
+    """As it says without being imported; empty if it is not there."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return ""
 
 
 def profile_key(shape: ModelShape) -> str:
-    """The same for models that compute the same, in however many bits their tensors are stored."""
+    """The same for models that compute the same with the same libraries, in however many bits their
+    tensors are stored.
+    """
     values = (
         FORMAT,
+        *map(_version, ("torch", "transformers")),
+        shape.architecture,
+        any(tensor.unit < 0 for tensor in shape.tensors),  # a head that is no table can be packed
         shape.hidden_size,
         shape.widest,
         shape.vocab_size,
@@ -119,6 +145,10 @@ class ModelProfiles:
         """None if it was never measured."""
         found: ModelProfile | None = self._records.load(machine_key, profile_key(shape))
         return found
+
+    def measuring(self, machine_key: str) -> AbstractContextManager[None]:
+        """While no other process measures a model on the machine."""
+        return self._records.measuring(machine_key)
 
     def store(self, machine_key: str, shape: ModelShape, profile: ModelProfile) -> None:
         """Keep it for later plans. Says in a warning if it cannot."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from policy_search.machine import cache_dir
 from policy_search.whole_file import locked, write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 MOST_MODELS = 64
 """Of a machine; those whose records were written longest ago are forgotten."""
 
+
+_WAITING = "another job is measuring its model: waiting for it, about half a minute"
 
 _NO_RECORD = (ValueError, TypeError, KeyError, AttributeError, OverflowError)
 """What is raised for files and records that are something else."""
@@ -57,6 +60,17 @@ class ModelRecords:
                 write_whole(path, json.dumps({"models": kept}, indent=2) + "\n")
         except OSError as error:
             logger.warning("%s cannot be written (%s): the next plan is no better", path, error)
+
+    @contextmanager
+    def measuring(self, machine_key: str) -> Iterator[None]:
+        """While no other process does the same; if the lock cannot be had, all the same."""
+        path = self._path(machine_key).with_suffix(".measuring")
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(path, lambda: logger.warning(_WAITING)))
+            except OSError as error:
+                logger.warning("another job may measure at the same time: %s", error)
+            yield
 
     def _made(self, machine_key: str, data: Any) -> Any:
         """Of a record; None of none, and of one that cannot be read."""

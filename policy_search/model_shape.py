@@ -83,6 +83,8 @@ class ModelShape:
     that are there can be read as they are."""
     always_prepared: bool = False
     """Weights come from the prepared store whatever the split, because some are quantized."""
+    architecture: str = ""
+    """The config's model type: models with the same numbers may compute them in different ways."""
     tensors: tuple[TensorSpec, ...] = ()
     """The weights that can be placed: by layer from unit 0 on, then the head's, and -1 for an
     embedding table of its own. Without them, plans are made as if weights could be cut anywhere."""

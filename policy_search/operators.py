@@ -38,7 +38,8 @@ def layer_seconds(
         return 0.0
     each = rows / batches
     if hardware.profile is not None:
-        return batches * hardware.profile.layer_seconds(each, in_place)
+        least = shape.flops_per_row / hardware.flops
+        return batches * hardware.profile.layer_seconds(each, in_place, least)
     flops = rows * shape.flops_per_row
     if hardware.products:
         of_experts = rows * shape.expert_flops_per_row
@@ -76,7 +77,8 @@ def head_seconds(
         return 0.0
     each = max(1.0, rows / batches)
     if hardware.profile is not None and hardware.profile.head:
-        return batches * hardware.profile.head_seconds(each, in_place)
+        least = shape.head_flops_per_row / hardware.flops
+        return batches * hardware.profile.head_seconds(each, in_place, least)
     flops = each * shape.head_flops_per_row
     if hardware.products:
         return batches * flops / _rate(hardware.products, each)

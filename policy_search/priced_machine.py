@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload.tiers import format_size
 from policy_search.cost_model import free_rows, weight_seconds
-from policy_search.flags import quantized_policy, stated_hardware
+from policy_search.errors import PolicyError
+from policy_search.flags import AUTO, quantized_policy, stated_hardware
 from policy_search.memory import memory_of
 from policy_search.named_models import named_config
 from policy_search.operators import compute_seconds, expansion_seconds
@@ -20,11 +23,8 @@ from policy_search.sweep_cost import SweepCost
 from policy_search.sweep_load import COMPUTE, SweepLoad, SweepTerms
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable
 
-    from compression.selection import Quantization
-    from policy_search.model_shape import ModelShape
     from policy_search.simulated_job import SimulatedJob
 
 DEFAULT_MODEL = "llama-2-13b"
@@ -33,6 +33,10 @@ MAX_SEQUENCES = 64
 """Running at once, unless a number is given, or a policy."""
 PROFILE_ROWS = 2048
 """Of prompts in a sweep of a profile, or the longest prompt's (Splitwise's max_batch_tokens)."""
+
+
+_SPEEDS = ("link", "disk_read", "host_attention", "expansion", "matrix_read", "tflops")
+_OF_A_MACHINE = (*_SPEEDS, "device_memory", "host_memory", "disk_space")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,21 +54,52 @@ class PricedMachine:
     """Of what a sweep takes, in words."""
     kv_tokens: int | None = None
     """Room of the KV cache; None: as the job needs."""
+    devices: int = 1
+    """GPUs that it has."""
 
     @classmethod
     def asked_for(cls, arguments: argparse.Namespace, job: SimulatedJob) -> PricedMachine:
-        """With --profile what was measured, with --policy a plan on a machine, else what --model
-        and speeds say. Raises `FlexrunError`.
+        """With --profile what was measured, with --policy a plan on a machine, else what --model,
+        --hardware and speeds say. Raises `FlexrunError`.
         """
         if arguments.profile:
             return _profiled(arguments, job)
         return _planned(arguments) if arguments.policy else _stated(arguments)
 
+    @classmethod
+    def of_prompts(cls, arguments: argparse.Namespace, job: SimulatedJob) -> PricedMachine | None:
+        """The same with what --prompt-profile, --prompt-policy and --prompt-hardware say instead;
+        None if none of them is given.
+        """
+        names = ("profile", "policy", "hardware")
+        given = {name: getattr(arguments, f"prompt_{name}") for name in names}
+        other = {name: value for name, value in given.items() if value is not None}
+        if not other:
+            return None
+        if "hardware" in other:
+            # What flags say of a machine's memories and speeds is of the other one.
+            other |= dict.fromkeys(_OF_A_MACHINE) | {"unified": False}
+        return cls.asked_for(argparse.Namespace(**vars(arguments) | other), job)
+
 
 def _stated(arguments: argparse.Namespace) -> PricedMachine:
-    """A machine with the speeds of the command line, and its weights on their way."""
-    hardware = stated_hardware(arguments)
-    shape = _shape(arguments.model, quantized_policy(arguments).quantization)
+    """A machine with the speeds of the command line, or of one by name, and its weights on their
+    way.
+    """
+    config = named_config(arguments.model or DEFAULT_MODEL)
+    if arguments.hardware == AUTO:
+        hardware, where = stated_hardware(arguments), ""
+    else:
+        machine = planned_machine(arguments, config)
+        hardware, where = machine.hardware, f" on {machine.name}"
+        if machine.unified or not math.isfinite(hardware.flops):
+            missing = "no link that weights come over" if machine.unified else "no flops"
+            raise PolicyError(
+                f"{machine.name} has {missing}, so sweeps have no price without a plan",
+                hint="give a plan for it: `policy-search ... -o FILE`, then --policy FILE",
+            )
+    stored, computed = config.types("auto", unified=False)
+    shape = shape_from_config(config, stored, computed, quantized_policy(arguments).quantization)
     streamed = shape.weight_bytes if arguments.streamed is None else arguments.streamed
     arriving = weight_seconds(streamed, 0, hardware)
     expanding = expansion_seconds(shape, hardware)
@@ -84,7 +119,8 @@ def _stated(arguments: argparse.Namespace) -> PricedMachine:
         max_rows=arguments.max_rows or max(max_sequences + 1, free),
         micro_batch_rows=Policy().micro_batch_rows,
         weight_seconds=arriving,
-        description=f"each with {format_size(streamed)} of weights in {arriving:.3f} s or more",
+        description=f"each with {format_size(streamed)} of weights in {arriving:.3f} s or more"
+        f"{where}",
     )
 
 
@@ -125,10 +161,5 @@ def _profiled(arguments: argparse.Namespace, job: SimulatedJob) -> PricedMachine
         micro_batch_rows=max_rows,
         weight_seconds=0.0,
         description=f"of {profile.model} by {profile.source}",
+        devices=profile.devices,
     )
-
-
-def _shape(model: str | None, quantization: Quantization) -> ModelShape:
-    config = named_config(model or DEFAULT_MODEL)
-    stored, computed = config.types("auto", unified=False)
-    return shape_from_config(config, stored, computed, quantization)

@@ -36,7 +36,7 @@ class AffineCost:
     """DistServe's fits (OSDI 2024; its simulator, simdistserve), which are in milliseconds.
 
     A sweep with prompts and generating rows takes the time of both, one after the other: DistServe
-    computes them in turns.
+    computes them in turns. Pipelines of one stage.
     """
 
     prefill: tuple[float, float, float]
@@ -47,11 +47,17 @@ class AffineCost:
     """… and the same for batches of at least `boundary` sequences."""
     boundary: int = 95
     overhead: tuple[float, float] = (2.0, 1e-4)
-    """Of every sweep, and for each of its rows: of the worker that starts it."""
+    """Of every sweep, and for each token of its prompts and of what its generating sequences attend
+    to: of the worker that starts it.
+    """
+    stage: float = 1.0
+    """Of a sweep with prompts, for each stage of its pipeline."""
 
     def __call__(self, load: SweepLoad) -> SweepTerms:
         """A sweep's time."""
-        worker = self.overhead[0] + self.overhead[1] * load.rows
+        prompts = load.rows - load.generating
+        worker = self.overhead[0] + self.overhead[1] * (prompts + load.read)
+        worker += self.stage * bool(prompts)
         device = self.prefill_ms(load) + self.decode_ms(load)
         return SweepTerms((device + worker) / 1000, {COMPUTE: device / 1000})
 
@@ -117,6 +123,8 @@ class Profile:
     """All of the model's published config.json; values have 16 bits."""
     cost: Callable[[SweepLoad], SweepTerms]
     source: str
+    devices: int = 1
+    """GPUs that it has."""
 
     @property
     def kv_token_bytes(self) -> int:
@@ -124,19 +132,52 @@ class Profile:
         return self.layers * kv_bytes(self, None, value_bytes=2)
 
 
-PROFILES = {
-    "opt-13b-a100": Profile(
+def _opt_13b(devices: int, cost: AffineCost, engine: str = "DistServe") -> Profile:
+    return Profile(
         model="OPT-13B",
         layers=40,
         kv_heads=40,
         key_dim=128,
         value_dim=128,
-        cost=AffineCost(
+        cost=cost,
+        source=f"DistServe's fit of {engine} on A100s, tensor parallelism {devices} (simdistserve)",
+        devices=devices,
+    )
+
+
+PROFILES = {
+    "opt-13b-a100": _opt_13b(
+        1,
+        AffineCost(
             prefill=(18.1025, 0.101912, 7.1223e-6),
             small=(19.9347, 6.2694e-4, 0.038507),
             large=(7.1662, 5.7980e-4, 0.158311),
         ),
-        source="DistServe's fit for one A100, tensor parallelism 1 (simdistserve)",
+    ),
+    "opt-13b-a100-vllm": _opt_13b(
+        1,
+        AffineCost(
+            prefill=(23.6274, 0.150546, 8.6535e-6),
+            small=(19.5625, 4.9411e-4, 0.050606),
+            large=(16.8386, 4.3898e-4, 0.140003),
+        ),
+        engine="vLLM",
+    ),
+    "opt-13b-2xa100": _opt_13b(
+        2,
+        AffineCost(
+            prefill=(14.7430, 0.0685772, 2.4496e-6),
+            small=(13.2948, 3.4109e-4, 0.062964),
+            large=(10.6387, 3.1183e-4, 0.085629),
+        ),
+    ),
+    "opt-13b-4xa100": _opt_13b(
+        4,
+        AffineCost(
+            prefill=(12.0623, 0.0380814, 5.2262e-7),
+            small=(10.2562, 1.8787e-4, 0.032693),
+            large=(10.4835, 1.7121e-4, 0.045666),
+        ),
     ),
     "llama2-70b-h100": Profile(
         model="Llama-2-70B",
@@ -149,6 +190,7 @@ PROFILES = {
             token=31.05,
         ),
         source="Splitwise's measurements on eight H100, tensor parallelism 8, batch size 1",
+        devices=8,
     ),
     "llama2-70b-a100": Profile(
         model="Llama-2-70B",
@@ -161,5 +203,6 @@ PROFILES = {
             token=45.0,
         ),
         source="Splitwise's measurements on eight A100, tensor parallelism 8, batch size 1",
+        devices=8,
     ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from policy_search.arrivals import poisson
@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MachineKind:
+    """What machines of a kind have, each for itself."""
+
+    make_scheduler: Callable[[], Scheduler]
+    cost: Callable[[SweepLoad], SweepTerms]
+    devices: int = 1
+    """GPUs of one machine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
     """Prompts are computed by some machines and continued by others."""
 
@@ -33,15 +43,16 @@ class Split:
     """Bytes per second of the link between them."""
     token_bytes: int
     """Of one token's keys and values."""
+    prompt_kind: MachineKind | None = None
+    """Of the machines for prompts, if they are of another kind than those that go on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
     """A cluster that can be built again for every run."""
 
-    make_scheduler: Callable[[], Scheduler]
-    cost: Callable[[SweepLoad], SweepTerms]
-    """Of every machine."""
+    kind: MachineKind
+    """Of every machine, but for those that a `split` has for prompts."""
     machines: int = 1
     """That do everything; with a `split`, those that it has instead."""
     split: Split | None = None
@@ -51,24 +62,39 @@ class Scenario:
     max_tokens: int | None = None
     """See `Cluster`."""
 
+    @property
+    def prompt_kind(self) -> MachineKind:
+        """Of the machines that compute prompts."""
+        return (self.split and self.split.prompt_kind) or self.kind
+
+    @property
+    def devices(self) -> int:
+        """GPUs of all machines."""
+        if self.split is None:
+            return self.machines * self.kind.devices
+        prompts = self.split.prompt_machines * self.prompt_kind.devices
+        return prompts + self.split.token_machines * self.kind.devices
+
     def cluster(self) -> Cluster:
         """Machines with nothing to do yet."""
         split = self.split
         if split is None:
-            pool = self._pool("machine", range(self.machines))
+            pool = self._pool("machine", range(self.machines), self.kind)
             return Cluster(pool, max_tokens=self.max_tokens)
         prompts = split.prompt_machines
         return Cluster(
-            self._pool("prompt machine", range(prompts), free=self.free_prompts),
-            self._pool("token machine", range(prompts, prompts + split.token_machines)),
+            self._pool("prompt machine", range(prompts), self._free(self.prompt_kind)),
+            self._pool("token machine", range(prompts, prompts + split.token_machines), self.kind),
             Network(split.network, split.token_bytes),
             self.max_tokens,
         )
 
-    def _pool(self, name: str, numbers: range, *, free: bool = False) -> Pool:
-        cost = _nothing if free else self.cost
+    def _free(self, kind: MachineKind) -> MachineKind:
+        return replace(kind, cost=_nothing) if self.free_prompts else kind
+
+    def _pool(self, name: str, numbers: range, kind: MachineKind) -> Pool:
         machines = [
-            SimulatedMachine(number, self.make_scheduler(), cost, f"{name} {number}")
+            SimulatedMachine(number, kind.make_scheduler(), kind.cost, f"{name} {number}")
             for number in numbers
         ]
         return Pool(machines, self.routing)

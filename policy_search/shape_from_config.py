@@ -64,11 +64,10 @@ def shape_from_config(
     Exact where the directory has the weights (only their headers are read). Raises `PolicyError`
     or `CheckpointError`.
     """
-    computed = computed or dtype
+    computed, layers = computed or dtype, config.number("num_hidden_layers")
     stored = None if config.built_in else stored_tensors(config.directory)
     shapes, specs, formats = _tensors(config, stored, dtype, quantization)
     specs, to_write = _on_disk(config, specs, {} if formats else stored, dtype)
-    layers = config.number("num_hidden_layers")
     value_bytes, groups = nbytes((1,), computed), quantization.kv_groups(computed)
     expanded = _expanded_by_unit(config, specs, shapes, formats, dtype, computed)
     stacked = [tensor for tensor in specs if len(shapes[tensor.name]) == 3]
@@ -109,6 +108,7 @@ def shape_from_config(
         expanded_in_sweep=sum(expanded.values()),
         prepared_bytes=to_write,
         always_prepared=bool(formats),
+        architecture=config.model_type.removesuffix("_text"),
         tensors=tuple(tensor for tensor in specs if tensor.unit != _RESIDENT),
     )
 

@@ -16,7 +16,7 @@ from policy_search.exported_file import check_file
 from policy_search.latency import Targets
 from policy_search.policy import Policy
 from policy_search.priced_machine import PricedMachine
-from policy_search.scenario import Scenario, Split
+from policy_search.scenario import MachineKind, Scenario, Split
 from policy_search.simulate_flags import add_simulate_flags, check_simulate_flags
 from policy_search.simulated_job import SimulatedJob
 from policy_search.simulation import Simulation
@@ -56,8 +56,8 @@ def run_simulate(
         check_file(arguments.trace_out, TRACE_FLAG)
     job = SimulatedJob.asked_for(arguments, lengths_of_file)
     machine = PricedMachine.asked_for(arguments, job)
-    pages = _pages(arguments, machine, job.most_tokens)
-    scenario = _scenario(arguments, machine, pages, job, schedulers[arguments.scheduler])
+    computing = PricedMachine.of_prompts(arguments, job)
+    scenario = _scenario(arguments, machine, computing, job, schedulers[arguments.scheduler])
     targets = Targets(**{n: v for n in ("ttft", "tpot") if (v := getattr(arguments, n))})
     if arguments.find_split is not None:
         most = arguments.find_split
@@ -67,8 +67,7 @@ def run_simulate(
     requests, found = job.requests, dict[str, Any]()
     if arguments.max_rate:
         rate = scenario.highest_rate(job.lengths, arguments.seed, targets)
-        count = len(scenario.cluster().machines)
-        found = {"max_rate": rate, "max_rate_per_machine": rate / count}
+        found = {"max_rate": rate, "max_rate_per_device": rate / scenario.devices}
         requests = poisson(job.lengths, max(rate, LOWEST), arguments.seed)
     cluster = scenario.cluster()
     log = NO_LOG if arguments.trace_out is None else TraceLog()
@@ -80,11 +79,31 @@ def run_simulate(
     if isinstance(log, TraceLog):
         log.write(arguments.trace_out)
         found |= {"trace_note": log.note} if log.note else {}
-    report = asdict(result) | found | {"max_rows": machine.max_rows}
-    report["sweep_weight_seconds"] = machine.weight_seconds
-    report["kv_bytes"] = pages * Policy().page_tokens * machine.kv_token_bytes
-    print(json.dumps(report) if arguments.json else _text(arguments, job, machine, report, result))
+    report = asdict(result) | found | _machine_report(arguments, machine, job.most_tokens)
+    if computing is not None:
+        most_tokens = _of_prompts(job)
+        report["prompt_machine"] = _machine_report(arguments, computing, most_tokens)
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        print(_text(arguments, job, [machine, computing], report, result))
     return 0
+
+
+def _of_prompts(job: SimulatedJob) -> list[int]:
+    """Tokens that machines for prompts store of every request."""
+    return [request.prompt + 1 for request in job.requests]
+
+
+def _machine_report(
+    arguments: argparse.Namespace, machine: PricedMachine, most_tokens: Sequence[int]
+) -> dict[str, Any]:
+    pages = _pages(arguments, machine, most_tokens)
+    return {
+        "max_rows": machine.max_rows,
+        "sweep_weight_seconds": machine.weight_seconds,
+        "kv_bytes": pages * Policy().page_tokens * machine.kv_token_bytes,
+    }
 
 
 def _pages(
@@ -113,13 +132,14 @@ def _pages(
     return pages
 
 
-def _scenario(
+def _kind(
     arguments: argparse.Namespace,
     machine: PricedMachine,
-    pages: int,
-    job: SimulatedJob,
+    most_tokens: Sequence[int],
     scheduler: Callable[..., Scheduler],
-) -> Scenario:
+) -> MachineKind:
+    pages = _pages(arguments, machine, most_tokens)
+
     def make_scheduler() -> Scheduler:
         return scheduler(
             PagePools({Tier.DEVICE: pages}, Policy().page_tokens),
@@ -129,18 +149,32 @@ def _scenario(
             order=arguments.order,
         )
 
+    return MachineKind(make_scheduler=make_scheduler, cost=machine.cost, devices=machine.devices)
+
+
+def _scenario(
+    arguments: argparse.Namespace,
+    machine: PricedMachine,
+    computing: PricedMachine | None,
+    job: SimulatedJob,
+    scheduler: Callable[..., Scheduler],
+) -> Scenario:
     split = None
     if arguments.split is not None or arguments.find_split is not None:
         prompt_machines, token_machines = arguments.split or (1, 1)
+        prompt_kind = None
+        if computing is not None:
+            _check_same_values(machine, computing)
+            prompt_kind = _kind(arguments, computing, _of_prompts(job), scheduler)
         split = Split(
             prompt_machines=prompt_machines,
             token_machines=token_machines,
             network=float(arguments.network or NETWORK),
             token_bytes=machine.kv_token_bytes,
+            prompt_kind=prompt_kind,
         )
     return Scenario(
-        make_scheduler=make_scheduler,
-        cost=machine.cost,
+        kind=_kind(arguments, machine, job.most_tokens, scheduler),
         machines=arguments.machines or 1,
         split=split,
         routing=arguments.routing,
@@ -148,10 +182,19 @@ def _scenario(
     )
 
 
+def _check_same_values(machine: PricedMachine, computing: PricedMachine) -> None:
+    if machine.kv_token_bytes != computing.kv_token_bytes:
+        raise PolicyError(
+            f"keys and values of a token take {computing.kv_token_bytes} bytes where prompts are "
+            f"computed, and {machine.kv_token_bytes} where they are needed after that",
+            hint="give both machines the same model and policies with the same KV bits",
+        )
+
+
 def _text(
     arguments: argparse.Namespace,
     job: SimulatedJob,
-    machine: PricedMachine,
+    machines: Sequence[PricedMachine | None],
     report: dict[str, Any],
     result: Simulation,
 ) -> str:
@@ -159,10 +202,14 @@ def _text(
     if "max_rate" in report:
         lines.append(
             f"highest rate: {report['max_rate']:.3f} requests/s, "
-            f"{report['max_rate_per_machine']:.3f} per machine. "
+            f"{report['max_rate_per_device']:.3f} per device. "
             f"At {max(report['max_rate'], LOWEST):.3f} requests/s:"
         )
-    rows = f"of up to {machine.max_rows} rows ({arguments.scheduler}), {machine.description}"
+    rows = "; prompts in those ".join(
+        f"of up to {machine.max_rows} rows ({arguments.scheduler}), {machine.description}"
+        for machine in machines
+        if machine is not None
+    )
     room = format_size(report["kv_bytes"])
     lines.append(simulation_text(result, job=job.source, sweeps=rows, room=room))
     return "\n".join(lines + ([report["trace_note"]] if "trace_note" in report else []))

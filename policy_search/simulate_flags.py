@@ -11,6 +11,7 @@ from policy_search.capacity import SHARE
 from policy_search.cluster import ROUTINGS
 from policy_search.errors import PolicyError
 from policy_search.flags import (
+    AUTO,
     add_machine_flags,
     add_quantization_flags,
     add_workload_flags,
@@ -70,6 +71,10 @@ def _add_machine_flags(group: argparse._ActionsContainer) -> None:
     add("--machines", type=count, metavar="N", help="that do the same (1)")
     text = "P machines compute prompts and D generate"
     add("--split", type=_split, metavar="P:D", help=text)
+    text = "of the P machines, if they are of another kind than the D: like --{0}"
+    add("--prompt-profile", choices=PROFILES, help=text.format("profile"))
+    add("--prompt-hardware", metavar="NAME", help=text.format("hardware"))
+    add("--prompt-policy", type=Path, metavar="FILE", help=text.format("policy"))
     text = "per second, between the machines of --split or --find-split (25GB)"
     add("--network", type=size, metavar="SIZE", help=text)
     text = "to the machine with the fewest pending tokens, or round robin (%(default)s)"
@@ -83,12 +88,18 @@ def _add_result_flags(group: argparse._ActionsContainer) -> None:
     add("--tpot", **seconds, help="from token to token after that, on average")
     text = f"find the highest rate at which {SHARE:.0%} of the requests meet --ttft and --tpot"
     add("--max-rate", action="store_true", help=text.replace("%", "%%"))
-    text = "the same of up to N machines in the best split, beside as many that do everything"
+    text = (
+        "the same of up to N machines in the best split, beside machines that do everything with "
+        "as many devices"
+    )
     add("--find-split", type=_at_least_two, metavar="N", help=text)
     add("--trace-out", type=Path, metavar="FILE", help="write a Chrome trace")
     text = "write summary.csv, detailed/ and request_nodes.csv, with Splitwise's columns"
     add("--csv", type=Path, metavar="DIR", help=text)
     add("--json", action="store_true", help="print one JSON object instead of text")
+
+
+_PROMPT_MACHINE = ("prompt_profile", "prompt_hardware", "prompt_policy")
 
 
 def check_simulate_flags(arguments: argparse.Namespace) -> None:
@@ -103,17 +114,40 @@ def check_simulate_flags(arguments: argparse.Namespace) -> None:
         _refuse_together(given, name, ["rate", "trace_out", "csv"])
     _refuse_together(given, "find_split", ["max_rate", "machines", "split"])
     _refuse_together(given, "machines", ["split"])
-    speeds = ["link", "expansion", "tflops"]
+    if given["hardware"] == AUTO:
+        del given["hardware"]
+    prompts = ["prompt_hardware", "prompt_policy"]
+    speeds = ["link", "expansion", "tflops", "hardware"]
     bits = ["weight_bits", "head_bits", "kv_bits", "group_size", "keep"]
-    _refuse_together(given, "profile", ["model", "streamed", "policy", *speeds, *bits])
+    _refuse_together(given, "profile", ["model", "streamed", "policy", *speeds, *bits, *prompts])
     _refuse_together(given, "policy", ["streamed", *bits])
-    if "network" in given and not given.keys() & {"split", "find_split"}:
-        raise PolicyError("--network is between the machines of --split", hint="give --split P:D")
+    _check_split_flags(given)
     for name in searches:
         if name in given and not given.keys() & {"ttft", "tpot"}:
             flag = name.replace("_", "-")
             raise PolicyError(
                 f"--{flag} needs to know what is too slow", hint="give --ttft, --tpot or both"
+            )
+
+
+def _check_split_flags(given: dict[str, Any]) -> None:
+    """What is said of machines for prompts needs a split, and others to go on."""
+    for name in ("network", *_PROMPT_MACHINE):
+        if name in given and not given.keys() & {"split", "find_split"}:
+            flag = name.replace("_", "-")
+            raise PolicyError(f"--{flag} is of the machines of --split", hint="give --split P:D")
+    for name in ("profile", "policy"):
+        if f"prompt_{name}" in given and name not in given:
+            raise PolicyError(
+                f"--prompt-{name} is of some machines, and nothing is known of the others",
+                hint=f"give --{name}, too",
+            )
+    if "prompt_profile" in given:
+        one, other = (PROFILES[given[name]].model for name in ("prompt_profile", "profile"))
+        if one != other:
+            raise PolicyError(
+                f"--prompt-profile is of {one}, and --profile of {other}",
+                hint="give profiles of the same model",
             )
 
 

@@ -9,32 +9,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from policy_search.split_search import RatedSplit, SplitSearch
 
-_HEAD = "machines  prompts:tokens  prompts alone  tokens alone  slower, per machine"
+_HEAD = "machines  prompts:tokens  prompts alone  tokens alone  slower, per device"
 
 
 def split_search_report(search: SplitSearch, *, as_json: bool) -> str:
     """Run a search and say what it has found."""
     splits = search.splits()
-    best = max(splits, key=lambda split: split.rate / split.machines)
-    machines = best.machines
+    best = max(splits, key=lambda split: split.rate_per_device)
+    each = search.scenario.kind.devices
+    machines = max(1, best.devices // each)
     apart, together = search.rate_apart(best), search.rate_together(machines)
-    per_machine = {
-        "rate_per_machine": apart / machines,
-        "rate_together_per_machine": together / machines,
-        "rate_alone": search.rate_together(1),
+    per_device = {
+        "rate_per_device": apart / best.devices,
+        "rate_together_per_device": together / (machines * each),
+        "rate_alone_per_device": search.rate_together(1) / each,
     }
     if as_json:
         found: dict[str, Any] = {"requests": len(search.lengths), "best": asdict(best)}
-        return json.dumps(found | per_machine | {"splits": [asdict(each) for each in splits]})
+        return json.dumps(found | per_device | {"splits": [asdict(each) for each in splits]})
     return "\n".join(
         [
             f"{len(search.lengths)} requests; requests/s within the targets:",
             _HEAD,
             *map(_row, splits),
             f"{best.prompt_machines}:{best.token_machines} as a whole: "
-            f"{per_machine['rate_per_machine']:.3f} per machine; {machines} that do everything: "
-            f"{per_machine['rate_together_per_machine']:.3f}; one of them: "
-            f"{per_machine['rate_alone']:.3f}",
+            f"{per_device['rate_per_device']:.3f} per device; {machines} that do everything: "
+            f"{per_device['rate_together_per_device']:.3f}; one of them: "
+            f"{per_device['rate_alone_per_device']:.3f}",
         ]
     )
 
@@ -43,5 +44,5 @@ def _row(split: RatedSplit) -> str:
     ratio = f"{split.prompt_machines}:{split.token_machines}"
     return (
         f"{split.machines:8}{ratio:>16}{split.prompt_rate:15.3f}{split.token_rate:14.3f}"
-        f"{split.rate / split.machines:21.3f}"
+        f"{split.rate_per_device:20.3f}"
     )

@@ -194,14 +194,17 @@ def in_place(shape: ModelShape, policy: Policy, *, unified: bool) -> tuple[float
     """Parts of the layers' and of the head's weights that are computed with where and as they are
     stored.
     """
-    if shape.expanded_in_sweep:
-        return 0.0, 0.0
     if not shape.tensors:
         here = (Tier.DEVICE, Tier.HOST) if unified else (Tier.DEVICE,)
-        part = sum(policy.weights.fraction(tier) for tier in here)
-        return part, part
-    placed = placed_weights(shape, policy.weights, unified=unified)
-    return placed.in_place, placed.head_in_place
+        layers = head = sum(policy.weights.fraction(tier) for tier in here)
+    else:
+        placed = placed_weights(shape, policy.weights, unified=unified)
+        layers, head = placed.in_place, placed.head_in_place
+    if not shape.expanded_in_sweep:
+        return layers, head
+    # A head is often left as it is where layers are quantized.
+    plain_head = shape.head_bytes >= shape.head_flops_per_row // 2 * shape.value_bytes
+    return 0.0, head if plain_head else 0.0
 
 
 def _gathers(shape: ModelShape, policy: Policy, *, unified: bool) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -39,12 +39,16 @@ def _umask() -> int:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, on_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the lock file `path`; the system frees it even if this process is killed.
 
-    Its directory is made. Raises `OSError`.
+    Its directory is made. `on_waiting` is called where another process holds it. Raises `OSError`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -38,6 +38,9 @@ from flexrun.arguments import engine_config
 from flexrun.bench import run_bench
 from flexrun.engine import Engine
 from flexrun.errors import CapacityError
+from flexrun.machine import offload_directory, open_backend
+from flexrun.model import load_config
+from flexrun.planning_speeds import PlanningSpeeds
 from flexrun.schedulers import make_scheduler
 from offload.pages import PagePools
 from offload.tiers import Split
@@ -236,11 +239,21 @@ def rank_correlation(*both: list[float]) -> float:
     return statistics.correlation(*ranks)
 
 
-def calibrate(settings: dict[str, Any]) -> None:
-    """Measure the machine as `policy-search calibrate` does."""
+def calibrate(model: Path, settings: dict[str, Any]) -> None:
+    """Measure the machine as `policy-search calibrate` does, and the model as its first job that
+    needs a plan.
+    """
     words = ["calibrate", "--device", settings["device"], "--seconds", "20"]
     words += ["--emulate", settings["emulate"]] if "emulate" in settings else []
     assert policy_search(words) == 0
+    with closing(open_engine(model, settings)) as engine:
+        shape, dtype = engine._runtime.shape, engine._runtime.dtype
+    # With the room that later jobs need to find it.
+    room = {name: value for name, value in settings.items() if name != "device_memory"}
+    planned = engine_config({"model": str(model), **room})
+    with closing(open_backend(planned)) as backend:
+        where = backend, offload_directory(planned)
+        PlanningSpeeds(dtype, *where, planned.emulate, load_config(model)).hardware(shape)
 
 
 def measure(model: Path, name: str, job: Workload, most: int, calibrating: bool) -> dict[str, Any]:
@@ -248,7 +261,7 @@ def measure(model: Path, name: str, job: Workload, most: int, calibrating: bool)
     settings = SETTINGS[name]
     unified, disk = settings["device"] == "cpu", "disk" in name
     if calibrating:
-        calibrate(settings)
+        calibrate(model, settings)
         run(model, settings, replace(job, requests=2 * job.requests), None)
     outcomes = run_in_rounds(model, settings, job, policies(unified, disk)[:most])
     best = min(outcomes, key=lambda each: each.measured)

@@ -51,7 +51,7 @@ def _known_speeds(tmp_path_factory: pytest.TempPathFactory):
     own = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlanningSpeeds, "_load", lambda _: SPEEDS)
-        patch.setattr(PlanningSpeeds, "_profile", lambda *_: None)
+        patch.setattr(PlanningSpeeds, "_profile", lambda *_, **__: None)
         patch.setattr(foresight, "LEAST_SECONDS", math.inf)
         patch.setattr(
             model_records, "cache_dir", lambda: Path(os.environ.get("FLEXRUN_CACHE", own))

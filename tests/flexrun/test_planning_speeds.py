@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from flexrun.planning_speeds import PlanningSpeeds
+from flexrun.planning_speeds import ENOUGH, PlanningSpeeds
 from offload.backend_cpu import CpuBackend
 from offload.tiers import MemoryAccount, Tier
 from policy_search.calibration_file import calibration_path, load_calibration, save_calibration
@@ -115,18 +118,61 @@ def test_a_model_is_measured_once(planning, monkeypatch, caplog):
     monkeypatch.setattr("flexrun.model_profile.measured_profile", measure)
     assert first.hardware(SHAPE).profile is None, "nobody knows what model it is"
     first.config = second.config = LlamaConfig()
+    first.hardware(SHAPE, measure_model=False)
+    assert made == []
     found = first.hardware(SHAPE)
     assert "measuring this model's layers, once" in caplog.text
     assert found.profile == ModelProfile(layers=((1, 2.0),), program=0.5)
+    assert second.hardware(SHAPE, measure_model=False) == found
     assert second.hardware(SHAPE) == found
     assert made == [first.config]
+
+
+def test_two_first_jobs_measure_a_model_once(planning, monkeypatch):
+    """The one that comes second waits, and finds what the other one has measured."""
+    first, second, _ = planning
+    monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
+    first.config = second.config = LlamaConfig()
+    made, began = [], threading.Event()
+
+    def measure(*_):
+        made.append(1)
+        began.set()
+        time.sleep(0.2)
+        return ModelProfile(layers=((1, 2.0),))
+
+    monkeypatch.setattr("flexrun.model_profile.measured_profile", measure)
+    first.known()
+    first.hardware(SHAPE, measure_model=False)  # the machine, which is no model's
+    with ThreadPoolExecutor(1) as other:
+        running = other.submit(first.hardware, SHAPE)
+        assert began.wait(10)
+        assert second.hardware(SHAPE).profile == ModelProfile(layers=((1, 2.0),))
+        assert running.result() == second.hardware(SHAPE)
+    assert made == [1]
+
+
+def test_a_small_disk_is_no_reason_to_measure_a_model_again(planning, monkeypatch):
+    """What runs of it is on the device."""
+    first, second, _ = planning
+    monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
+    first.backend.account.limits = dict.fromkeys(Tier, ENOUGH) | {Tier.DISK: 0}
+    made = []
+
+    def measure(*_):
+        made.append(1)
+        return ModelProfile(layers=((1, 2.0),))
+
+    monkeypatch.setattr("flexrun.model_profile.measured_profile", measure)
+    first.config = second.config = LlamaConfig()
+    assert first.hardware(SHAPE) == second.hardware(SHAPE)
+    assert made == [1]
 
 
 def test_a_model_that_cannot_be_measured_runs(planning, monkeypatch, caplog):
     """Its code may fail in any way; the machine's speeds are left."""
     first, _, _ = planning
     monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
-
     tried = []
 
     def fail(*_):

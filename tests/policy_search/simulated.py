@@ -9,7 +9,7 @@ from offload.pages import PagePools
 from offload.tiers import Tier
 from policy_search.event_log import EventLog
 from policy_search.network import Transfer
-from policy_search.scenario import Scenario, Split
+from policy_search.scenario import MachineKind, Scenario, Split
 from policy_search.simulated_machine import Scheduler, SimulatedMachine, Sweep
 from policy_search.sweep_load import SweepLoad, SweepTerms
 
@@ -32,9 +32,8 @@ def scenario(
     cluster = {name: settings.pop(name) for name in ("machines", "routing") if name in settings}
     big = {"max_rows": 20_000, "micro_batch_rows": 20_000, "max_sequences": 64, "pages": 100_000}
     settings = big | settings
-    return Scenario(
-        make_scheduler=lambda: scheduler_of(**settings), cost=cost, split=split, **cluster
-    )
+    kind = MachineKind(make_scheduler=lambda: scheduler_of(**settings), cost=cost)
+    return Scenario(kind=kind, split=split, **cluster)
 
 
 class Recorder(EventLog):

@@ -164,5 +164,6 @@ def test_models_of_the_same_shape_have_one_key():
     """Tensors' names do not count, all that takes time does."""
     same = replace(SHAPE, tensors=("any",))  # type: ignore[arg-type]
     assert model_key(same) == model_key(SHAPE)
+    assert model_key(replace(SHAPE, prepared_bytes=9)) == model_key(SHAPE), "they are now"
     assert model_key(replace(SHAPE, kv_bytes_per_token=(16, 8))) != model_key(SHAPE)
     assert model_key(replace(SHAPE, expanded_in_sweep=1)) != model_key(SHAPE)

@@ -57,6 +57,18 @@ def test_seconds_between_points():
     assert [seconds_at(((4, 2.0),), n) for n in (1, 4, 10)] == [2.0, 2.0, 5.0]
 
 
+def test_no_row_is_free_beyond_the_last_point():
+    """Even if the last two points are alike: the device needs its time for the operations."""
+    alike = ((1, 2.0), (64, 6.0), (128, 6.0))
+    assert [seconds_at(alike, n, 0.25) for n in (96, 128, 132, 256)] == [6.0, 6.0, 7.0, 38.0]
+    assert seconds_at(PROFILE.layers, 32, 0.25) == 40.0, "which grows by more"
+    profile = ModelProfile(layers=alike, in_place=((1, 1.0), (128, 1.0)), head=((1, 3.0), (4, 3.0)))
+    hardware = replace(FAST, flops=400.0).profiled(profile)
+    assert layer_seconds(SHAPE, hardware, 256, 1) == 38.0
+    assert layer_seconds(SHAPE, hardware, 256, 1, in_place=1.0) == pytest.approx(1 + 32 / 6)
+    assert head_seconds(SHAPE, hardware, 14, 1) == 3.0 + 10 * 0.1
+
+
 def test_weights_that_stay_take_what_they_were_measured_to():
     """In part, a part of the difference; where only one way was measured, that one."""
     assert PROFILE.layer_seconds(4, 0.0) == 5.0

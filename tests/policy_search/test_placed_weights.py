@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,16 @@ def test_parts_that_stay_are_those_of_the_placement(unified):
             expected = found.in_place, found.head_in_place
             assert in_place(SHAPE, Policy(weights=split), unified=unified) == expected
     assert len(seen) > 2
+
+
+def test_a_plain_head_stays_as_it_is_beside_quantized_layers():
+    """These are expanded in every sweep wherever they are; a head of fewer bits is, too."""
+    policy = Policy(weights=Split(device=100))
+    plain = replace(SHAPE, expanded_in_sweep=1, head_flops_per_row=SHAPE.head_bytes, value_bytes=2)
+    assert in_place(plain, policy, unified=False) == (0.0, 1.0)
+    fewer = replace(plain, head_bytes=plain.head_bytes // 2)
+    assert in_place(fewer, policy, unified=False) == (0.0, 0.0)
+    assert in_place(plain, Policy(weights=Split(host=100)), unified=False) == (0.0, 0.0)
 
 
 def test_a_head_that_stays_takes_what_it_was_measured_to():

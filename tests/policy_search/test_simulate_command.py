@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from policy_search.__main__ import main
+from policy_search.presets import machine
 from policy_search.simulate_flags import add_simulate_flags
 
 SMALL = ("--requests", "20", "--scale", "0.05", "--profile", "llama2-70b-h100")
@@ -86,6 +89,76 @@ def test_a_split_reports_its_network(capsys):
     assert split["rows"] == one["rows"] == sum(each["rows"] for each in split["machines"])
 
 
+def test_prompts_are_computed_by_another_kind_of_machine(capsys, trace):
+    """Splitwise's cluster of H100s that send to A100s: the first token in the time of the ones, and
+    all others in that of the others.
+    """
+    given = ["--trace", str(trace), "--profile", "llama2-70b-a100", "--split", "1:1"]
+    kinds = {
+        "a100": run(capsys, *given),
+        "h100": run(capsys, *given, "--prompt-profile", "llama2-70b-h100"),
+    }
+    ttft = {name: found["latency"]["ttft"]["mean"] for name, found in kinds.items()}
+    assert ttft == pytest.approx({"a100": (0.274 + 0.093) / 2, "h100": (0.1368 + 0.0539) / 2})
+    sent = 2048 * 320 * 1024 / 25e9
+    for found in kinds.values():
+        assert found["latency"]["tpot"]["mean"] == pytest.approx(0.045 + sent / 99)
+    assert "prompt_machine" not in kinds["a100"]
+
+
+def test_machines_of_two_kinds_have_a_plan_each(capsys, tmp_path):
+    """Prompts with their own policy, on their own machine, and room for prompts only."""
+    job = ["--model", "opt-30b", "--prompt-len", "512", "--requests", "40"]
+    paths = {name: str(tmp_path / f"{name}.json") for name in ("prompts", "tokens", "packed")}
+    for name, flags in {
+        "prompts": ["--hardware", "a10g", "--gen-len", "1", "--max-rows", "4096"],
+        "tokens": ["--hardware", "t4", "--gen-len", "32", "--max-rows", "2048"],
+        "packed": ["--hardware", "t4", "--gen-len", "32", "--kv-bits", "4"],
+    }.items():
+        assert main([*job, *flags, "-o", paths[name]]) == 0
+    given = [*job, "--gen-len", "32", "--hardware", "t4", "--policy", paths["tokens"]]
+    other = ["--prompt-hardware", "a10g", "--prompt-policy", paths["prompts"]]
+    capsys.readouterr()
+    one = run(capsys, *given, "--split", "1:1")
+    two = run(capsys, *given, "--split", "1:1", *other)
+    assert {"max_rows", "kv_bytes", "sweep_weight_seconds"} == two["prompt_machine"].keys()
+    assert two["prompt_machine"]["max_rows"] == 4096
+    assert two["max_rows"] == one["max_rows"] == 2048
+    assert two["latency"]["ttft"]["mean"] < one["latency"]["ttft"]["mean"]
+    assert main(["simulate", *given, "--split", "1:1", *other]) == 0
+    assert "prompts in those of up to" in capsys.readouterr().out
+    packed = ["--prompt-policy", paths["packed"]]
+    assert main(["simulate", *given, "--split", "1:1", *packed]) == 2
+    assert "same KV bits" in capsys.readouterr().err
+
+
+def test_a_named_machine_has_its_speeds_without_a_plan(capsys):
+    """Its link brings the weights, unless another speed is given."""
+    given = ["--model", "opt-6.7b", "--workload", "fixed", "--requests", "2", "--gen-len", "2"]
+    link = {name: machine(name, {}).hardware.host_to_device for name in ("t4", "4090")}
+    assert link["t4"] != link["4090"]
+    seconds = [run(capsys, *given, "--hardware", name)["sweep_weight_seconds"] for name in link]
+    assert seconds[0] / seconds[1] == pytest.approx(link["4090"] / link["t4"])
+    stated = run(capsys, *given, "--hardware", "t4", "--link", "50GB")
+    assert stated["sweep_weight_seconds"] == pytest.approx(seconds[0] * link["t4"] / 50e9)
+    split = ["--split", "1:1", "--prompt-hardware", "4090"]
+    both = run(capsys, *given, "--hardware", "t4", "--link", "50GB", *split)
+    assert both["sweep_weight_seconds"] == stated["sweep_weight_seconds"]
+    assert both["prompt_machine"]["sweep_weight_seconds"] == seconds[1], "the link is the other's"
+
+
+def test_rates_are_for_each_gpu(capsys):
+    """Of a machine with two for prompts, and one with one for tokens."""
+    given = ["--requests", "40", "--scale", "0.5", "--profile", "opt-13b-a100", "--ttft", "0.25"]
+    given += ["--tpot", "0.1", "--prompt-profile", "opt-13b-2xa100"]
+    found = run(capsys, *given, "--find-split", "2")
+    assert found["best"]["devices"] == 3
+    whole = run(capsys, *given, "--split", "1:1", "--max-rate")
+    assert found["rate_per_device"] == whole["max_rate_per_device"] == whole["max_rate"] / 3 > 0
+    together = run(capsys, *given[:-2], "--machines", "3", "--max-rate")
+    assert found["rate_together_per_device"] == together["max_rate_per_device"] > 0
+
+
 def test_arrivals_are_drawn_by_the_seed(capsys):
     one, again, other = (run(capsys, *SMALL, "--rate", "5", "--seed", s) for s in "112")
     assert one == again != other
@@ -95,7 +168,7 @@ def test_the_highest_rate_is_one_that_is_kept(capsys):
     given = [*SMALL, "--ttft", "0.2", "--tpot", "0.1", "--machines", "2"]
     found = run(capsys, *given, "--max-rate")
     assert found["max_rate"] > 0
-    assert found["max_rate_per_machine"] == found["max_rate"] / 2
+    assert found["max_rate_per_device"] == found["max_rate"] / 16
     kept = run(capsys, *given, "--rate", str(found["max_rate"]))
     assert kept["attainment"] == found["attainment"] >= 0.9
     none = run(capsys, *SMALL, "--ttft", "0.001", "--max-rate")
@@ -118,7 +191,7 @@ def test_a_split_is_found(capsys):
     assert found["best"] == found["splits"][0]
     split = [*SMALL, "--ttft", "0.2", "--tpot", "0.1", "--split", "1:1", "--network", "1GB"]
     whole = run(capsys, *split, "--max-rate")
-    assert found["rate_per_machine"] == whole["max_rate_per_machine"] > 0
+    assert found["rate_per_device"] == whole["max_rate_per_device"] > 0
     assert main(["simulate", *given]) == 0
     assert "1:1 as a whole" in capsys.readouterr().out
 
@@ -155,6 +228,20 @@ def test_texts_and_files(capsys, tmp_path):
         (["--split", "1"], "not two numbers"),
         (["--split", "1:0"], "whole number of at least 1"),
         (["--network", "1GB"], "give --split"),
+        (["--prompt-hardware", "t4"], "give --split"),
+        (["--split", "1:1", "--prompt-profile", "opt-13b-a100"], "give --profile, too"),
+        (["--split", "1:1", "--prompt-policy", "x"], "give --policy, too"),
+        (["--split", "1:1", "--prompt-hardware", "abacus"], "abacus"),
+        (
+            ["--split", "1:1", "--profile", "opt-13b-a100", "--prompt-hardware", "t4"],
+            "--profile and --prompt-hardware exclude",
+        ),
+        (
+            ["--split", "1:1", "--profile", "opt-13b-a100", "--prompt-profile", "llama2-70b-h100"],
+            "--prompt-profile is of Llama-2-70B, and --profile of OPT-13B",
+        ),
+        (["--profile", "opt-13b-a100", "--hardware", "t4"], "--profile and --hardware exclude"),
+        (["--hardware", "cpu"], "no link that weights come over"),
         (["--max-rate"], "give --ttft, --tpot or both"),
         (["--max-rate", "--ttft", "1", "--rate", "2"], "--max-rate and --rate exclude"),
         (["--find-split", "1", "--ttft", "1"], "one machine cannot be split"),
@@ -174,6 +261,17 @@ def test_what_makes_no_sense_is_refused(capsys, arguments, says):
     """Before anything is simulated, with the flag's name."""
     assert main(["simulate", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    """`policy-search simulate ... | head -0`."""
+    command = [sys.executable, "-m", "policy_search", "simulate", *SMALL]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_no_flag_is_left_out_of_help():

@@ -126,8 +126,14 @@ def test_any_cluster_serves_everyone(seed):
     """
     draw = random.Random(seed)
     lengths = [Lengths(draw.randint(1, 40), draw.randint(1, 30)) for _ in range(20)]
-    sizes = {"prompt_machines": draw.randint(1, 3), "token_machines": draw.randint(1, 3)}
-    split = Split(**sizes, network=10 ** draw.uniform(0, 4), token_bytes=1)
+    prompts, tokens = draw.randint(1, 3), draw.randint(1, 3)
+    split = Split(
+        prompt_machines=prompts,
+        token_machines=tokens,
+        network=10 ** draw.uniform(0, 4),
+        token_bytes=1,
+        prompt_kind=scenario(constant(0.2)).kind if seed % 2 else None,
+    )
     rows = draw.choice([9, 64])
     cluster = scenario(
         lambda load: SweepTerms(0.01 * load.rows + 0.05, {}),

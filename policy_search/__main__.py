@@ -76,8 +76,8 @@ def simulate(words: Sequence[str]) -> int:
         prog="policy-search simulate",
         description="Run a job of published lengths, prompts or a trace on a virtual clock: the "
         "scheduler and the KV pages of the engine, on one machine or several, with each sweep's "
-        "time from the cost model. No model is loaded. Without --policy, all weights arrive in every "
-        "sweep, at the speeds of --hardware, or of a common GPU where that is auto.",
+        "time from the cost model. No model is loaded. Without --policy, all weights arrive in "
+        "every sweep, at the speeds of --hardware, or of a common GPU where that is auto.",
         allow_abbrev=False,
     )
     add_simulate_flags(parser)

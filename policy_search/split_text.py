@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from policy_search.capacity import HIGHEST
+
 if TYPE_CHECKING:
     from policy_search.split_search import RatedSplit, SplitSearch
 
@@ -43,6 +45,11 @@ def split_search_report(search: SplitSearch, *, as_json: bool) -> str:
 def _row(split: RatedSplit) -> str:
     ratio = f"{split.prompt_machines}:{split.token_machines}"
     return (
-        f"{split.machines:8}{ratio:>16}{split.prompt_rate:15.3f}{split.token_rate:14.3f}"
+        f"{split.machines:8}{ratio:>16}{_rate(split.prompt_rate):>15}{_rate(split.token_rate):>14}"
         f"{split.rate_per_device:20.3f}"
     )
+
+
+def _rate(rate: float) -> str:
+    """So few requests that all of them have a place at once can arrive at any rate."""
+    return "any" if rate >= HIGHEST else f"{rate:.3f}"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from policy_search.__main__ import main
+from policy_search.capacity import HIGHEST
 from policy_search.presets import machine
 from policy_search.simulate_flags import add_simulate_flags
 
@@ -193,7 +194,10 @@ def test_a_split_is_found(capsys):
     whole = run(capsys, *split, "--max-rate")
     assert found["rate_per_device"] == whole["max_rate_per_device"] > 0
     assert main(["simulate", *given]) == 0
-    assert "1:1 as a whole" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "1:1 as a whole" in text
+    assert found["best"]["token_rate"] >= HIGHEST, "all 20 find a place at once"
+    assert " any " in text
 
 
 def test_texts_and_files(capsys, tmp_path):

@@ -37,6 +37,7 @@ PROFILE_ROWS = 2048
 
 _SPEEDS = ("link", "disk_read", "host_attention", "expansion", "matrix_read", "tflops")
 _OF_A_MACHINE = (*_SPEEDS, "device_memory", "host_memory", "disk_space")
+"""Flags that change what is known of the machine of --hardware."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

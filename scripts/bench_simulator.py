@@ -48,17 +48,16 @@ def kind(name: str) -> MachineKind:
     """Machines for prompts, for tokens or for both. A sweep has whole prompts, of any number, which
     come first, or a row of every sequence that generates.
     """
-    profile, tokens = KINDS[name]
-    rows = tokens
+    profile_name, tokens = KINDS[name]
+    profile = PROFILES[profile_name]
 
     def make_scheduler() -> Scheduler:
         pools = PagePools({Tier.DEVICE: tokens // PAGE}, PAGE)
-        limits = {"max_rows": rows, "max_sequences": rows, "micro_batch_rows": rows}
+        limits = dict.fromkeys(("max_rows", "max_sequences", "micro_batch_rows"), tokens)
         scheduler: Scheduler = SCHEDULERS["phased"](pools, **limits)
         return scheduler
 
-    cost = PROFILES[profile]
-    return MachineKind(make_scheduler=make_scheduler, cost=cost.cost, devices=cost.devices)
+    return MachineKind(make_scheduler=make_scheduler, cost=profile.cost, devices=profile.devices)
 
 
 def scenario(system: str) -> Scenario:

@@ -142,30 +142,12 @@ def test_two_first_jobs_measure_a_model_once(planning, monkeypatch):
         return ModelProfile(layers=((1, 2.0),))
 
     monkeypatch.setattr("flexrun.model_profile.measured_profile", measure)
-    first.known()
     first.hardware(SHAPE, measure_model=False)  # the machine, which is no model's
     with ThreadPoolExecutor(1) as other:
         running = other.submit(first.hardware, SHAPE)
         assert began.wait(10)
         assert second.hardware(SHAPE).profile == ModelProfile(layers=((1, 2.0),))
         assert running.result() == second.hardware(SHAPE)
-    assert made == [1]
-
-
-def test_a_small_disk_is_no_reason_to_measure_a_model_again(planning, monkeypatch):
-    """What runs of it is on the device."""
-    first, second, _ = planning
-    monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
-    first.backend.account.limits = dict.fromkeys(Tier, ENOUGH) | {Tier.DISK: 0}
-    made = []
-
-    def measure(*_):
-        made.append(1)
-        return ModelProfile(layers=((1, 2.0),))
-
-    monkeypatch.setattr("flexrun.model_profile.measured_profile", measure)
-    first.config = second.config = LlamaConfig()
-    assert first.hardware(SHAPE) == second.hardware(SHAPE)
     assert made == [1]
 
 
@@ -187,11 +169,14 @@ def test_a_model_that_cannot_be_measured_runs(planning, monkeypatch, caplog):
     assert len(tried) == 1, "it would fail again"
 
 
-def test_a_model_under_a_small_budget_is_measured_for_this_job(planning, monkeypatch):
-    """As machines are: another job has more room, and finds other caches."""
+@pytest.mark.parametrize(
+    ("tier", "times"), [(Tier.DEVICE, 2), (Tier.HOST, 1), (Tier.DISK, 1)], ids=str
+)
+def test_a_model_on_a_small_device_is_measured_for_this_job(planning, monkeypatch, tier, times):
+    """Another job has more room, and finds other caches; other tiers have no part in it."""
     first, second, _ = planning
     monkeypatch.setattr(PlanningSpeeds, "_profile", profile)
-    first.backend.account.limits = dict.fromkeys(Tier, 1 << 20)
+    first.backend.account.limits = dict.fromkeys(Tier, ENOUGH) | {tier: 1 << 20}
     made = []
 
     def measure(*_):
@@ -203,4 +188,4 @@ def test_a_model_under_a_small_budget_is_measured_for_this_job(planning, monkeyp
     for _ in range(2):
         assert first.hardware(SHAPE).profile is not None
     assert second.hardware(SHAPE).profile is not None
-    assert len(made) == 2
+    assert len(made) == times
